@@ -1,0 +1,148 @@
+"""The families whose checkpoints openling reads: one row each, config.json keys to `ModelConfig`.
+
+A row is chosen by `architectures[0]`; the tensor names of the same families are in `weights/names.py`. No torch here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from openling.errors import UserError, nearest
+from openling.model.config import LING_ARCHITECTURE, ModelConfig, ling_moe_fields, need, read_ling, read_rope, read_tokens
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row: the architecture's name in config.json and how its keys are read."""
+
+    architecture: str
+    read: Callable[[dict[str, Any]], ModelConfig]
+
+
+def _common(hf: dict[str, Any]) -> dict[str, Any]:
+    layers, hidden, heads = (need(hf, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
+    window = hf.get("sliding_window")
+    if window and hf.get("use_sliding_window", True) and window < (hf.get("max_position_embeddings") or 0):
+        raise UserError(
+            "sliding-window attention is not supported: its layers would have to be converted as full attention",
+            where="sliding_window",
+            value=window,
+            expected="null, or at least max_position_embeddings",
+        )
+    if hf.get("hidden_act", "silu") != "silu":
+        raise UserError("unsupported activation", where="hidden_act", value=hf["hidden_act"], expected="silu (SwiGLU)")
+    return dict(
+        vocab_size=need(hf, "vocab_size"),
+        hidden_size=hidden,
+        intermediate_size=hf.get("intermediate_size") or 0,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or hidden // heads,
+        layer_kinds=("gqa",) * layers,
+        rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
+        tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
+        initializer_range=hf.get("initializer_range", 0.02),
+        max_position_embeddings=hf.get("max_position_embeddings") or 4096,
+        mtp_layer_kind="gqa",
+        **read_tokens(hf),
+        **read_rope(hf),
+    )
+
+
+def _llama(hf: dict[str, Any]) -> ModelConfig:
+    bias = bool(hf.get("attention_bias", False))
+    return ModelConfig(**_common(hf), use_qkv_bias=bias, use_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
+
+
+def _qwen2(hf: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(**_common(hf | {"use_sliding_window": hf.get("use_sliding_window", False)}), use_qkv_bias=True)
+
+
+def _qwen3(hf: dict[str, Any]) -> ModelConfig:
+    bias = bool(hf.get("attention_bias", False))
+    hf = hf | {"use_sliding_window": hf.get("use_sliding_window", False), "head_dim": hf.get("head_dim") or 128}
+    return ModelConfig(**_common(hf), use_qkv_bias=bias, use_bias=bias, gqa_qk_norm=True)
+
+
+def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
+    layers, step, dense = need(hf, "num_hidden_layers"), hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
+    bias = bool(hf.get("attention_bias", False))
+    hf = hf | {"use_sliding_window": hf.get("use_sliding_window", False)}
+    experts = need(hf, "num_experts")
+    return ModelConfig(
+        **_common(hf),
+        use_qkv_bias=bias,
+        use_bias=bias,
+        gqa_qk_norm=True,
+        moe_layers=tuple(i for i in range(layers) if i not in dense and experts > 0 and (i + 1) % step == 0),
+        num_experts=experts,
+        num_experts_per_tok=need(hf, "num_experts_per_tok"),
+        moe_intermediate_size=need(hf, "moe_intermediate_size"),
+        score_function="softmax",
+        norm_topk_prob=bool(hf.get("norm_topk_prob", False)),
+    )
+
+
+def _mixtral(hf: dict[str, Any]) -> ModelConfig:
+    layers = need(hf, "num_hidden_layers")
+    return ModelConfig(
+        **_common(hf),
+        moe_layers=tuple(range(layers)),
+        num_experts=need(hf, "num_local_experts"),
+        num_experts_per_tok=need(hf, "num_experts_per_tok"),
+        moe_intermediate_size=need(hf, "intermediate_size"),
+        score_function="softmax",
+    )
+
+
+def _ling2(hf: dict[str, Any]) -> ModelConfig:
+    layers = need(hf, "num_hidden_layers")
+    qk_norm = bool(hf.get("use_qk_norm", True))
+    return ModelConfig(
+        **_common(hf),
+        use_qkv_bias=bool(hf.get("use_qkv_bias", False)),
+        use_bias=bool(hf.get("use_bias", False)),
+        use_qk_norm=qk_norm,
+        gqa_qk_norm=qk_norm,
+        num_nextn_predict_layers=hf.get("num_nextn_predict_layers") or 0,
+        mtp_loss_scaling_factor=float(hf.get("mtp_loss_scaling_factor") or 0.0),
+        **ling_moe_fields(hf, layers),
+    )
+
+
+FAMILIES: dict[str, Family] = {
+    row.architecture: row
+    for row in (
+        Family(LING_ARCHITECTURE, read_ling),
+        Family("BailingMoeV2ForCausalLM", _ling2),
+        Family("LlamaForCausalLM", _llama),
+        Family("MistralForCausalLM", _llama),
+        Family("Qwen2ForCausalLM", _qwen2),
+        Family("Qwen3ForCausalLM", _qwen3),
+        Family("Qwen3MoeForCausalLM", _qwen3_moe),
+        Family("MixtralForCausalLM", _mixtral),
+    )
+}
+
+
+def family_of(hf: dict[str, Any], *, where: object = None) -> Family:
+    """The row for a config.json dict."""
+    names = hf.get("architectures") or []
+    name = names[0] if names else str(hf.get("model_type"))
+    if name not in FAMILIES:
+        raise UserError(
+            "unknown architecture",
+            where=where,
+            value=name,
+            expected=", ".join(FAMILIES),
+            nearest=nearest(name, FAMILIES),
+        )
+    return FAMILIES[name]
+
+
+def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
+    """`ModelConfig` from any supported config.json dict."""
+    return family_of(hf, where=where).read(hf)

@@ -1,0 +1,466 @@
+"""The hybrid model in one file, top-down: GQA, Lightning and MLA layers, dense and sparse feed-forward, MTP.
+
+The same code runs a GQA teacher, a half-migrated model and the finished hybrid: `config.layer_kinds` says which mixer
+each layer has. It trains, prefills and decodes: without a cache a call sees whole sequences, with one it continues them.
+Module and parameter names are those of the released Ling checkpoints; routed experts are stacked along a leading dim.
+
+Legend: B batch, T new tokens, S cached and new tokens, M hidden_size, V vocabulary, H heads, K key/value heads,
+D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from openling.model.cache import Cache, LayerCache
+from openling.model.config import ModelConfig
+from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, softmax_attention
+from openling.ops.lightning import lightning, log_decay
+from openling.ops.moe import combine_experts, route
+from openling.ops.norm import group_rms_norm, rms_norm
+from openling.ops.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
+
+
+class Ling(nn.Module):
+    """Backbone and LM head. `model(input_ids)` returns FP32 logits [B, T, V]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Backbone(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.word_embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """FP32 logits [B, T, V] for input_ids [B, T].
+
+        cache: continue its sequences and remember these tokens. cu_seqlens [N + 1]: the single row packs N documents.
+        attention_mask [B, T]: 0 marks left padding. hidden_states: a list that receives L + 1 tensors [B, T, M]: the
+        embeddings, the output of every layer but the last, and the output of the final norm.
+        """
+        h = self.model(input_ids, cache=cache, cu_seqlens=cu_seqlens, attention_mask=attention_mask, hidden_states=hidden_states)
+        return self.logits(h)
+
+    def logits(self, h_BTM: Tensor) -> Tensor:
+        """LM head, cast to FP32 after the product (as the official code does); FP64 models stay in FP64."""
+        out = self.lm_head(h_BTM)
+        return out if out.dtype == torch.float64 else out.float()
+
+    def mtp_logits(self, input_ids: Tensor, h_BTM: Tensor) -> list[Tensor]:
+        """Logits of each MTP layer, [B, T, V]: layer k at position t predicts token t + k + 2.
+
+        h_BTM is the backbone's output after the final norm. Ids shift left by one per layer, the last filled with 0.
+        """
+        out: list[Tensor] = []
+        for layer in self.model.mtp_layers():
+            input_ids = F.pad(input_ids[:, 1:], (0, 1))
+            h_BTM = layer(h_BTM, self.model.word_embeddings(input_ids), self.model.rope(input_ids, 0, None))
+            out.append(self.logits(h_BTM))
+        return out
+
+    def new_cache(self) -> Cache:
+        """An empty cache for this model."""
+        return Cache(self.config.num_hidden_layers)
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Normal(0, initializer_range) matrices, unit norms, zero biases."""
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if name.endswith("bias"):
+                    parameter.zero_()
+                elif parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+
+
+class Backbone(nn.Module):
+    """Embeddings, layers, final norm. MTP layers sit behind the hidden layers, as in the checkpoints."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        hidden = [Layer(config, i) for i in range(config.num_hidden_layers)]
+        mtp = [MtpLayer(config, config.num_hidden_layers + k) for k in range(config.num_nextn_predict_layers)]
+        self.layers = nn.ModuleList([*hidden, *mtp])
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rope = Rope(config)
+
+    def mtp_layers(self) -> list[MtpLayer]:
+        """The multi-token-prediction layers, if any."""
+        return [layer for layer in self.layers if isinstance(layer, MtpLayer)]
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        *,
+        cache: Cache | None = None,
+        cu_seqlens: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        hidden_states: list[Tensor] | None = None,
+    ) -> Tensor:
+        """Output of the final norm [B, T, M]; arguments as in `Ling.forward`."""
+        batch, tokens = input_ids.shape
+        start = cache.length if cache is not None else 0
+        key_mask = attention_mask
+        if cache is not None:
+            key_mask = cache.extend_mask(attention_mask, batch, tokens, input_ids.device)
+        call = CallContext(self.rope(input_ids, start, cu_seqlens), cu_seqlens, key_mask)
+        h = self.word_embeddings(input_ids)
+        for i in range(self.config.num_hidden_layers):
+            if hidden_states is not None:
+                hidden_states.append(h)
+            h = self.layers[i](h, call, cache.layers[i] if cache is not None else None)
+        if cache is not None:
+            cache.advance(tokens)
+        h = self.norm(h)
+        if hidden_states is not None:
+            hidden_states.append(h)
+        return h
+
+
+class CallContext:
+    """What every layer of one call shares: rotation tables, document bounds, padding."""
+
+    def __init__(self, tables: RopeTables, cu_seqlens: Tensor | None, key_mask: Tensor | None) -> None:
+        self.tables = tables
+        self.cu_seqlens = cu_seqlens
+        self.key_mask = key_mask
+
+
+class Layer(nn.Module):
+    """Pre-norm block: h += mixer(norm(h)); h += feed_forward(norm(h))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        kinds = {"gqa": GroupedQueryAttention, "lightning": LightningAttention, "mla": LatentAttention}
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.attention = kinds[config.layer_kind(layer)](config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = SparseMoE(config) if config.is_moe(layer) else MLP(config, config.intermediate_size)
+
+    def forward(self, h_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, M] to [B, T, M]."""
+        h_BTM = h_BTM + self.attention(self.input_layernorm(h_BTM), call, cache)
+        return h_BTM + self.mlp(self.post_attention_layernorm(h_BTM))
+
+
+class MtpLayer(Layer):
+    """One multi-token-prediction step: joins the next token's embedding with the hidden state, then an ordinary block."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__(config, layer)
+        self.enorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.hnorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
+        self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, h_BTM: Tensor, embedded_BTM: Tensor, tables: RopeTables) -> Tensor:  # type: ignore[override]
+        """h [B, T, M] and the embeddings of the tokens one ahead; returns [B, T, M] after `final_layernorm`."""
+        x = self.eh_proj(torch.cat((self.enorm(embedded_BTM), self.hnorm(h_BTM)), dim=-1))
+        return self.final_layernorm(super().forward(x, CallContext(tables, None, None)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mixers
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class GroupedQueryAttention(nn.Module):
+    """Softmax attention with K shared key/value heads; rows of `query_key_value` are [Q | K | V], head-major."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.kv_heads, self.dim = config.num_attention_heads, config.num_key_value_heads, config.head_dim
+        rows = (self.heads + 2 * self.kv_heads) * self.dim
+        self.query_key_value = nn.Linear(config.hidden_size, rows, bias=config.use_qkv_bias)
+        if config.gqa_qk_norm:
+            self.query_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.qk_norm = config.gqa_qk_norm
+        self.dense = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.use_bias)
+
+    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, M] to [B, T, M]."""
+        return self.dense(self.mix(x_BTM, call, cache))
+
+    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """The input of `dense`, [B, T, H * D]."""
+        heads = self.query_key_value(x_BTM).unflatten(-1, (-1, self.dim))
+        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
+        if self.qk_norm:
+            q, k = self.query_layernorm(q), self.key_layernorm(k)
+        q, k = apply_rope(q, *call.tables.head), apply_rope(k, *call.tables.head)
+        if cache is not None:
+            k, v = cache.keys.append(k), cache.values.append(v)
+        out = softmax_attention(q, k, v, scale=self.dim**-0.5, cu_seqlens=call.cu_seqlens, key_mask=call.key_mask)
+        return out.flatten(2)
+
+
+class LightningAttention(nn.Module):
+    """Linear attention with a fixed decay per head, QK-norm, RoPE, grouped output norm and a sigmoid gate.
+
+    K and V have as many heads as Q. Rows of `query_key_value` are [Q | K | V], head-major. The decay is no parameter.
+    """
+
+    log_decay: Tensor
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.heads, self.dim = config.num_attention_heads, config.head_dim
+        width = self.heads * self.dim
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * width, bias=config.use_qkv_bias)
+        if config.use_qk_norm:
+            self.query_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
+            self.key_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
+        self.qk_norm, self.silu = config.use_qk_norm, config.linear_silu
+        self.g_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.g_norm = GroupRMSNorm(width, config.group_norm_size, config.rms_norm_eps)
+        self.dense = nn.Linear(width, config.hidden_size, bias=config.use_bias)
+        self.decay_of = (self.heads, layer, config.num_hidden_layers, config.lightning_decay_offset)
+
+    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, M] to [B, T, M]."""
+        return self.dense(self.mix(x_BTM, call, cache))
+
+    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """The input of `dense`, [B, T, H * D]: normed, gated."""
+        return self.g_norm(self.kernel(x_BTM, call, cache)) * torch.sigmoid(self.g_proj(x_BTM))
+
+    def kernel(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """The recurrence's own output, [B, T, H * D], before norm and gate."""
+        qkv = self.query_key_value(x_BTM)
+        q, k, v = (F.silu(qkv) if self.silu else qkv).unflatten(-1, (3, self.heads, self.dim)).unbind(2)
+        if self.qk_norm:
+            q, k = self.query_layernorm(q), self.key_layernorm(k)
+        q, k = apply_rope(q, *call.tables.head), apply_rope(k, *call.tables.head)
+        if call.key_mask is not None:
+            v = v * call.key_mask[:, -v.shape[1] :, None, None].to(v.dtype)
+        state = cache.state if cache is not None else None
+        decay = log_decay(*self.decay_of).to(x_BTM.device)
+        out, state = lightning(q, k, v, decay, initial_state=state, cu_seqlens=call.cu_seqlens)
+        if cache is not None:
+            cache.state = state
+        return out.flatten(2)
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention: K and V of all heads are read from one latent row per token, RoPE from a shared head.
+
+    Cached per token: R latent values (after their norm) and r rotated ones. Few new tokens attend in absorbed form.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        assert config.kv_lora_rank and config.qk_nope_head_dim and config.qk_rope_head_dim and config.v_head_dim
+        self.heads, self.rank = config.num_attention_heads, config.kv_lora_rank
+        self.nope, self.rope, self.value = config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+        width, rows = config.hidden_size, config.num_attention_heads * config.qk_head_dim
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(width, rows, bias=config.use_qkv_bias)
+        else:
+            self.q_a_proj = nn.Linear(width, config.q_lora_rank, bias=config.use_qkv_bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, config.rms_norm_eps)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, rows, bias=False)
+        self.low_rank_query = config.q_lora_rank is not None
+        self.kv_a_proj_with_mqa = nn.Linear(width, self.rank + self.rope, bias=config.use_qkv_bias)
+        self.kv_a_layernorm = RMSNorm(self.rank, config.rms_norm_eps)
+        self.kv_b_proj = nn.Linear(self.rank, self.heads * (self.nope + self.value), bias=False)
+        bias = config.use_qkv_bias or config.use_bias
+        self.dense = nn.Linear(self.heads * self.value, width, bias=bias)
+        self.scale = config.qk_head_dim**-0.5
+        scaling = config.rope_scaling or {}
+        if scaling.get("mscale_all_dim"):
+            self.scale *= yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
+
+    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """[B, T, M] to [B, T, M]."""
+        return self.dense(self.mix(x_BTM, call, cache))
+
+    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+        """The input of `dense`, [B, T, H * Dv]."""
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTM))) if self.low_rank_query else self.q_proj(x_BTM)
+        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x_BTM).split((self.rank, self.rope), dim=-1)
+        latent = self.kv_a_layernorm(latent)
+        q_rope = apply_rope(q_rope, *call.tables.latent, interleaved=True)
+        k_rope = apply_rope(k_rope.unsqueeze(2), *call.tables.latent, interleaved=True).squeeze(2)
+        if cache is not None:
+            latent, k_rope = cache.keys.append(latent), cache.values.append(k_rope)
+        new, total = x_BTM.shape[1], latent.shape[1]
+        if new < total and absorbed_is_cheaper(new, self.rank, self.nope, self.value):
+            return self.absorbed(q_nope, q_rope, latent, k_rope, call).flatten(2)
+        return self.expanded(q_nope, q_rope, latent, k_rope, call).flatten(2)
+
+    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
+        """Keys and values of every head made from the latents, then ordinary attention; [B, T, H, Dv]."""
+        kv = self.kv_b_proj(latent_BSR).unflatten(-1, (self.heads, -1))
+        k_nope, v = kv.split((self.nope, self.value), dim=-1)
+        k = torch.cat((k_nope, k_rope_BSr.unsqueeze(2).expand(-1, -1, self.heads, -1).to(k_nope.dtype)), dim=-1)
+        q = torch.cat((q_nope, q_rope), dim=-1)
+        return softmax_attention(q, k, v, scale=self.scale, cu_seqlens=call.cu_seqlens, key_mask=call.key_mask)
+
+    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
+        """The same, read straight from the latents; [B, T, H, Dv]."""
+        weight = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
+        return absorbed_attention(
+            q_nope, q_rope, latent_BSR, k_rope_BSr, weight, self.nope, scale=self.scale, key_mask=call.key_mask
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Feed-forward
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(config.hidden_size, width, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(width, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., M] to [..., M]."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class SparseMoE(nn.Module):
+    """Routed experts plus, where the config has them, shared experts that see every token."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        if config.num_shared_experts:
+            self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
+        self.has_shared = config.num_shared_experts > 0
+
+    def forward(self, x_BTM: Tensor) -> Tensor:
+        """[B, T, M] to [B, T, M]."""
+        x_NM = x_BTM.flatten(0, 1)
+        out = self.experts(x_NM, *self.gate(x_NM)).view_as(x_BTM)
+        return out + self.shared_experts(x_BTM) if self.has_shared else out
+
+
+class Router(nn.Module):
+    """Scores in FP32; the bias only shifts which experts are chosen."""
+
+    expert_bias: Tensor | None
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.register_buffer("expert_bias", torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None)
+
+    def forward(self, x_NM: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights FP32 [N, k] and expert indices [N, k]."""
+        c = self.config
+        return route(
+            x_NM,
+            self.weight,
+            self.expert_bias,
+            top_k=c.num_experts_per_tok,
+            n_group=c.n_group,
+            topk_group=c.topk_group,
+            score_function=c.score_function,
+            norm_topk_prob=c.norm_topk_prob,
+            scaling_factor=c.routed_scaling_factor,
+        )
+
+
+class Experts(nn.Module):
+    """All routed experts of a layer, stacked: gate_proj and up_proj [E, F, M], down_proj [E, M, F]."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        self.gate_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, width))
+
+    def forward(self, x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts, [N, M]."""
+
+        def run(expert: int, x: Tensor) -> Tensor:
+            inner = F.silu(F.linear(x, self.gate_proj[expert])) * F.linear(x, self.up_proj[expert])
+            return F.linear(inner, self.down_proj[expert])
+
+        return combine_experts(x_NM, weight_Nk, index_Nk, self.gate_proj.shape[0], run)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Norms and positions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """`rms_norm` with a weight."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same."""
+        return rms_norm(x, self.weight, self.eps)
+
+
+class GroupRMSNorm(RMSNorm):
+    """`group_rms_norm` with a weight."""
+
+    def __init__(self, width: int, groups: int, eps: float) -> None:
+        super().__init__(width, eps)
+        self.groups = groups
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[..., width] to the same."""
+        return group_rms_norm(x, self.weight, self.eps, self.groups)
+
+
+class RopeTables:
+    """cos and sin of one call: `head` for GQA and Lightning layers, `latent` for MLA layers."""
+
+    def __init__(self, head: tuple[Tensor, Tensor], latent: tuple[Tensor, Tensor]) -> None:
+        self.head = head
+        self.latent = latent
+
+
+class Rope(nn.Module):
+    """Frequencies, recomputed from the config and never stored: loading cannot leave them stale."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    def forward(self, input_ids: Tensor, start: int, cu_seqlens: Tensor | None) -> RopeTables:
+        """Tables for tokens at positions start, start + 1, ...; positions restart in every packed document."""
+        device = input_ids.device
+        positions = torch.arange(start, start + input_ids.shape[1], device=device)
+        if cu_seqlens is not None:
+            lengths = cu_seqlens.to(device).diff()
+            positions = positions - torch.repeat_interleave(cu_seqlens.to(device)[:-1], lengths)
+        c = self.config
+        head = self._tables(positions[None], c.rotary_dim)
+        same = not c.qk_rope_head_dim or c.qk_rope_head_dim == c.rotary_dim
+        return RopeTables(head, head if same else self._tables(positions[None], c.qk_rope_head_dim or 0))
+
+    def _tables(self, positions_1T: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
+        inv_freq, factor = rope_frequencies(rotary_dim, self.config.rope_theta, self.config.rope_scaling)
+        return rope_tables(positions_1T, inv_freq.to(positions_1T.device), factor)

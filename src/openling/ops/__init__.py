@@ -1,0 +1,1 @@
+"""Operations. Each is a plain PyTorch definition (the twin); fast versions must match it."""

@@ -1,0 +1,203 @@
+"""Lightning attention: linear attention with one constant decay per head (Ling-2.6 report, section 2; arXiv 2401.04658).
+
+    S_t = exp(g_h) S_{t-1} + k_t^T v_t          o_t = scale * q_t S_t
+
+`lightning_recurrent` is the definition, token by token. `lightning_chunk` is the same function in matrix form, which
+training and prefill use. Shapes: B batch, T tokens, H heads, D head dim, N documents, C chunk length, n chunks.
+With `cu_seqlens` the batch holds one row of N packed documents and states are [N, H, D, D].
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+CHUNK = 64
+
+
+def decay_slopes(num_heads: int) -> list[float]:
+    """Base slopes b_h > 0 (ALiBi's): powers of 2^(-8/H), interpolated when H is not a power of two."""
+    if math.log2(num_heads).is_integer():
+        return [2.0 ** (-8.0 * (h + 1) / num_heads) for h in range(num_heads)]
+    lower = 2 ** math.floor(math.log2(num_heads))
+    return decay_slopes(lower) + decay_slopes(2 * lower)[0::2][: num_heads - lower]
+
+
+def log_decay(num_heads: int, layer: int, num_layers: int, offset: int = 0) -> Tensor:
+    """Log-decay g_h < 0 of one layer, float32 [H]: g_h = -b_h (1 - (layer - offset)/(L - 1) + 1e-5), factor 1 + 1e-5 if L = 1."""
+    depth = 1.0 + 1e-5 if num_layers <= 1 else 1.0 - (layer - offset) / (num_layers - 1) + 1e-5
+    return torch.tensor([-slope * depth for slope in decay_slopes(num_heads)], dtype=torch.float32)
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype == torch.float64 else torch.float32
+
+
+def _document_bounds(q_BTHD: Tensor, cu_seqlens: Tensor | None) -> list[tuple[int, int]]:
+    """Start and end of each document in the flattened [B*T] token order."""
+    batch, tokens = q_BTHD.shape[:2]
+    if cu_seqlens is None:
+        return [(row * tokens, (row + 1) * tokens) for row in range(batch)]
+    bounds = [int(x) for x in cu_seqlens]
+    if batch != 1 or bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds, bounds[1:], strict=False)):
+        raise ValueError(f"cu_seqlens must rise from 0 to {tokens} over one packed row, got {bounds} with batch {batch}")
+    return list(zip(bounds[:-1], bounds[1:], strict=True))
+
+
+def _first_state(q_BTHD: Tensor, documents: int, initial_NHDD: Tensor | None, value_dim: int) -> Tensor:
+    heads, dim = q_BTHD.shape[2:]
+    shape = (documents, heads, dim, value_dim)
+    if initial_NHDD is None:
+        return torch.zeros(shape, dtype=_compute_dtype(q_BTHD), device=q_BTHD.device)
+    if tuple(initial_NHDD.shape) != shape:
+        raise ValueError(f"initial state must be {list(shape)}, got {list(initial_NHDD.shape)}")
+    return initial_NHDD.to(_compute_dtype(q_BTHD))
+
+
+def lightning_recurrent(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    log_decay_H: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The definition: one token at a time. Returns output [B, T, H, D] and final states [N, H, D, D] in FP32 (or FP64)."""
+    dtype = _compute_dtype(q_BTHD)
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    documents = _document_bounds(q_BTHD, cu_seqlens)
+    state_NHDD = _first_state(q_BTHD, len(documents), initial_state, v_BTHD.shape[-1])
+    q, k, v = (x.flatten(0, 1).to(dtype) for x in (q_BTHD, k_BTHD, v_BTHD))
+    decay_H11 = log_decay_H.to(dtype).exp()[:, None, None]
+    rows: list[Tensor] = []
+    states: list[Tensor] = []
+    for document, (start, end) in enumerate(documents):
+        state_HDD = state_NHDD[document]
+        for t in range(start, end):
+            state_HDD = decay_H11 * state_HDD + k[t, :, :, None] * v[t, :, None, :]
+            rows.append(scale * torch.einsum("hd,hde->he", q[t], state_HDD))
+        states.append(state_HDD)
+    out = torch.stack(rows) if rows else v[:0]
+    return out.view_as(v_BTHD).to(q_BTHD.dtype), torch.stack(states)
+
+
+def lightning_chunk(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    log_decay_H: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    scale: float | None = None,
+    chunk: int = CHUNK,
+) -> tuple[Tensor, Tensor]:
+    """The chunk form of `lightning_recurrent`: same arguments, same results, matrix products instead of a token loop.
+
+    Only pairwise differences of positions are exponentiated, and they are never positive: no decay can overflow.
+    """
+    with torch.autocast(q_BTHD.device.type, enabled=False):
+        dtype = _compute_dtype(q_BTHD)
+        scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+        documents = _document_bounds(q_BTHD, cu_seqlens)
+        state_NHDD = _first_state(q_BTHD, len(documents), initial_state, v_BTHD.shape[-1])
+        layout = _ChunkLayout(documents, chunk, q_BTHD.device)
+        q, k, v = (layout.split(x.flatten(0, 1).to(dtype)) for x in (q_BTHD, k_BTHD, v_BTHD))  # [n, H, C, D]
+        g_H = log_decay_H.to(device=q.device, dtype=dtype)
+
+        position_C = torch.arange(chunk, device=q.device, dtype=dtype)
+        age_CC = position_C[:, None] - position_C[None, :]
+        within_HCC = torch.exp(g_H[:, None, None] * age_CC.clamp(min=0)).tril()
+        out = ((q @ k.transpose(-1, -2)) * within_HCC) @ v
+
+        # What each chunk adds to the state: lam^(length - 1 - b); padded rows of k are zero, so the clamp is harmless.
+        remaining_nC = (layout.lengths_n[:, None].to(dtype) - 1 - position_C).clamp(min=0)
+        fading_nHC = torch.exp(g_H[:, None] * remaining_nC[:, None, :])
+        added_nHDD = (k * fading_nHC[..., None]).transpose(-1, -2) @ v
+        kept_nH = torch.exp(g_H * layout.lengths_n[:, None].to(dtype))
+        before_nHDD, final_NHDD = _scan(layout, added_nHDD, kept_nH, state_NHDD)
+
+        carried_HC = torch.exp(g_H[:, None] * (position_C + 1))
+        out = out + (q * carried_HC[..., None]) @ before_nHDD
+        return layout.join(scale * out).view_as(v_BTHD).to(q_BTHD.dtype), final_NHDD
+
+
+class _ChunkLayout:
+    """Cuts documents into chunks that never cross a boundary; the last chunk of a document is padded with zeros."""
+
+    def __init__(self, documents: list[tuple[int, int]], chunk: int, device: torch.device) -> None:
+        pieces = [(d, s, min(s + chunk, end)) for d, (start, end) in enumerate(documents) for s in range(start, end, chunk)]
+        self.device = device
+        self.lengths_n = torch.tensor([end - start for _, start, end in pieces], device=device, dtype=torch.long)
+        starts_n = torch.tensor([start for _, start, _ in pieces], device=device, dtype=torch.long)
+        offset_C = torch.arange(chunk, device=device)
+        self.valid_nC = offset_C < self.lengths_n[:, None]
+        self.token_nC = torch.where(self.valid_nC, starts_n[:, None] + offset_C, 0)
+        self.dense = bool((self.lengths_n == chunk).all())
+        # steps[i]: the i-th chunk of every document that has one, as (documents, chunks).
+        self.steps: list[tuple[Tensor, Tensor]] = []
+        by_document: list[list[int]] = [[] for _ in documents]
+        for index, (d, _, _) in enumerate(pieces):
+            by_document[d].append(index)
+        for i in range(max(map(len, by_document), default=0)):
+            pairs = [(d, chunks[i]) for d, chunks in enumerate(by_document) if len(chunks) > i]
+            docs, chunks_i = (torch.tensor(x, device=device) for x in zip(*pairs, strict=True))
+            self.steps.append((docs, chunks_i))
+
+    def split(self, x_THD: Tensor) -> Tensor:
+        """Tokens [B*T, H, D] to chunks [n, H, C, D]."""
+        if self.dense:
+            n, chunk = self.token_nC.shape
+            return x_THD.view(n, chunk, *x_THD.shape[1:]).transpose(1, 2)
+        gathered = x_THD[self.token_nC].masked_fill(~self.valid_nC[..., None, None], 0)
+        return gathered.transpose(1, 2)
+
+    def join(self, x_nHCD: Tensor) -> Tensor:
+        """Chunks back to tokens, padding dropped."""
+        x_nCHD = x_nHCD.transpose(1, 2)
+        return x_nCHD.flatten(0, 1) if self.dense else x_nCHD[self.valid_nC]
+
+
+def _scan(layout: _ChunkLayout, added_nHDD: Tensor, kept_nH: Tensor, state_NHDD: Tensor) -> tuple[Tensor, Tensor]:
+    """State before every chunk [n, H, D, D] and after every document [N, H, D, D]."""
+    if not layout.steps:
+        return added_nHDD, state_NHDD
+    before: list[Tensor] = []
+    for documents, chunks in layout.steps:
+        current = state_NHDD[documents]
+        before.append(current)
+        after = kept_nH[chunks][..., None, None] * current + added_nHDD[chunks]
+        state_NHDD = state_NHDD.index_copy(0, documents, after)
+    order = torch.cat([chunks for _, chunks in layout.steps]).argsort()
+    return torch.cat(before)[order], state_NHDD
+
+
+def lightning(
+    q_BTHD: Tensor,
+    k_BTHD: Tensor,
+    v_BTHD: Tensor,
+    log_decay_H: Tensor,
+    *,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The op's one entry: a single token takes one step of the recurrence, anything longer the chunk form."""
+    if q_BTHD.shape[1] == 1 and cu_seqlens is None:
+        return _step(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state)
+    return lightning_chunk(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state=initial_state, cu_seqlens=cu_seqlens)
+
+
+def _step(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+    """One decode step for a whole batch: B1HD in, B1HD out."""
+    with torch.autocast(q.device.type, enabled=False):
+        dtype = _compute_dtype(q)
+        state_BHDD = _first_state(q, q.shape[0], state, v.shape[-1])
+        q_BHD, k_BHD, v_BHD = (x[:, 0].to(dtype) for x in (q, k, v))
+        decay = log_decay_H.to(device=q.device, dtype=dtype).exp()[:, None, None]
+        state_BHDD = decay * state_BHDD + k_BHD[..., :, None] * v_BHD[..., None, :]
+        out = (q_BHD[..., None, :] @ state_BHDD) * q.shape[-1] ** -0.5
+        return out.transpose(1, 2).to(q.dtype), state_BHDD

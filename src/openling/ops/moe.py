@@ -1,0 +1,72 @@
+"""Mixture of experts: FP32 router with group-limited top-k, and the weighted sum of expert outputs.
+
+Legend: N tokens, E experts, G groups, k experts per token, M model width.
+Sources: Ling-V2 model code; group-limited "noaux_tc" selection as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def route(
+    x_NM: Tensor,
+    weight_EM: Tensor,
+    expert_bias_E: Tensor | None,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    score_function: str = "sigmoid",
+    norm_topk_prob: bool = True,
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """Weights float32 [N, k] and expert indices [N, k].
+
+    Scores are FP32 sigmoid or softmax of x @ W^T. The bias shifts the selection only, never the weights. Each group is
+    scored by the sum of its two best biased scores; only the best `topk_group` groups compete.
+    """
+    with torch.autocast(x_NM.device.type, enabled=False):
+        dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
+        logits = x_NM.to(dtype) @ weight_EM.to(dtype).T
+        scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)
+        choice = scores if expert_bias_E is None else scores + expert_bias_E.to(dtype)
+        if n_group > 1:
+            grouped = choice.unflatten(-1, (n_group, -1))
+            group_score = grouped.topk(2, dim=-1).values.sum(-1)
+            best = group_score.topk(topk_group, dim=-1, sorted=False).indices
+            allowed = torch.zeros_like(group_score, dtype=torch.bool).scatter(-1, best, True)
+            choice = grouped.masked_fill(~allowed[..., None], float("-inf")).flatten(-2)
+        index = choice.topk(top_k, dim=-1, sorted=False).indices
+        weight = scores.gather(-1, index)
+        if norm_topk_prob and top_k > 1:
+            weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+        return weight * scaling_factor, index
+
+
+def combine_experts(
+    x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor, num_experts: int, run_expert: Callable[[int, Tensor], Tensor]
+) -> Tensor:
+    """Sum of weight * expert(x) over the chosen experts, accumulated in FP32, returned in x's dtype [N, M].
+
+    Tokens are sorted by expert once, so that `run_expert(e, tokens)` sees each expert's tokens as one matrix.
+    """
+    dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
+    top_k = index_Nk.shape[-1]
+    flat = index_Nk.flatten()
+    order = flat.argsort(stable=True)
+    counts = torch.bincount(flat, minlength=num_experts).tolist()
+    token = order // top_k
+    gate = weight_Nk.flatten()[order].to(dtype)
+    out = torch.zeros(x_NM.shape, dtype=dtype, device=x_NM.device)
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            rows = token[start : start + count]
+            y = run_expert(expert, x_NM[rows]).to(dtype)
+            out = out.index_add(0, rows, y * gate[start : start + count, None])
+            start += count
+    return out.to(x_NM.dtype)
