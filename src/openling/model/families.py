@@ -71,7 +71,7 @@ def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
     layers, step, dense = need(hf, "num_hidden_layers"), hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
     bias = bool(hf.get("attention_bias", False))
     hf = hf | {"use_sliding_window": hf.get("use_sliding_window", False)}
-    experts = need(hf, "num_experts")
+    experts = need(hf, "num_experts" if "num_experts" in hf else "num_local_experts")  # transformers 5 writes the second
     return ModelConfig(
         **_common(hf),
         use_qkv_bias=bias,
@@ -145,4 +145,8 @@ def family_of(hf: dict[str, Any], *, where: object = None) -> Family:
 
 def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     """`ModelConfig` from any supported config.json dict."""
-    return family_of(hf, where=where).read(hf)
+    family = family_of(hf, where=where)
+    try:
+        return family.read(hf)
+    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
+        raise UserError("config.json has a value of the wrong kind", where=where, value=error, expected=family.architecture) from error

@@ -1,0 +1,1 @@
+"""Presets and typed settings; nothing here imports torch or the model."""

@@ -1,0 +1,1 @@
+"""Text: built-in corpora and files of the user, tokenised and cut into windows."""

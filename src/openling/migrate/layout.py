@@ -1,0 +1,135 @@
+"""The hybrid that a migration of a GQA model yields: which layers become what, and every width and rank that is new.
+
+Lightning everywhere but in the last layer of each group, which becomes MLA, as in Ling-2.6 (arXiv 2606.15079, section 2).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from openling.errors import UserError
+from openling.model.config import LayerKind, ModelConfig
+
+Stage = Literal["lightning", "mla"]
+
+PUBLISHED_GROUP = 8
+
+
+def target_config(
+    source: ModelConfig,
+    *,
+    group_size: int | None = None,
+    kv_lora_rank: int | None = None,
+    q_lora_rank: int | None = None,
+    qk_rope_head_dim: int | None = None,
+    decay_offset: int = 0,
+) -> ModelConfig:
+    """The hybrid's configuration. What is left None follows the published sizes, scaled to `source`:
+
+    - group_size: 8, or the nearest divisor of the layer count (`default_group_size`);
+    - qk_rope_head_dim: the teacher's rotated dims, which stock engines require of this layout;
+    - kv_lora_rank: at most 512 and 60 % of the teacher's own rank 2KD - qk_rope_head_dim, in steps of 32;
+    - q_lora_rank: at most 1536 and 2/3 of hidden_size, in steps of 64.
+
+    MLA heads keep the teacher's head dim for nope and value. Embeddings are untied, because engines cannot tie them.
+    Raises UserError for a model that is not all GQA, a group size that does not divide the layers, or a bad width.
+    """
+    _check_source(source)
+    group = default_group_size(source.num_hidden_layers) if group_size is None else group_size
+    _check_group_size(source.num_hidden_layers, group)
+    rope = source.rotary_dim if qk_rope_head_dim is None else qk_rope_head_dim
+    if rope < 2 or rope % 2:
+        raise UserError("RoPE turns pairs of dims", where="qk_rope_head_dim", value=rope, expected="a positive even number")
+    own_rank = 2 * source.num_key_value_heads * source.head_dim - rope
+    kv_rank = max(32, min(512, own_rank * 3 // 5 // 32 * 32)) if kv_lora_rank is None else kv_lora_rank
+    q_rank = max(32, min(1536, 2 * source.hidden_size // 3 // 64 * 64)) if q_lora_rank is None else q_lora_rank
+    for name, rank in (("kv_lora_rank", kv_rank), ("q_lora_rank", q_rank)):
+        if rank < 1:
+            raise UserError("a rank must be positive", where=name, value=rank, expected="a positive integer")
+    return source.replace(
+        layer_kinds=_hybrid_kinds(source.num_hidden_layers, group),
+        layer_group_size=group,
+        mtp_layer_kind="mla",
+        tie_word_embeddings=False,
+        use_qk_norm=True,
+        group_norm_size=norm_groups(source.num_attention_heads),
+        lightning_decay_offset=decay_offset,
+        q_lora_rank=q_rank,
+        kv_lora_rank=kv_rank,
+        qk_nope_head_dim=source.head_dim,
+        qk_rope_head_dim=rope,
+        v_head_dim=source.head_dim,
+    )
+
+
+def stage_kinds(source: ModelConfig, target: ModelConfig, stage: Stage) -> tuple[LayerKind, ...]:
+    """`layer_kinds` once a conversion is done: after `lightning` the future MLA layers are still the teacher's GQA."""
+    if stage == "mla":
+        return target.layer_kinds
+    return tuple(new if new == "lightning" else old for old, new in zip(source.layer_kinds, target.layer_kinds, strict=True))
+
+
+def default_group_size(layers: int) -> int:
+    """8 where it divides the layer count, else the divisor (2 or more) nearest to 8; of two equally near, the smaller.
+
+    The smaller of two keeps more MLA layers, which long recall rests on.
+    """
+    sizes = _divisors(layers)
+    if not sizes:
+        raise UserError(
+            "one layer cannot hold both kinds of attention", where="num_hidden_layers", value=layers, expected="2 or more"
+        )
+    return min(sizes, key=lambda size: (abs(size - PUBLISHED_GROUP), size))
+
+
+def group_size_reason(layers: int, group: int) -> str:
+    """One sentence: why the layers are grouped so."""
+    if group == PUBLISHED_GROUP:
+        return f"groups of {group}, as Ling-2.6"
+    default, mirror = default_group_size(layers), 2 * PUBLISHED_GROUP - group
+    if group != default:
+        return f"groups of {group}, as asked (Ling-2.6: {PUBLISHED_GROUP}; default here: {default})"
+    tie = f" ({mirror} is as near, with fewer MLA layers)" if mirror in _divisors(layers) else ""
+    return f"groups of {group}: Ling-2.6's {PUBLISHED_GROUP} does not divide {layers} layers, {group} is the nearest divisor{tie}"
+
+
+def norm_groups(heads: int) -> int:
+    """Groups of the Lightning output norm: 8 heads each, as published (64 heads: 8 groups; 32: 4).
+
+    Below 32 heads, or where 8 does not divide them, one group per head: the finest norm, and any tensor split respects it.
+    """
+    return heads // 8 if heads >= 32 and heads % 8 == 0 else heads
+
+
+def _hybrid_kinds(layers: int, group: int) -> tuple[LayerKind, ...]:
+    return tuple("mla" if (i + 1) % group == 0 else "lightning" for i in range(layers))
+
+
+def _divisors(layers: int) -> list[int]:
+    return [size for size in range(2, layers + 1) if layers % size == 0]
+
+
+def _check_source(source: ModelConfig) -> None:
+    converted = [kind for kind in source.layer_kinds if kind != "gqa"]
+    if converted:
+        raise UserError(
+            "this model is already converted, wholly or in part: only a GQA model can be migrated",
+            where="layer_kinds",
+            value=f"{len(converted)} of {len(source.layer_kinds)} layers are {' or '.join(sorted(set(converted)))}",
+            expected="softmax (GQA or MHA) attention in every layer",
+        )
+
+
+def _check_group_size(layers: int, group: int) -> None:
+    sizes = _divisors(layers)
+    if group in sizes:
+        return
+    below = [size for size in sizes if size < group][-1:]
+    above = [size for size in sizes if size > group][:1]
+    raise UserError(
+        "the group size must divide the number of layers",
+        where="--group-size",
+        value=group,
+        expected=f"a divisor of {layers}, 2 or more",
+        nearest=" or ".join(map(str, below + above)) or None,
+    )

@@ -1,0 +1,125 @@
+"""GQA to Lightning: widening K and V, matching heads to decays, and the closed-form fit of norm and output projection.
+
+Sources: Ling-2.6 report p. 6 (what is widened and what is new); look-back matching and the refit are ours.
+Legend: M hidden size, H query heads, K key/value heads, D head dim, T tokens.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from openling.migrate.calibrate import Gram, LayerStep
+from openling.model.ling import GroupedQueryAttention, LightningAttention
+
+# Standard deviation of new weights in the Ling-2.0 initialisation, used where the report says "random".
+NEW_WEIGHT_STD = 0.006
+
+
+def split_heads(attention: GroupedQueryAttention, name: str) -> tuple[Tensor, Tensor, Tensor] | None:
+    """q, k, v of `query_key_value` as [heads, D, ...] (`name` is weight or bias; None where there is no bias)."""
+    packed = getattr(attention.query_key_value, name)
+    if packed is None:
+        return None
+    heads = packed.detach().unflatten(0, (-1, attention.dim))
+    q, k, v = heads.split((attention.heads, attention.kv_heads, attention.kv_heads))
+    return q, k, v
+
+
+def replicate(kv_heads: Tensor, heads: int) -> Tensor:
+    """Each K/V head once per query head that reads it, [K, D, ...] to [H, D, ...]: exact for softmax attention."""
+    return kv_heads.repeat_interleave(heads // kv_heads.shape[0], dim=0)
+
+
+def randomise(kv_heads: Tensor, heads: int, generator: torch.Generator) -> Tensor:
+    """The originals at the first head of each group, all other heads random (the report's literal reading)."""
+    wide = torch.randn((heads, *kv_heads.shape[1:]), generator=generator) * NEW_WEIGHT_STD
+    wide = wide.to(kv_heads)
+    wide[:: heads // kv_heads.shape[0]] = kv_heads
+    return wide
+
+
+def look_back(attention: GroupedQueryAttention, step: LayerStep) -> Tensor:
+    """Mean distance in tokens at which each head of the teacher reads, [H]: t - sum_s p_ts s, averaged over t.
+
+    The position rides along as the only value channel, so that no T x T matrix is formed.
+    """
+    from openling.ops.attention import softmax_attention
+    from openling.ops.rope import apply_rope
+
+    total, rows = torch.zeros(attention.heads, dtype=torch.float64), 0
+    for h in step.teacher_h:
+        qkv = attention.query_key_value(step.teacher.input_layernorm(h)).unflatten(-1, (-1, attention.dim))
+        q, k, _ = qkv.split((attention.heads, attention.kv_heads, attention.kv_heads), dim=2)
+        if attention.qk_norm:
+            q, k = attention.query_layernorm(q), attention.key_layernorm(k)
+        q, k = apply_rope(q, *step.teacher_call.tables.head), apply_rope(k, *step.teacher_call.tables.head)
+        position = torch.arange(h.shape[1], dtype=torch.float32, device=h.device)
+        value = position[None, :, None, None].expand(h.shape[0], -1, attention.kv_heads, 8)
+        seen = softmax_attention(q.float(), k.float(), value, scale=attention.dim**-0.5)[..., 0]
+        total += (position[None, :, None] - seen).double().sum((0, 1)).cpu()
+        rows += h.shape[0] * h.shape[1]
+    return total / rows
+
+
+def match_heads(distance_H: Tensor, log_decay_H: Tensor) -> Tensor:
+    """Permutation p [H]: new head j, with the j-th decay, takes teacher head p[j]; far readers get slow decays."""
+    by_half_life = (-log_decay_H).argsort(descending=True, stable=True)
+    by_distance = distance_H.argsort(stable=True)
+    order = torch.empty_like(by_distance)
+    order[by_half_life] = by_distance
+    return order
+
+
+@torch.no_grad()
+def widen(
+    source: GroupedQueryAttention, target: LightningAttention, *, order: Tensor | None = None, generator: torch.Generator | None = None
+) -> None:
+    """Fill `target` from `source`: widened q, k, v, the copied output projection, QK-norm weights where there are any.
+
+    With a `generator` new K/V heads and the gate are random (the published start); without, K and V are replicated and
+    the gate is zero. `order` permutes heads of q, k, v and the output projection jointly, which is exact.
+    """
+    heads = source.heads
+    order = torch.arange(heads) if order is None else order
+    for name in ("weight", "bias"):
+        parts = split_heads(source, name)
+        if parts is None:
+            continue
+        q, k, v = parts
+        grow = replicate if generator is None else lambda x, h: randomise(x, h, generator)
+        wide = [x[order].flatten(0, 1) for x in (q, grow(k, heads), grow(v, heads))]
+        getattr(target.query_key_value, name).copy_(torch.cat(wide))
+    columns = source.dense.weight.unflatten(1, (heads, source.dim))[:, order]
+    target.dense.weight.copy_(columns.flatten(1))
+    if source.dense.bias is not None:
+        target.dense.bias.copy_(source.dense.bias)
+    if source.qk_norm:
+        target.query_layernorm.weight.copy_(source.query_layernorm.weight)
+        target.key_layernorm.weight.copy_(source.key_layernorm.weight)
+    if generator is None:
+        target.g_proj.weight.zero_()
+    else:
+        noise = torch.randn(target.g_proj.weight.shape, generator=generator) * NEW_WEIGHT_STD
+        target.g_proj.weight.copy_(noise)
+
+
+@torch.no_grad()
+def refit_output(step: LayerStep, *, damping: float, correct_residual: bool) -> float:
+    """Ridge regression of the mixer's target on the input of `dense`, towards the present weights; bias refitted by its mean.
+
+    Returns the relative squared error that is left. Works for any mixer with `mix` and `dense`.
+    """
+    mixer = step.student.attention
+    gram, energy = Gram(), 0.0
+    bias = mixer.dense.bias
+    for x, y in zip(step.inputs(), step.targets(correct_residual), strict=True):
+        z = mixer.mix(x, step.student_call)
+        y = y if bias is None else y - bias
+        gram.add(z, y)
+        energy += float(y.double().pow(2).sum())
+    weight = gram.ridge(damping, mixer.dense.weight)
+    assert gram.zz is not None and gram.zy is not None
+    explained = 2 * (weight.T * gram.zy).sum() - ((weight @ gram.zz) * weight).sum()
+    mixer.dense.weight.copy_(weight)
+    return float(1 - explained / energy)

@@ -1,0 +1,251 @@
+"""GQA to MLA: concentrate RoPE in one shared key, compress the rest of K with V into a latent, compress the query.
+
+Sources: TransMLA (arXiv 2502.07864) for RoRoPE, balance and joint PCA; Ling-2.6 report p. 7 for partial RoPE; the
+weighted basis and the regression on normalised latents are ours. All algebra is FP64 on small matrices: the second moment
+C = E[x x^T] of the layer input stands for the calibration text.
+
+Legend: M1 hidden size + 1 (last column bias, last input 1), H query heads, K key/value heads, D head dim,
+p = r / 2 rotated pairs kept, f frequencies folded into one, R latent rank, N tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from openling.migrate.calibrate import Gram
+from openling.model.ling import GroupedQueryAttention, LatentAttention
+
+Balance = Literal["ratio", "weighted"]
+LatentNorm = Literal["inverse", "rms", "channel", "refit"]
+
+
+@dataclass
+class Projections:
+    """What softmax attention computes from x before RoPE: q [H, D, M1], k and v [K, D, M1], FP64, bias as last column."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def of(attention: GroupedQueryAttention) -> Projections:
+        """The weights of a GQA mixer; its QK-norm is not included."""
+        layer = attention.query_key_value
+        bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach()
+        rows = torch.cat((layer.weight.detach().double(), bias.to(layer.weight)[:, None].double()), dim=1)
+        heads = rows.unflatten(0, (-1, attention.dim))
+        return Projections(*heads.split((attention.heads, attention.kv_heads, attention.kv_heads)))
+
+    @property
+    def group(self) -> int:
+        """Query heads per key/value head."""
+        return self.q.shape[0] // self.k.shape[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# RoPE concentration
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def pairs(heads_hDM: Tensor, rotary: int, fold: int) -> Tensor:
+    """The rotated dims as [2, h, p, f, M1]: real and imaginary halves, `fold` neighbouring frequencies together."""
+    return heads_hDM[:, :rotary].unflatten(1, (2, rotary // 2 // fold, fold)).transpose(0, 1)
+
+
+@dataclass
+class Concentration:
+    """`down` [p, K*f] makes the shared rotated key from the K heads' pairs; `up` [p, K*f] is its share in each of them."""
+
+    down: Tensor
+    up: Tensor
+    energy_kept: float
+
+
+def rorope_basis(key: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
+    """Per frequency, eigenvalues [p, K*f] (descending) and eigenvectors [p, K*f, K*f] of the keys' energy over heads.
+
+    `key` is `pairs(k)`. One real rotation for both halves commutes with RoPE when fold = 1, so that the full basis is exact.
+    """
+    parts = key.transpose(1, 2).flatten(2, 3)  # [2, p, K*f, M1]
+    energy = torch.einsum("cpam,mn,cpbn->pab", parts, moment, parts)
+    values, vectors = torch.linalg.eigh(energy)
+    return values.flip(-1), vectors.flip(-1)
+
+
+def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query_weighted: bool) -> Concentration:
+    """The best single component per kept frequency: of key energy (published), or of key energy times query energy."""
+    key = pairs(w.k, rotary, fold)
+    weight = torch.ones(key.shape[2], key.shape[1] * fold, dtype=key.dtype)  # [p, K*f]
+    if query_weighted:
+        query = pairs(w.q, rotary, fold).unflatten(1, (w.k.shape[0], w.group))
+        energy = torch.einsum("ckgpfm,mn,ckgpfn->pkf", query, moment, query).flatten(1)
+        weight = energy.clamp(min=1e-12 * float(energy.max())).sqrt()
+    scaled = key * weight.unflatten(1, (-1, fold)).transpose(0, 1)[None, ..., None]
+    values, vectors = rorope_basis(scaled, moment)
+    first = vectors[..., 0]
+    return Concentration(first * weight, first / weight, float(values[:, 0].sum() / values.sum()))
+
+
+def split_rope(w: Projections, basis: Concentration, rotary: int, fold: int) -> tuple[Tensor, Tensor, Tensor]:
+    """k_rope [r, M1] and q_rope [H, r, M1] in interleaved order, and what is left of the keys, unrotated, [K, D, M1]."""
+    kv_heads = w.k.shape[0]
+    down, up = (x.unflatten(1, (kv_heads, fold)) for x in (basis.down, basis.up))  # [p, K, f]
+    key = pairs(w.k, rotary, fold)
+    shared = torch.einsum("pkf,ckpfm->cpm", down, key)
+    query = pairs(w.q, rotary, fold).unflatten(1, (kv_heads, w.group))
+    q_rope = torch.einsum("pkf,ckgpfm->ckgpm", up, query).flatten(1, 2)
+    rest = key - torch.einsum("pkf,cpm->ckpfm", up, shared)
+    left = torch.cat((rest.transpose(0, 1).flatten(1, 3), w.k[:, rotary:]), dim=1)
+    interleave = [x.movedim(0, -2).flatten(-3, -2) for x in (shared, q_rope)]
+    return interleave[0], interleave[1], left
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Latents
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LowRank:
+    """rows ~ up @ (down @ x): `down` [R, M1], `up` [rows, R]."""
+
+    down: Tensor
+    up: Tensor
+    energy_kept: float
+
+
+def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None = None) -> LowRank:
+    """PCA of the activations rows @ x (second moment `moment`) in the metric S: the best rank-R map in |S (rows x - .)|^2.
+
+    metric_P: a symmetric positive matrix S [P, P]; None is the identity. With it, up and down carry S^-1 and S.
+    """
+    scaled = rows_PM if metric_P is None else metric_P @ rows_PM
+    values, vectors = torch.linalg.eigh(scaled @ moment @ scaled.T)
+    basis = vectors.flip(-1)[:, :rank]
+    up = basis if metric_P is None else torch.linalg.solve(metric_P, basis)
+    return LowRank(basis.T @ scaled, up, float(values.flip(-1)[:rank].sum() / values.sum()))
+
+
+def balance_metric(w: Projections, left: Tensor, moment: Tensor, output: Tensor, balance: Balance) -> Tensor:
+    """The metric [2KD, 2KD] in which K (without its rotated part) and V share the latent.
+
+    ratio: K divided by alpha = |K| / |V| (root mean squares of the activations). weighted: K errors weighted by the
+    queries that meet them, V errors by the output projection `output` [M, H, D]; then balanced in the same way.
+    """
+    kv_heads, dim = left.shape[:2]
+    if balance == "ratio":
+        blocks = [torch.eye(dim, dtype=left.dtype)] * (2 * kv_heads)
+    else:
+        q = w.q.unflatten(0, (kv_heads, w.group))
+        out = output.unflatten(1, (kv_heads, w.group))
+        query = torch.einsum("kgdm,mn,kgen->kde", q, moment, q)
+        reader = torch.einsum("mkgd,mkge->kde", out, out)
+        blocks = [matrix_sqrt(x) for x in (*query, *reader)]
+    metric = torch.block_diag(*blocks)
+    rows = metric @ torch.cat((left, w.v)).flatten(0, 1)
+    energy = torch.einsum("pm,mn,pn->p", rows, moment, rows).unflatten(0, (2, -1)).sum(-1)
+    metric[: kv_heads * dim] *= (energy[1] / energy[0]).sqrt()
+    return metric
+
+
+def matrix_sqrt(symmetric: Tensor) -> Tensor:
+    """Square root of a positive semi-definite matrix, its smallest eigenvalues lifted to 1e-6 of the mean."""
+    values, vectors = torch.linalg.eigh(symmetric)
+    return (vectors * values.clamp(min=1e-6 * float(values.mean())).sqrt()) @ vectors.T
+
+
+def after_norm(factors: LowRank, rows: Tensor, inputs: Sequence[Tensor], eps: float, mode: LatentNorm) -> tuple[Tensor, Tensor]:
+    """Norm weight [R] and up-projection [rows, R] once an RMSNorm stands between down and up.
+
+    inverse: E[1 / rms] (as the public converter has it); rms: E[rms]; channel: least squares per latent channel;
+    refit: unit weight, and the up-projection regressed anew from the normalised latents to rows @ x.
+    """
+    rank = factors.down.shape[0]
+    gram, moments = Gram(), torch.zeros(4, rank, dtype=torch.float64)
+    count = 0
+    for x in inputs:
+        latent = x @ factors.down.T
+        rms = (latent.pow(2).mean(-1, keepdim=True) + eps).sqrt()
+        normed = latent / rms
+        if mode == "refit":
+            gram.add(normed, x @ rows.T)
+        each = (1 / rms, rms, latent * normed, normed.pow(2))
+        moments += torch.stack([e.sum(0).expand(rank) for e in each])
+        count += x.shape[0]
+    inverse, root, cross, square = moments / count
+    channel = cross / square
+    if mode == "refit":
+        return torch.ones(rank, dtype=torch.float64), gram.ridge(1e-6, factors.up * channel)
+    return {"inverse": inverse, "rms": root, "channel": channel}[mode], factors.up
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A whole mixer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def fill_mla(
+    target: LatentAttention,
+    w: Projections,
+    dense: torch.nn.Linear,
+    inputs: Sequence[Tensor],
+    *,
+    rotary: int,
+    balance: Balance,
+    latent_norm: LatentNorm,
+    query_weighted: bool,
+) -> dict[str, float]:
+    """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed); energies kept, by name.
+
+    `inputs` are batches of layer inputs [N, M1] in FP64 with a last column of ones.
+    """
+    gram = Gram()
+    for x in inputs:
+        gram.add(x)
+    moment = gram.moment
+    heads, dim = w.q.shape[:2]
+    fold = rotary // target.rope
+    basis = concentrate(w, moment, rotary, fold, query_weighted=query_weighted)
+    k_rope, q_rope, left = split_rope(w, basis, rotary, fold)
+    output = dense.weight.double().unflatten(1, (heads, dim))
+
+    kv_rows = torch.cat((left, w.v)).flatten(0, 1)
+    kv = low_rank(kv_rows, moment, target.rank, balance_metric(w, left, moment, output, balance))
+    norm, up = after_norm(kv, kv_rows, inputs, target.kv_a_layernorm.eps, latent_norm)
+    k_up, v_up = (x.unflatten(0, (-1, dim)).repeat_interleave(w.group, 0) for x in up.chunk(2))
+    _set(target.kv_a_proj_with_mqa, torch.cat((kv.down, k_rope)))
+    target.kv_a_layernorm.weight.copy_(norm)
+    target.kv_b_proj.weight.copy_(torch.cat((k_up, v_up), dim=1).flatten(0, 1))
+
+    # MLA divides scores by sqrt(nope + rope), the source by sqrt(D).
+    q_rows = (torch.cat((w.q, q_rope), dim=1) * ((target.nope + target.rope) / dim) ** 0.5).flatten(0, 1)
+    kept = {"rope energy kept": basis.energy_kept, "kv energy kept": kv.energy_kept}
+    if target.low_rank_query:
+        rank = target.q_a_proj.weight.shape[0]
+        q = low_rank(q_rows, moment, rank)
+        norm, up = after_norm(q, q_rows, inputs, target.q_a_layernorm.eps, latent_norm)
+        _set(target.q_a_proj, q.down)
+        target.q_a_layernorm.weight.copy_(norm)
+        target.q_b_proj.weight.copy_(up)
+        kept["query energy kept"] = q.energy_kept
+    else:
+        _set(target.q_proj, q_rows)
+    target.dense.weight.copy_(dense.weight)
+    if target.dense.bias is not None:
+        target.dense.bias.zero_()
+        if dense.bias is not None:
+            target.dense.bias.copy_(dense.bias)
+    return kept
+
+
+def _set(linear: torch.nn.Linear, rows_PM: Tensor) -> None:
+    """Weights and, where the layer has one, the bias column."""
+    linear.weight.copy_(rows_PM[:, :-1])
+    if linear.bias is not None:
+        linear.bias.copy_(rows_PM[:, -1])

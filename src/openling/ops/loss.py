@@ -1,0 +1,143 @@
+"""Next-token cross-entropy and KL(teacher || student) straight from hidden states, memory-bounded.
+
+Logits [tokens, vocabulary] exist only for one chunk of tokens at a time. The gradient is formed in the same pass, from the
+same logits: the student's projection runs once (a checkpointed chunk would run it twice), and backward only scales.
+
+    ce = -log p(next token)         d ce / d logits = p - onehot
+    kl = sum_v t_v (log t_v - log p_v)   d kl / d logits = p - t        p student's, t teacher's distribution
+
+Legend: B batch, T tokens, M hidden size, V vocabulary, N = B (T - 1) predicting tokens, C tokens of a chunk.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Values of one chunk's logits: 64 MiB in FP32, of which three or four live at once.
+CHUNK_VALUES = 2**24
+
+
+@dataclass(frozen=True)
+class HeadLoss:
+    """`loss` = ce_weight * ce + kl_weight * kl, differentiable; the others are means per token in nats, detached.
+
+    `kl` and `agreement` (share of tokens where student and teacher have the same likeliest token) need a teacher.
+    """
+
+    loss: Tensor
+    ce: Tensor
+    kl: Tensor | None = None
+    agreement: Tensor | None = None
+
+
+def head_loss(
+    h_BTM: Tensor,
+    weight_VM: Tensor,
+    input_ids_BT: Tensor,
+    *,
+    teacher_h_BTM: Tensor | None = None,
+    teacher_weight_VM: Tensor | None = None,
+    ce_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    agreement: bool = False,
+    chunk_values: int = CHUNK_VALUES,
+) -> HeadLoss:
+    """Losses of the tokens that predict a next one, from outputs of the final norm [B, T, M] and LM heads [V, M].
+
+    Projections run in the autocast dtype where autocast is on, else in h's dtype; softmax and logarithms in FP32 (FP64 for
+    FP64 inputs). Gradients go to h and to weight where these need them; the teacher gets none.
+    """
+    device = h_BTM.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_BTM.dtype
+    teacher = None
+    if teacher_h_BTM is not None:
+        assert teacher_weight_VM is not None
+        teacher = (teacher_h_BTM[:, :-1].flatten(0, 1).detach(), teacher_weight_VM.detach())
+    call = _Call(input_ids_BT[:, 1:].flatten(), teacher, ce_weight, kl_weight, agreement, dtype, chunk_values)
+    call.grad_h = torch.is_grad_enabled() and h_BTM.requires_grad
+    call.grad_weight = torch.is_grad_enabled() and weight_VM.requires_grad
+    loss = _HeadLoss.apply(h_BTM[:, :-1].flatten(0, 1), weight_VM, call)
+    ce, kl, same = call.sums / call.targets.numel()
+    return HeadLoss(loss, ce, kl if teacher else None, same if teacher and agreement else None)
+
+
+@dataclass
+class _Call:
+    """What one call of the loss carries besides the two differentiable inputs, and its sums over tokens: ce, kl, same top-1."""
+
+    targets: Tensor
+    teacher: tuple[Tensor, Tensor] | None
+    ce_weight: float
+    kl_weight: float
+    agreement: bool
+    dtype: torch.dtype
+    chunk_values: int
+    grad_h: bool = False
+    grad_weight: bool = False
+
+    def __post_init__(self) -> None:
+        self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
+        self.sums = torch.zeros(3, dtype=self.wide, device=self.targets.device)
+
+    def logits(self, h_CM: Tensor, weight_VM: Tensor) -> tuple[Tensor, Tensor]:
+        """Wide logits [C, V] and their log-sum-exp [C, 1]."""
+        logits = (h_CM @ weight_VM.T).to(self.wide)
+        return logits, logits.logsumexp(-1, keepdim=True)
+
+    def chunk(self, h_CM: Tensor, weight_VM: Tensor, teacher: tuple[Tensor, Tensor] | None, targets_C: Tensor) -> Tensor | None:
+        """Add a chunk to the sums; returns d (sum of losses) / d logits [C, V] in the compute dtype where it is needed."""
+        logits, lse = self.logits(h_CM, weight_VM)
+        at = targets_C[:, None]
+        self.sums[0] += (lse - logits.gather(-1, at)).sum()
+        t = None
+        if teacher is not None:
+            t_logits, t_lse = self.logits(*teacher)
+            if self.agreement:
+                self.sums[2] += (t_logits.argmax(-1) == logits.argmax(-1)).sum()
+            t = (t_logits - t_lse).exp_()
+            # sum_v t = 1, so the two log-sum-exps leave the sum; equal logits give exactly 0.
+            self.sums[1] += (t * t_logits.sub_(logits)).sum() + (lse - t_lse).sum()
+        if not (self.grad_h or self.grad_weight):
+            return None
+        grad = logits.sub_(lse).exp_().mul_(self.ce_weight + (self.kl_weight if t is not None else 0.0))
+        grad.scatter_add_(-1, at, torch.full_like(at, -self.ce_weight, dtype=self.wide))
+        if t is not None and self.kl_weight:
+            grad.sub_(t, alpha=self.kl_weight)
+        return grad.to(self.dtype)
+
+
+class _HeadLoss(torch.autograd.Function):
+    """The mean loss over N tokens; both gradients are ready when forward returns."""
+
+    @staticmethod
+    def forward(ctx: Any, h_NM: Tensor, weight_VM: Tensor, call: _Call) -> Tensor:
+        h, weight = h_NM.to(call.dtype), weight_VM.to(call.dtype)
+        teacher = None if call.teacher is None else tuple(x.to(call.dtype) for x in call.teacher)
+        count = h.shape[0]
+        size = max(1, call.chunk_values // weight.shape[0])
+        grad_h = torch.empty_like(h) if call.grad_h else None
+        grad_weight = torch.zeros_like(weight, dtype=call.wide) if call.grad_weight else None
+        with torch.autocast(h.device.type, enabled=False):
+            for rows in (slice(i, i + size) for i in range(0, count, size)):
+                chunk_teacher = None if teacher is None else (teacher[0][rows], teacher[1])
+                grad = call.chunk(h[rows], weight, chunk_teacher, call.targets[rows])
+                if grad is not None and grad_h is not None:
+                    grad_h[rows] = grad @ weight
+                if grad is not None and grad_weight is not None:
+                    grad_weight += grad.T @ h[rows]
+        ctx.save_for_backward(
+            None if grad_h is None else (grad_h / count).to(h_NM.dtype),
+            None if grad_weight is None else (grad_weight / count).to(weight_VM.dtype),
+        )
+        loss = call.ce_weight * call.sums[0]
+        if teacher is not None:
+            loss = loss + call.kl_weight * call.sums[1]
+        return loss / count
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        return *(None if saved is None else saved * grad for saved in ctx.saved_tensors), None

@@ -1,0 +1,104 @@
+"""What a run says while it works: a line per step in `metrics.jsonl`, and a bar or plain lines for who watches."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import psutil
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+PLAIN_LINE_SECONDS = 10.0
+
+
+def memory_bytes(device: torch.device) -> int:
+    """Peak allocated memory of a GPU, or the resident memory of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return psutil.Process().memory_info().rss
+
+
+class MetricsLog:
+    """`metrics.jsonl`, continued after `step`: later lines, left by a run that was killed, are dropped."""
+
+    def __init__(self, path: Path, *, step: int) -> None:
+        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        # Only the last line can be torn, and it is later than any checkpoint.
+        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        whole = path.with_suffix(".tmp")
+        whole.write_text("".join(kept))
+        whole.replace(path)
+        self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
+        self._file = path.open("a")
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a line; it survives the process from here on."""
+        self.last = row
+        self._file.write(json.dumps(row) + "\n")
+        self._file.flush()
+
+    def sync(self) -> None:
+        """Make the lines survive the machine too."""
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
+
+
+class Display:
+    """Loss, tokens/s and time left on stderr: a bar on a terminal, else a line about every 10 s; nothing when silent."""
+
+    def __init__(self, total_steps: int, *, first_step: int, silent: bool, max_seconds: float | None = None) -> None:
+        self.total, self.first, self.max_seconds = total_steps, first_step, max_seconds
+        self.silent = silent
+        console = Console(stderr=True)
+        columns = (TextColumn("training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[status]}"))
+        self._bar = (
+            Progress(*columns, console=console) if console.is_terminal and not os.environ.get("CI") and not silent else None
+        )
+        self._task = self._bar.add_task("", total=total_steps, completed=first_step, status="") if self._bar else None
+        self._started = self._printed = time.monotonic()
+
+    def __enter__(self) -> Self:
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._bar:
+            self._bar.stop()
+
+    def say(self, line: str) -> None:
+        """One line of plain text."""
+        if self._bar:
+            self._bar.console.print(line)
+        elif not self.silent:
+            print(line, file=sys.stderr, flush=True)
+
+    def update(self, row: dict[str, Any]) -> None:
+        """Show a row of metrics."""
+        if self.silent:
+            return
+        now, done = time.monotonic(), row["step"]
+        left = (now - self._started) / (done - self.first) * (self.total - done)
+        if self.max_seconds is not None:
+            left = min(left, max(0.0, self.max_seconds - row["seconds"]))
+        status = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  {_clock(left)} left"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=done, status=status)
+        elif now - self._printed >= PLAIN_LINE_SECONDS or done == self.total:
+            self._printed = now
+            self.say(f"step {done}/{self.total}  {status}")

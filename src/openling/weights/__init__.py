@@ -1,0 +1,1 @@
+"""Checkpoint folders in and out: streaming safetensors, invertible name maps, GGUF import, Hugging Face export."""

@@ -1,0 +1,351 @@
+"""Safetensors folders, streamed: a reader that knows every tensor from the headers alone, a writer whose folder appears whole.
+
+Layout: `model.safetensors`, or shards named by `model.safetensors.index.json`
+(`{"metadata": {"total_size": bytes}, "weight_map": {tensor: shard}}`).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from openling.errors import Failure, OpenlingError, UserError, nearest
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+SHARD_BYTES = 4 << 30
+LFS_POINTER = b"version https://git-lfs"
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def checked_folder(folder: str | Path) -> Path:
+    """The path of an existing folder, or a `UserError` that names the nearest folder beside it."""
+    path = Path(folder)
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise UserError("a checkpoint is a folder, not a file", where=path, expected="a folder with config.json and *.safetensors")
+    beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
+    similar = nearest(path.name, beside)
+    raise UserError(
+        "no such folder",
+        where=path,
+        expected="the path of a local checkpoint folder (models are not downloaded)",
+        nearest=path.parent / similar if similar else None,
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file; `UserError` when it is absent, unreadable, no JSON or no object."""
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{path.name} is missing", where=path.parent, expected="a complete checkpoint folder") from error
+    except OSError as error:
+        raise UserError(f"{path.name} cannot be read", where=path, value=error.strerror) from error
+    _check_no_pointer(path, data)
+    try:
+        value = json.loads(data)
+    except ValueError as error:
+        raise UserError(f"{path.name} is not valid JSON", where=path, value=error, expected="a JSON object") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path.name} is not a JSON object", where=path, value=type(value).__name__, expected="{...}")
+    return value
+
+
+def read_hf_config(folder: str | Path) -> dict[str, Any]:
+    """`config.json` of a checkpoint folder."""
+    return read_json(checked_folder(folder) / "config.json")
+
+
+class CheckpointReader:
+    """The tensors of a folder. Opening it checks every header; only `read` touches weights, one tensor at a time."""
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = checked_folder(folder)
+        promised = self._promised()
+        shards = sorted(set(promised.values())) if promised is not None else [SINGLE]
+        self._open: dict[str, Any] = {shard: self._open_shard(shard) for shard in shards}
+        self._shard: dict[str, str] = {}
+        for shard, handle in self._open.items():
+            for name in handle.keys():  # noqa: SIM118 (not a dict)
+                if name in self._shard:
+                    raise self._broken("a tensor is stored twice", name, f"{self._shard[name]} and {shard}", "one shard")
+                self._shard[name] = shard
+        for name, shard in (promised or {}).items():
+            if self._shard.get(name) != shard:
+                raise self._broken("a tensor of the index is not in its shard", name, self._shard.get(name, "nowhere"), shard)
+        self._slices = {name: self._open[shard].get_slice(name) for name, shard in self._shard.items()}
+
+    def _promised(self) -> dict[str, str] | None:
+        """`weight_map` of the index, or None for a single file."""
+        if (self.folder / INDEX).exists():
+            index = read_json(self.folder / INDEX)
+            weight_map = index.get("weight_map")
+            if not isinstance(weight_map, dict) or not weight_map:
+                raise UserError("the index lists no tensors", where=self.folder / INDEX, expected='{"weight_map": {tensor: shard}}')
+            return weight_map
+        if (self.folder / SINGLE).exists():
+            return None
+        others = sorted(p.name for p in self.folder.glob("*.bin")) + sorted(p.name for p in self.folder.glob("*.gguf"))
+        raise UserError(
+            "no safetensors weights in this folder",
+            where=self.folder,
+            value=", ".join(others) or None,
+            expected=f"{SINGLE} or {INDEX}",
+            next=self._how_to_convert(others),
+        )
+
+    def _how_to_convert(self, others: list[str]) -> str | None:
+        if any(name.endswith(".bin") for name in others):
+            return (
+                'convert once with transformers: AutoModelForCausalLM.from_pretrained(folder, dtype="auto")'
+                ".save_pretrained(new_folder), then copy the tokenizer files"
+            )
+        return "openling.weights.gguf.import_gguf(file, new_folder)" if others else None
+
+    def _open_shard(self, shard: str) -> Any:
+        path = self.folder / shard
+        if not path.is_file():
+            present = [p.name for p in self.folder.glob("*.safetensors")]
+            raise UserError("a weight shard is missing", where=path, expected=f"the file {shard}", nearest=nearest(shard, present))
+        try:
+            with path.open("rb") as file:
+                _check_no_pointer(path, file.read(len(LFS_POINTER)))
+            return safe_open(path, "pt")
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                "a weight shard is damaged or truncated",
+                where=path,
+                value=f"{path.stat().st_size} bytes; {error}",
+                expected="a whole safetensors file",
+                next="copy or download this file again",
+            ) from error
+
+    def _broken(self, what: str, name: str, found: str, expected: str) -> UserError:
+        return UserError(what, where=f"{name} in {self.folder}", value=found, expected=expected, next="copy the folder again")
+
+    def names(self) -> list[str]:
+        """All tensor names, in the order of the files."""
+        return list(self._shard)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._shard
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its header."""
+        return tuple(self._slices[name].get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, from its header."""
+        stored = self._slices[name].get_dtype()
+        if stored not in DTYPES:
+            raise UserError("unsupported tensor dtype", where=f"{name} in {self.folder}", value=stored, expected=", ".join(DTYPES))
+        return DTYPES[stored]
+
+    def nbytes(self, name: str) -> int:
+        """Stored bytes of a tensor."""
+        return math.prod(self.shape(name)) * self.dtype(name).itemsize
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(map(self.nbytes, self._shard))
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, on the CPU. It may be backed by the file: copy it before changing it."""
+        return self._open[self._shard[name]].get_tensor(name)
+
+
+def _check_no_pointer(path: Path, head: bytes) -> None:
+    if head.startswith(LFS_POINTER):
+        raise UserError(
+            "this file is a Git LFS pointer, not the file itself", where=path, next=f"git lfs pull --include {path.name}"
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Writing
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FolderWriter:
+    """Writes a checkpoint folder beside its final place; leaving the `with` block without an error makes it appear at once.
+
+    Tensors are kept until a shard is full, so memory stays below `shard_bytes` beyond the caller's own. A killed writer
+    leaves only `.NAME.partial`, which the next writer of the same folder clears; a second writer at the same time is refused.
+    """
+
+    def __init__(self, out: str | Path, *, shard_bytes: int = SHARD_BYTES, expected_bytes: int = 0) -> None:
+        self.out = Path(out).absolute()
+        self.draft = self.out.with_name(f".{self.out.name}.partial")
+        self.shard_bytes = shard_bytes
+        self.expected_bytes = expected_bytes
+        self._pending: dict[str, Tensor] = {}
+        self._pending_bytes = 0
+        self._shards: list[list[str]] = []
+        self._total = 0
+        self._lock: int | None = None
+
+    def __enter__(self) -> Self:
+        self._refuse_existing()
+        try:
+            self.draft.mkdir(parents=True, exist_ok=True)
+            self._lock = os.open(self.draft, os.O_RDONLY)
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError("another process is writing this folder", where=self.out, next="wait for it, or name another") from error
+        except OSError as error:
+            raise write_error(error, self.out) from error
+        # The other writer may have finished between the first look and the lock.
+        self._refuse_existing()
+        try:
+            for leftover in self.draft.iterdir():
+                leftover.unlink()
+            free = shutil.disk_usage(self.draft).free
+            if self.expected_bytes > free:
+                raise UserError(
+                    "not enough space on the disk",
+                    where=self.out.parent,
+                    value=f"{free / 1e9:.2f} GB free",
+                    expected=f"{self.expected_bytes / 1e9:.2f} GB",
+                    next="free some space, or name a folder on another disk",
+                )
+        except BaseException:
+            self._discard()
+            raise
+        return self
+
+    def _refuse_existing(self) -> None:
+        if os.path.lexists(self.out):
+            raise UserError(
+                "the output folder exists already", where=self.out, next="name another folder, or remove this one first"
+            )
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Append a tensor. Its values are written when the shard is full or at the end."""
+        tensor = tensor.detach()
+        size = tensor.numel() * tensor.element_size()
+        if self._pending and self._pending_bytes + size > self.shard_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._pending_bytes += size
+
+    def add_file(self, name: str, data: str | bytes) -> None:
+        """Write a small file of the folder."""
+        self._write(self.draft / name, [data.encode() if isinstance(data, str) else data])
+
+    def _flush(self) -> None:
+        if self._pending:
+            path = self.draft / f"shard-{len(self._shards):05d}"
+            self._write(path, [_header(self._pending), *self._pending.values()])
+            self._shards.append(list(self._pending))
+            self._total += self._pending_bytes
+            self._pending, self._pending_bytes = {}, 0
+
+    def _write(self, path: Path, pieces: list[bytes | Tensor]) -> None:
+        try:
+            with path.open("wb") as file:
+                for piece in pieces:
+                    file.write(_raw(piece) if isinstance(piece, Tensor) else piece)
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise write_error(error, self.out) from error
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self._finish()
+        except OSError as failed:
+            raise write_error(failed, self.out) from failed
+        finally:
+            self._discard()
+
+    def _finish(self) -> None:
+        self._flush()
+        count = len(self._shards)
+        if count == 1:
+            (self.draft / "shard-00000").rename(self.draft / SINGLE)
+        elif count:
+            weight_map: dict[str, str] = {}
+            for i, names in enumerate(self._shards):
+                shard = f"model-{i + 1:05d}-of-{count:05d}.safetensors"
+                (self.draft / f"shard-{i:05d}").rename(self.draft / shard)
+                weight_map |= dict.fromkeys(names, shard)
+            index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+            self.add_file(INDEX, json.dumps(index, indent=2) + "\n")
+        assert self._lock is not None
+        os.fsync(self._lock)
+        self._refuse_existing()
+        self.draft.rename(self.out)
+        parent = os.open(self.out.parent, os.O_RDONLY)
+        os.fsync(parent)
+        os.close(parent)
+
+    def _discard(self) -> None:
+        """Remove the draft if it is still there (it is not after the final rename) and let go of the lock."""
+        if self._lock is not None:
+            shutil.rmtree(self.draft, ignore_errors=True)
+            with contextlib.suppress(OSError):
+                os.close(self._lock)
+            self._lock = None
+
+
+def write_error(error: OSError, out: Path) -> OpenlingError:
+    """What an `OSError` met while writing `out` means to the user."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        what, fix = "no space left while writing; nothing was kept", "free some space, or name a folder on another disk"
+        return UserError(what, where=out, value=error.strerror, next=fix)
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
+        return UserError("the output folder cannot be written", where=out, value=error.strerror, expected="a writable, new folder")
+    return Failure("writing failed; nothing was kept", where=out, value=error)
+
+
+def _header(tensors: dict[str, Tensor]) -> bytes:
+    """Safetensors header: 8 bytes of length, then JSON padded with spaces to a multiple of 8."""
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.numel() * tensor.element_size()
+        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _raw(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major, little-endian."""
+    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
