@@ -10,9 +10,10 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from openling.model.ling import CallContext, Layer, Ling
+from openling.model.ling import CallContext, Layer, Ling, MtpLayer
 
 
 class Gram:
@@ -77,18 +78,39 @@ class LayerStep:
 
 @torch.no_grad()
 def walk(teacher: Ling, student: Ling, windows: Sequence[Tensor], *, bf16: bool = True) -> Iterator[LayerStep]:
-    """Yield every hidden layer in order; the caller may change the student's layer before the walk runs through it.
+    """Yield every layer in order, MTP layers last; the caller may change the student's layer before the walk passes it.
 
-    `windows` are batches of token ids [B, T] of one length. Forward passes run in BF16 autocast unless told otherwise.
+    `windows` are batches of token ids [B, T] of one length. Forward passes run in BF16 autocast unless told otherwise;
+    casts are not cached, since weights change on the way.
     """
     ids = windows[0]
-    teacher_call = CallContext(teacher.model.rope(ids, 0, None), None, None)
-    student_call = CallContext(student.model.rope(ids, 0, None), None, None)
-    teacher_h = [teacher.model.word_embeddings(w) for w in windows]
-    student_h = [student.model.word_embeddings(w) for w in windows]
-    for index in range(student.config.num_hidden_layers):
+    models = teacher, student
+    calls = [CallContext(m.model.rope(ids, 0, None), None, None) for m in models]
+    streams = [[m.model.word_embeddings(w) for w in windows] for m in models]
+    hidden = student.config.num_hidden_layers
+    for index in range(len(student.model.layers)):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
-            layers = teacher.model.layers[index], student.model.layers[index]
-            yield LayerStep(index, *layers, teacher_h, student_h, teacher_call, student_call)
-            teacher_h = [layers[0](h, teacher_call) for h in teacher_h]
-            student_h = [layers[1](h, student_call) for h in student_h]
+            if index >= hidden:
+                ahead = index - hidden + 1
+                streams = [_enter_mtp(m, index, h, windows, ahead) for m, h in zip(models, streams, strict=True)]
+            layers = [m.model.layer(index) for m in models]
+            yield LayerStep(index, layers[0], layers[1], streams[0], streams[1], calls[0], calls[1])
+            streams = [_through(m, index, h, call) for m, h, call in zip(models, streams, calls, strict=True)]
+
+
+def _through(model: Ling, index: int, stream: list[Tensor], call: CallContext) -> list[Tensor]:
+    """The residual stream after a layer; the last hidden layer's also through the final norm when MTP layers follow."""
+    layer = model.model.layer(index)
+    out = [Layer.forward(layer, h, call) for h in stream]
+    if isinstance(layer, MtpLayer):
+        return [layer.final_layernorm(h) for h in out]
+    ends = index == model.config.num_hidden_layers - 1 and bool(model.model.mtp_layers())
+    return [model.model.norm(h) for h in out] if ends else out
+
+
+def _enter_mtp(model: Ling, index: int, stream: list[Tensor], windows: Sequence[Tensor], ahead: int) -> list[Tensor]:
+    """The residual stream inside an MTP layer: hidden states joined with the embeddings of tokens `ahead` further on."""
+    layer = model.model.layer(index)
+    assert isinstance(layer, MtpLayer)
+    embedded = [model.model.word_embeddings(F.pad(w[:, ahead:], (0, ahead))) for w in windows]
+    return [layer.join(h, e) for h, e in zip(stream, embedded, strict=True)]

@@ -38,14 +38,21 @@ def target_config(
     group = default_group_size(source.num_hidden_layers) if group_size is None else group_size
     _check_group_size(source.num_hidden_layers, group)
     rope = source.rotary_dim if qk_rope_head_dim is None else qk_rope_head_dim
-    if rope < 2 or rope % 2:
-        raise UserError("RoPE turns pairs of dims", where="qk_rope_head_dim", value=rope, expected="a positive even number")
-    own_rank = 2 * source.num_key_value_heads * source.head_dim - rope
-    kv_rank = max(32, min(512, own_rank * 3 // 5 // 32 * 32)) if kv_lora_rank is None else kv_lora_rank
-    q_rank = max(32, min(1536, 2 * source.hidden_size // 3 // 64 * 64)) if q_lora_rank is None else q_lora_rank
-    for name, rank in (("kv_lora_rank", kv_rank), ("q_lora_rank", q_rank)):
-        if rank < 1:
-            raise UserError("a rank must be positive", where=name, value=rank, expected="a positive integer")
+    if rope < 2 or rope % 2 or source.rotary_dim % rope:
+        expected = f"an even divisor of the {source.rotary_dim} rotated dims of a head"
+        raise UserError(
+            "each rotated pair of MLA stands for as many of the teacher's",
+            where="qk_rope_head_dim",
+            value=rope,
+            expected=expected,
+        )
+    kv_rows = 2 * source.num_key_value_heads * source.head_dim
+    q_rows = source.num_attention_heads * (source.head_dim + rope)
+    kv_rank = min(kv_rows, max(32, min(512, (kv_rows - rope) * 3 // 5 // 32 * 32))) if kv_lora_rank is None else kv_lora_rank
+    q_rank = min(q_rows, max(32, min(1536, 2 * source.hidden_size // 3 // 64 * 64))) if q_lora_rank is None else q_lora_rank
+    for name, rank, rows in (("kv_lora_rank", kv_rank, kv_rows), ("q_lora_rank", q_rank, q_rows)):
+        if not 1 <= rank <= rows:
+            raise UserError("a rank lies between 1 and the rows it compresses", where=name, value=rank, expected=f"1 to {rows}")
     return source.replace(
         layer_kinds=_hybrid_kinds(source.num_hidden_layers, group),
         layer_group_size=group,

@@ -56,7 +56,8 @@ def look_back(attention: GroupedQueryAttention, step: LayerStep) -> Tensor:
         q, k = apply_rope(q, *step.teacher_call.tables.head), apply_rope(k, *step.teacher_call.tables.head)
         position = torch.arange(h.shape[1], dtype=torch.float32, device=h.device)
         value = position[None, :, None, None].expand(h.shape[0], -1, attention.kv_heads, 8)
-        seen = softmax_attention(q.float(), k.float(), value, scale=attention.dim**-0.5)[..., 0]
+        with torch.autocast(h.device.type, enabled=False):  # BF16 knows no odd positions beyond 256
+            seen = softmax_attention(q.float(), k.float(), value, scale=attention.dim**-0.5)[..., 0]
         total += (position[None, :, None] - seen).double().sum((0, 1)).cpu()
         rows += h.shape[0] * h.shape[1]
     return total / rows
@@ -73,7 +74,11 @@ def match_heads(distance_H: Tensor, log_decay_H: Tensor) -> Tensor:
 
 @torch.no_grad()
 def widen(
-    source: GroupedQueryAttention, target: LightningAttention, *, order: Tensor | None = None, generator: torch.Generator | None = None
+    source: GroupedQueryAttention,
+    target: LightningAttention,
+    *,
+    order: Tensor | None = None,
+    generator: torch.Generator | None = None,
 ) -> None:
     """Fill `target` from `source`: widened q, k, v, the copied output projection, QK-norm weights where there are any.
 
@@ -106,9 +111,9 @@ def widen(
 
 @torch.no_grad()
 def refit_output(step: LayerStep, *, damping: float, correct_residual: bool) -> float:
-    """Ridge regression of the mixer's target on the input of `dense`, towards the present weights; bias refitted by its mean.
+    """Ridge regression of the mixer's target on the input of `dense`, towards the present weights; a bias stays as it is.
 
-    Returns the relative squared error that is left. Works for any mixer with `mix` and `dense`.
+    Returns the squared error that is left, relative to the target (less the bias). Works for any mixer with `mix` and `dense`.
     """
     mixer = step.student.attention
     gram, energy = Gram(), 0.0

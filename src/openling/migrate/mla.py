@@ -36,8 +36,9 @@ class Projections:
     def of(attention: GroupedQueryAttention) -> Projections:
         """The weights of a GQA mixer; its QK-norm is not included."""
         layer = attention.query_key_value
-        bias = torch.zeros(layer.weight.shape[0]) if layer.bias is None else layer.bias.detach()
-        rows = torch.cat((layer.weight.detach().double(), bias.to(layer.weight)[:, None].double()), dim=1)
+        weight = layer.weight.detach().double()
+        bias = weight.new_zeros(len(weight)) if layer.bias is None else layer.bias.detach().double()
+        rows = torch.cat((weight, bias[:, None]), dim=1)
         heads = rows.unflatten(0, (-1, attention.dim))
         return Projections(*heads.split((attention.heads, attention.kv_heads, attention.kv_heads)))
 
@@ -80,7 +81,7 @@ def rorope_basis(key: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
 def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query_weighted: bool) -> Concentration:
     """The best single component per kept frequency: of key energy (published), or of key energy times query energy."""
     key = pairs(w.k, rotary, fold)
-    weight = torch.ones(key.shape[2], key.shape[1] * fold, dtype=key.dtype)  # [p, K*f]
+    weight = key.new_ones(key.shape[2], key.shape[1] * fold)  # [p, K*f]
     if query_weighted:
         query = pairs(w.q, rotary, fold).unflatten(1, (w.k.shape[0], w.group))
         energy = torch.einsum("ckgpfm,mn,ckgpfn->pkf", query, moment, query).flatten(1)
@@ -139,7 +140,7 @@ def balance_metric(w: Projections, left: Tensor, moment: Tensor, output: Tensor,
     """
     kv_heads, dim = left.shape[:2]
     if balance == "ratio":
-        blocks = [torch.eye(dim, dtype=left.dtype)] * (2 * kv_heads)
+        blocks = [torch.eye(dim, dtype=left.dtype, device=left.device)] * (2 * kv_heads)
     else:
         q = w.q.unflatten(0, (kv_heads, w.group))
         out = output.unflatten(1, (kv_heads, w.group))
@@ -149,7 +150,8 @@ def balance_metric(w: Projections, left: Tensor, moment: Tensor, output: Tensor,
     metric = torch.block_diag(*blocks)
     rows = metric @ torch.cat((left, w.v)).flatten(0, 1)
     energy = torch.einsum("pm,mn,pn->p", rows, moment, rows).unflatten(0, (2, -1)).sum(-1)
-    metric[: kv_heads * dim] *= (energy[1] / energy[0]).sqrt()
+    # Keys that went into the shared rotated key whole leave rounding noise, or nothing: that is not to be scaled up to V.
+    metric[: kv_heads * dim] *= (energy[1] / energy[0].clamp(min=1e-12 * float(energy[1]))).sqrt()
     return metric
 
 
@@ -166,7 +168,7 @@ def after_norm(factors: LowRank, rows: Tensor, inputs: Sequence[Tensor], eps: fl
     refit: unit weight, and the up-projection regressed anew from the normalised latents to rows @ x.
     """
     rank = factors.down.shape[0]
-    gram, moments = Gram(), torch.zeros(4, rank, dtype=torch.float64)
+    gram, moments = Gram(), factors.down.new_zeros(4, rank)
     count = 0
     for x in inputs:
         latent = x @ factors.down.T
@@ -180,7 +182,7 @@ def after_norm(factors: LowRank, rows: Tensor, inputs: Sequence[Tensor], eps: fl
     inverse, root, cross, square = moments / count
     channel = cross / square
     if mode == "refit":
-        return torch.ones(rank, dtype=torch.float64), gram.ridge(1e-6, factors.up * channel)
+        return torch.ones_like(channel), gram.ridge(1e-6, factors.up * channel)
     return {"inverse": inverse, "rms": root, "channel": channel}[mode], factors.up
 
 
@@ -203,7 +205,7 @@ def fill_mla(
 ) -> dict[str, float]:
     """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed); energies kept, by name.
 
-    `inputs` are batches of layer inputs [N, M1] in FP64 with a last column of ones.
+    `inputs` are batches of layer inputs [N, M1] in FP64; the last column is 1, or 0 where `target` has no biases.
     """
     gram = Gram()
     for x in inputs:

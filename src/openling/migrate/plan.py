@@ -96,7 +96,7 @@ def plan(
     """
     training = training or Training()
     layout = {"group_size": group_size, "kv_lora_rank": kv_lora_rank, "q_lora_rank": q_lora_rank}
-    given = _read(model_hf)
+    given = read_config(model_hf)
     if set(given.layer_kinds) == {"gqa"}:
         if source_hf is not None:
             raise UserError("MODEL is a GQA model, so it is itself the source", where="--source", expected="no --source")
@@ -110,21 +110,12 @@ def plan(
     why = f"the model's own layout, groups of {given.layer_group_size}" if given.layer_group_size else "the model's own layout"
     if source_hf is None:
         return Plan(given, _figures(given, training), None, None, why)
-    source = _read(source_hf)
+    source = read_config(source_hf)
     if set(source.layer_kinds) != {"gqa"}:
         raise UserError(
             "the source of a hybrid is a GQA model", where="--source", value=", ".join(sorted(set(source.layer_kinds)))
         )
     return _compare(given, source, source_hf, training, why)
-
-
-def _read(hf: dict[str, Any]) -> ModelConfig:
-    try:
-        return read_config(hf)
-    except (ArithmeticError, TypeError, ValueError) as error:
-        raise UserError(
-            "config.json holds a value of the wrong kind", value=error, expected="the keys of its architecture"
-        ) from error
 
 
 def _compare(c: ModelConfig, source: ModelConfig, source_hf: dict[str, Any], training: Training, why: str) -> Plan:
@@ -215,7 +206,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps({"model": args.model, **result.as_dict(), "seconds": time.perf_counter() - started}, indent=2))
         return 0
-    _show(result, args.model, args.source, time.perf_counter() - started)
+    show(result, args.model, args.source, time.perf_counter() - started)
     return 0
 
 
@@ -251,7 +242,7 @@ def load_config(model: str) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _show(result: Plan, name: str, source_name: str | None, seconds: float) -> None:
+def show(result: Plan, name: str, source_name: str | None = None, seconds: float = 0.0) -> None:
     """The plan as tables for a reader who has never seen the model."""
     c, console = result.config, Console(highlight=False)
     heading = f"{name} as a hybrid" if result.source and source_name is None else name

@@ -32,17 +32,20 @@ def remove_norm(
     """Weights [h, D, M1] whose plain product replaces the normalised heads; `inputs` are batches [N, M1], all FP64.
 
     pooled: the dataset rms of each head for that of each token, 1 / sqrt(E[r^2]). scalar: the best single factor per
-    head, E[r] / E[r^2]. ridge: the best linear map, E[k_hat x^T] (E[x x^T] + lambda)^-1.
+    head, E[r e] / E[r^2 e], e = |k_hat|^2 (E[r] / E[r^2] where gamma is one). ridge: the best linear map,
+    E[k_hat x^T] (E[x x^T] + lambda)^-1, drawn towards scalar's, so that on `inputs` it is never worse.
     """
-    if method == "ridge":
-        gram = Gram()
-        for x in inputs:
-            gram.add(x, normed_heads(weight_hDM, gamma_D, eps, x)[0].flatten(1))
-        return gram.ridge(damping, (gamma_D[:, None] * weight_hDM).flatten(0, 1)).view_as(weight_hDM)
-    rms = torch.cat([normed_heads(weight_hDM, gamma_D, eps, x)[1] for x in inputs])
-    square = rms.pow(2).mean(0)
-    factor = square.rsqrt() if method == "pooled" else rms.mean(0) / square
-    return factor[:, None, None] * gamma_D[:, None] * weight_hDM
+    gram, moments = Gram(), weight_hDM.new_zeros(3, len(weight_hDM))
+    for x in inputs:
+        exact, rms = normed_heads(weight_hDM, gamma_D, eps, x)
+        energy = exact.pow(2).sum(-1)
+        moments += torch.stack((rms.pow(2).mean(0), (rms * energy).mean(0), (rms.pow(2) * energy).mean(0))) * len(x)
+        if method == "ridge":
+            gram.add(x, exact.flatten(1))
+    square, cross, weighted = moments / sum(len(x) for x in inputs)
+    factor = square.rsqrt() if method == "pooled" else cross / weighted
+    scaled = factor[:, None, None] * gamma_D[:, None] * weight_hDM
+    return gram.ridge(damping, scaled.flatten(0, 1)).view_as(scaled) if method == "ridge" else scaled
 
 
 def removal_error(weight_hDM: Tensor, gamma_D: Tensor, eps: float, inputs: Sequence[Tensor], replacement_hDM: Tensor) -> float:
@@ -58,5 +61,7 @@ def removal_error(weight_hDM: Tensor, gamma_D: Tensor, eps: float, inputs: Seque
 def best_removal(weight_hDM: Tensor, gamma_D: Tensor, eps: float, inputs: Sequence[Tensor]) -> QkNormRemoval:
     """The method with the least error on the last batch when fitted on the others (on all, if there is but one)."""
     fit, held_out = (inputs[:-1], inputs[-1:]) if len(inputs) > 1 else (inputs, inputs)
-    errors = {m: removal_error(weight_hDM, gamma_D, eps, held_out, remove_norm(weight_hDM, gamma_D, eps, fit, m)) for m in REMOVALS}
+    errors = {
+        m: removal_error(weight_hDM, gamma_D, eps, held_out, remove_norm(weight_hDM, gamma_D, eps, fit, m)) for m in REMOVALS
+    }
     return min(errors, key=lambda m: errors[m])

@@ -121,20 +121,26 @@ def _problems(c: ModelConfig) -> list[dict[str, Any]]:
     check(len(kinds) == c.num_hidden_layers, "layer_kinds", f"{len(kinds)} entries", f"num_hidden_layers = {c.num_hidden_layers}")
     check(set(kinds) <= set(LAYER_KINDS), "layer_kinds", sorted(set(kinds)), f"only {', '.join(LAYER_KINDS)}")
     check(heads % c.num_key_value_heads == 0, "num_key_value_heads", c.num_key_value_heads, f"a divisor of {heads} heads")
-    check(c.rotary_dim % 2 == 0, "partial_rotary_factor", c.partial_rotary_factor, f"an even number of the {c.head_dim} dims")
+    ok = c.rotary_dim % 2 == 0 and 0 <= c.rotary_dim <= c.head_dim
+    check(ok, "partial_rotary_factor", c.partial_rotary_factor, f"an even number of the {c.head_dim} dims")
+    check(c.mtp_layer_kind in ("gqa", "mla"), "mtp_layer_kind", c.mtp_layer_kind, "gqa or mla")
     if "lightning" in kinds:
         width = heads * c.head_dim
         ok = c.group_norm_size > 0 and width % c.group_norm_size == 0
         check(ok, "group_norm_size", c.group_norm_size, f"a divisor of {width} = heads x head_dim")
     if "mla" in kinds or (c.num_nextn_predict_layers and c.mtp_layer_kind == "mla"):
         for name in ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"):
-            check(bool(getattr(c, name)), name, getattr(c, name), "a positive integer, since there are MLA layers")
+            check((getattr(c, name) or 0) > 0, name, getattr(c, name), "a positive integer, since there are MLA layers")
+        check((c.qk_rope_head_dim or 0) % 2 == 0, "qk_rope_head_dim", c.qk_rope_head_dim, "an even number")
     if c.moe_layers:
         for name in ("num_experts", "num_experts_per_tok", "moe_intermediate_size"):
             check(getattr(c, name) > 0, name, getattr(c, name), "a positive integer, since there are expert layers")
-        check(c.num_experts_per_tok <= c.num_experts, "num_experts_per_tok", c.num_experts_per_tok, f"at most {c.num_experts}")
-        check(c.num_experts % c.n_group == 0, "n_group", c.n_group, f"a divisor of num_experts = {c.num_experts}")
+        # A group is scored by its two best experts.
+        ok = c.n_group == 1 or (c.n_group > 1 and c.num_experts % c.n_group == 0 and c.num_experts >= 2 * c.n_group)
+        check(ok, "n_group", c.n_group, f"groups of equal size, 2 or more of the {c.num_experts} experts in each")
         check(1 <= c.topk_group <= c.n_group, "topk_group", c.topk_group, f"between 1 and n_group = {c.n_group}")
+        most = c.num_experts // max(c.n_group, 1) * c.topk_group
+        check(c.num_experts_per_tok <= most, "num_experts_per_tok", c.num_experts_per_tok, f"at most {most}")
         check(max(c.moe_layers) < c.num_hidden_layers, "moe_layers", max(c.moe_layers), f"layers below {c.num_hidden_layers}")
     return found
 

@@ -148,5 +148,6 @@ def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     family = family_of(hf, where=where)
     try:
         return family.read(hf)
-    except (TypeError, ValueError, ZeroDivisionError, AttributeError) as error:
-        raise UserError("config.json has a value of the wrong kind", where=where, value=error, expected=family.architecture) from error
+    except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
+        what = "config.json has a value of the wrong kind"
+        raise UserError(what, where=where, value=error, expected=f"the keys of {family.architecture}") from error

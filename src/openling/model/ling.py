@@ -98,6 +98,12 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rope = Rope(config)
 
+    def layer(self, index: int) -> Layer:
+        """A hidden layer, or an MTP layer behind them."""
+        layer = self.layers[index]
+        assert isinstance(layer, Layer)
+        return layer
+
     def mtp_layers(self) -> list[MtpLayer]:
         """The multi-token-prediction layers, if any."""
         return [layer for layer in self.layers if isinstance(layer, MtpLayer)]
@@ -143,11 +149,12 @@ class CallContext:
 class Layer(nn.Module):
     """Pre-norm block: h += mixer(norm(h)); h += feed_forward(norm(h))."""
 
+    attention: GroupedQueryAttention | LightningAttention | LatentAttention
+
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        kinds = {"gqa": GroupedQueryAttention, "lightning": LightningAttention, "mla": LatentAttention}
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.attention = kinds[config.layer_kind(layer)](config, layer)
+        self.attention = MIXERS[config.layer_kind(layer)](config, layer)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoE(config) if config.is_moe(layer) else MLP(config, config.intermediate_size)
 
@@ -169,8 +176,11 @@ class MtpLayer(Layer):
 
     def forward(self, h_BTM: Tensor, embedded_BTM: Tensor, tables: RopeTables) -> Tensor:  # type: ignore[override]
         """h [B, T, M] and the embeddings of the tokens one ahead; returns [B, T, M] after `final_layernorm`."""
-        x = self.eh_proj(torch.cat((self.enorm(embedded_BTM), self.hnorm(h_BTM)), dim=-1))
-        return self.final_layernorm(super().forward(x, CallContext(tables, None, None)))
+        return self.final_layernorm(super().forward(self.join(h_BTM, embedded_BTM), CallContext(tables, None, None)))
+
+    def join(self, h_BTM: Tensor, embedded_BTM: Tensor) -> Tensor:
+        """The block's input [B, T, M]: embedding first, each half normed."""
+        return self.eh_proj(torch.cat((self.enorm(embedded_BTM), self.hnorm(h_BTM)), dim=-1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -318,6 +328,13 @@ class LatentAttention(nn.Module):
         return absorbed_attention(
             q_nope, q_rope, latent_BSR, k_rope_BSr, weight, self.nope, scale=self.scale, key_mask=call.key_mask
         )
+
+
+MIXERS: dict[str, type[GroupedQueryAttention] | type[LightningAttention] | type[LatentAttention]] = {
+    "gqa": GroupedQueryAttention,
+    "lightning": LightningAttention,
+    "mla": LatentAttention,
+}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

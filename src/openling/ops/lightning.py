@@ -72,7 +72,7 @@ def lightning_recurrent(
     documents = _document_bounds(q_BTHD, cu_seqlens)
     state_NHDD = _first_state(q_BTHD, len(documents), initial_state, v_BTHD.shape[-1])
     q, k, v = (x.flatten(0, 1).to(dtype) for x in (q_BTHD, k_BTHD, v_BTHD))
-    decay_H11 = log_decay_H.to(dtype).exp()[:, None, None]
+    decay_H11 = log_decay_H.to(device=q.device, dtype=dtype).exp()[:, None, None]
     rows: list[Tensor] = []
     states: list[Tensor] = []
     for document, (start, end) in enumerate(documents):

@@ -17,8 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Values of one chunk's logits: 64 MiB in FP32, of which three or four live at once.
-CHUNK_VALUES = 2**24
+# Values of one chunk's logits: 32 MiB in FP32, of which three or four live at once. Smaller chunks reread the head too often.
+CHUNK_VALUES = 2**23
 
 
 @dataclass(frozen=True)

@@ -67,6 +67,6 @@ def combine_experts(
         if count:
             rows = token[start : start + count]
             y = run_expert(expert, x_NM[rows]).to(dtype)
-            out = out.index_add(0, rows, y * gate[start : start + count, None])
+            out.index_add_(0, rows, y * gate[start : start + count, None])
             start += count
     return out.to(x_NM.dtype)

@@ -60,7 +60,8 @@ def _yarn(inv_freq: Tensor, rotary_dim: int, theta: float, scaling: dict[str, An
     attention_factor = scaling.get("attention_factor")
     if attention_factor is None:
         mscale, mscale_all = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all) if mscale and mscale_all else yarn_mscale(factor)
+        both = bool(mscale and mscale_all)
+        attention_factor = yarn_mscale(factor, mscale) / yarn_mscale(factor, mscale_all) if both else yarn_mscale(factor)
     return inv_freq / factor * ramp + inv_freq * (1 - ramp), float(attention_factor)
 
 

@@ -56,7 +56,9 @@ def checked_folder(folder: str | Path) -> Path:
     if path.is_dir():
         return path
     if path.exists():
-        raise UserError("a checkpoint is a folder, not a file", where=path, expected="a folder with config.json and *.safetensors")
+        raise UserError(
+            "a checkpoint is a folder, not a file", where=path, expected="a folder with config.json and *.safetensors"
+        )
     beside = [p.name for p in path.parent.iterdir() if p.is_dir()] if path.parent.is_dir() else []
     similar = nearest(path.name, beside)
     raise UserError(
@@ -115,7 +117,9 @@ class CheckpointReader:
             index = read_json(self.folder / INDEX)
             weight_map = index.get("weight_map")
             if not isinstance(weight_map, dict) or not weight_map:
-                raise UserError("the index lists no tensors", where=self.folder / INDEX, expected='{"weight_map": {tensor: shard}}')
+                raise UserError(
+                    "the index lists no tensors", where=self.folder / INDEX, expected='{"weight_map": {tensor: shard}}'
+                )
             return weight_map
         if (self.folder / SINGLE).exists():
             return None
@@ -140,7 +144,9 @@ class CheckpointReader:
         path = self.folder / shard
         if not path.is_file():
             present = [p.name for p in self.folder.glob("*.safetensors")]
-            raise UserError("a weight shard is missing", where=path, expected=f"the file {shard}", nearest=nearest(shard, present))
+            raise UserError(
+                "a weight shard is missing", where=path, expected=f"the file {shard}", nearest=nearest(shard, present)
+            )
         try:
             with path.open("rb") as file:
                 _check_no_pointer(path, file.read(len(LFS_POINTER)))
@@ -172,7 +178,9 @@ class CheckpointReader:
         """Stored dtype of a tensor, from its header."""
         stored = self._slices[name].get_dtype()
         if stored not in DTYPES:
-            raise UserError("unsupported tensor dtype", where=f"{name} in {self.folder}", value=stored, expected=", ".join(DTYPES))
+            raise UserError(
+                "unsupported tensor dtype", where=f"{name} in {self.folder}", value=stored, expected=", ".join(DTYPES)
+            )
         return DTYPES[stored]
 
     def nbytes(self, name: str) -> int:
@@ -226,7 +234,9 @@ class FolderWriter:
             self._lock = os.open(self.draft, os.O_RDONLY)
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError("another process is writing this folder", where=self.out, next="wait for it, or name another") from error
+            raise UserError(
+                "another process is writing this folder", where=self.out, next="wait for it, or name another"
+            ) from error
         except OSError as error:
             raise write_error(error, self.out) from error
         # The other writer may have finished between the first look and the lock.
@@ -330,7 +340,9 @@ def write_error(error: OSError, out: Path) -> OpenlingError:
         what, fix = "no space left while writing; nothing was kept", "free some space, or name a folder on another disk"
         return UserError(what, where=out, value=error.strerror, next=fix)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
-        return UserError("the output folder cannot be written", where=out, value=error.strerror, expected="a writable, new folder")
+        return UserError(
+            "the output folder cannot be written", where=out, value=error.strerror, expected="a writable, new folder"
+        )
     return Failure("writing failed; nothing was kept", where=out, value=error)
 
 
@@ -348,4 +360,4 @@ def _header(tensors: dict[str, Tensor]) -> bytes:
 
 def _raw(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, row-major, little-endian."""
-    return memoryview(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
+    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

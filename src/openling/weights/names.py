@@ -93,9 +93,7 @@ class Binding:
         return list(tensor.unbind()) if self.op == "stack" else [tensor]
 
 
-def bind(
-    architecture: str, config: ModelConfig, ours: Iterable[str], *, present: Container[str] | None = None
-) -> list[Binding]:
+def bind(architecture: str, config: ModelConfig, ours: Iterable[str], *, present: Container[str] | None = None) -> list[Binding]:
     """Bindings of all our tensor names under a family's rules.
 
     present: the names of an existing checkpoint, which settle what the family leaves open: aliases, and whether a tied

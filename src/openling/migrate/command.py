@@ -1,0 +1,86 @@
+"""`openling migrate`: the flags, and what the terminal shows while it runs."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from openling.config.load import override
+from openling.config.migrate import STAGES, MigrateConfig, preset
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `openling migrate`; any field of the settings can be set too, as --section.field value."""
+    parser.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder of the GQA teacher (only read)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder for the hybrid; OUT.run beside it keeps the run")
+    parser.add_argument("--preset", default="best", metavar="best|paper", help="ours (default), or the report's procedure")
+    parser.add_argument("--stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}; default: all, in this order")
+    parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="the GQA teacher, where MODEL is converted in part")
+    parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="tokens per warm-up (default 1,000,000)")
+    parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
+    parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration and training text: names or paths")
+    parser.add_argument("--eval-text", nargs="+", metavar="TEXT", help="held-out text, another domain: names or paths")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run")
+    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.set_defaults(takes_overrides=True)
+
+
+def settings(args: argparse.Namespace) -> MigrateConfig:
+    """The resolved configuration: preset, then flags, then `--section.field value` overrides."""
+    from openling.errors import UserError, nearest
+
+    if args.stage is not None and args.stage not in STAGES:
+        close = nearest(args.stage, STAGES)
+        raise UserError("unknown stage", where="--stage", value=args.stage, expected=", ".join(STAGES), nearest=close)
+    if args.tokens < 1:
+        raise UserError("a warm-up needs tokens", where="--tokens", value=args.tokens, expected="a positive integer")
+    config = preset(args.preset, tokens=args.tokens, **({"stages": (args.stage,)} if args.stage else {}))
+    words: list[str] = []
+    if args.group_size is not None:
+        words += ["--layout.group_size", str(args.group_size)]
+    for name, texts in (("calibration", args.text), ("evaluation", args.eval_text)):
+        if texts:
+            words += [f"--text.{name}", ",".join(texts)]
+    return override(config, [*words, *args.overrides])
+
+
+def run(args: argparse.Namespace) -> int:
+    """Migrate, write the report, print where things are; exit code 0."""
+    config = settings(args)
+    if args.dry_run:
+        print(config.model_dump_json(indent=2))
+        return 0
+    from rich.console import Console
+
+    from openling.migrate.pipeline import migrate
+    from openling.model.device import pick_device
+
+    console = Console(stderr=True)
+    device = pick_device(args.device)
+    folder = migrate(
+        args.model,
+        args.out,
+        config,
+        teacher=args.teacher,
+        resume=args.resume,
+        device=str(device),
+        command=shlex.join(["openling", *sys.argv[1:]]),
+        events=terminal_events(console),
+    )
+    console.print(f"\nHybrid: {args.out}\nRun:    {folder}  (openling generate {args.out} 'Once upon a time')", highlight=False)
+    return 0
+
+
+def terminal_events(console: Any) -> Any:
+    """Lines for stages, a counter for layers on a terminal."""
+    from openling.migrate.pipeline import Events
+
+    def layer(stage: str, index: int, layers: int) -> None:
+        if console.is_terminal:
+            console.print(f"  {stage}: layer {index + 1} of {layers}", end="\n" if index + 1 == layers else "\r", highlight=False)
+
+    return Events(say=lambda text: console.print(text, highlight=False), layer=layer)

@@ -1,0 +1,141 @@
+"""The two conversions of a migration on whole models: GQA to Lightning, and the remaining GQA to MLA.
+
+Both build a student that shares every unchanged tensor with its source, then walk through the layers with the calibration
+windows. What each approximate step costs is returned by name and layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from openling.config.migrate import Conversion
+from openling.migrate.calibrate import LayerStep, walk
+from openling.migrate.lightning import look_back, match_heads, refit_output, widen
+from openling.migrate.mla import Projections, fill_mla
+from openling.migrate.qknorm import best_removal, removal_error, remove_norm
+from openling.model.config import ModelConfig
+from openling.model.ling import GroupedQueryAttention, LatentAttention, LightningAttention, Ling
+from openling.ops.lightning import log_decay
+
+OnLayer = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Approximation:
+    """One inexact step: `value` is a relative squared error, or a share of energy kept, as `measure` says."""
+
+    step: str
+    layer: int
+    measure: str
+    value: float
+
+
+def derive(source: Ling, config: ModelConfig) -> Ling:
+    """A model of another configuration on the same weights: layers of the same kind share their tensors with `source`.
+
+    Mixers that change kind start with unit norms and zero matrices; the conversions fill them.
+    """
+    with torch.device("meta"):
+        model = Ling(config)
+    old = source.state_dict()
+    device, dtype = source.lm_head.weight.device, source.lm_head.weight.dtype
+    changed = {i for i in range(len(model.model.layers)) if config.layer_kind(i) != source.config.layer_kind(i)}
+    prefixes = tuple(f"model.layers.{i}.attention." for i in changed)
+    state: dict[str, Tensor] = {}
+    for name, tensor in model.state_dict().items():
+        if name.startswith(prefixes):
+            norm = tensor.dim() == 1 and not name.endswith("bias")
+            state[name] = torch.full(tensor.shape, float(norm), device=device, dtype=dtype)
+        else:
+            state[name] = old[name]
+    model.load_state_dict(state, assign=True)
+    return model.eval()
+
+
+def to_lightning(
+    teacher: Ling,
+    config: ModelConfig,
+    windows: Sequence[Tensor],
+    options: Conversion,
+    *,
+    seed: int,
+    on_layer: OnLayer,
+    bf16: bool,
+) -> tuple[Ling, list[Approximation]]:
+    """Every layer that `config` calls Lightning, from a GQA teacher; the other layers stay as they are."""
+    student = derive(teacher, config)
+    generator = torch.Generator().manual_seed(seed) if options.kv_heads == "random" else None
+    found: list[Approximation] = []
+    for step in walk(teacher, student, windows, bf16=bf16):
+        target, source = step.student.attention, step.teacher.attention
+        if isinstance(target, LightningAttention):
+            assert isinstance(source, GroupedQueryAttention)
+            order = None
+            if options.match_heads:
+                order = match_heads(look_back(source, step), log_decay(*target.decay_of))
+            widen(source, target, order=order, generator=generator)
+            found += _refit(step, options, "softmax attention replaced by Lightning")
+        on_layer(step.index)
+    return student, found
+
+
+def to_mla(
+    source: Ling, config: ModelConfig, windows: Sequence[Tensor], options: Conversion, *, on_layer: OnLayer, bf16: bool
+) -> tuple[Ling, list[Approximation]]:
+    """Every layer that `config` calls MLA, from the GQA layers of `source` (the model after the linear warm-up)."""
+    student = derive(source, config)
+    found: list[Approximation] = []
+    for step in walk(source, student, windows, bf16=bf16):
+        target, old = step.student.attention, step.teacher.attention
+        if isinstance(target, LatentAttention) and isinstance(old, GroupedQueryAttention):
+            inputs = [_with_bias_input(x, old) for x in step.inputs()]
+            weights, removed = without_qk_norm(old, inputs, options)
+            found += [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
+            kept = fill_mla(
+                target,
+                weights,
+                old.dense,
+                inputs,
+                rotary=config.rotary_dim,
+                balance=options.balance,
+                latent_norm=options.latent_norm,
+                query_weighted=options.query_weighted_rope,
+            )
+            found += [Approximation("MLA factors", step.index, name, value) for name, value in kept.items()]
+            found += _refit(step, options, "GQA replaced by MLA")
+        on_layer(step.index)
+    return student, found
+
+
+def without_qk_norm(
+    attention: GroupedQueryAttention, inputs: Sequence[Tensor], options: Conversion
+) -> tuple[Projections, dict[str, float]]:
+    """The projections of a mixer with any QK-norm folded in, and the relative error of that for q and k."""
+    weights, errors = Projections.of(attention), {}
+    if attention.qk_norm:
+        for name, norm in (("q", attention.query_layernorm), ("k", attention.key_layernorm)):
+            heads, gamma = getattr(weights, name), norm.weight.detach().double()
+            method = options.qk_norm_removal
+            chosen = best_removal(heads, gamma, norm.eps, inputs) if method == "best" else method
+            replacement = remove_norm(heads, gamma, norm.eps, inputs, chosen)
+            errors[f"{name} ({chosen})"] = removal_error(heads, gamma, norm.eps, inputs, replacement)
+            setattr(weights, name, replacement)
+    return weights, errors
+
+
+def _refit(step: LayerStep, options: Conversion, what: str) -> list[Approximation]:
+    if not options.refit_output:
+        return []
+    error = refit_output(step, damping=options.damping, correct_residual=False)
+    return [Approximation(what, step.index, "relative error after the refit", error)]
+
+
+def _with_bias_input(x_BTM: Tensor, attention: GroupedQueryAttention) -> Tensor:
+    """Layer inputs as FP64 rows [N, M + 1]; the last column is 1, or 0 where the layer has no bias to put a fit's into."""
+    rows = x_BTM.flatten(0, 1).double()
+    last = float(attention.query_key_value.bias is not None)
+    return torch.cat((rows, rows.new_full((rows.shape[0], 1), last)), dim=1)

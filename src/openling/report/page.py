@@ -1,0 +1,277 @@
+"""One self-contained HTML page per run: everything inline, nothing fetched, no script; what was not measured says `not run`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+from openling.report import plots, text
+from openling.report.schema import DecodeRow, Report, Stage, read_metrics, read_report
+
+# Ling-2.6 report, arXiv 2606.15079, pages 9 and 10.
+PUBLISHED_TOKENS = (
+    "about 400 billion tokens on the two warm-ups and 8 trillion on continued pre-training (arXiv 2606.15079, pages 9 and 10)"
+)
+TEMPLATE = "page.html.j2"
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A drawn plot, or why there is none."""
+
+    caption: str
+    svg: Markup | None
+    missing: str = ""
+
+
+def build(run_folder: Path) -> Path:
+    """Write `report.html` from `report.json` and the training logs it names; returns its path.
+
+    Raises UserError where there is no report to read, or one with a wrong field.
+    """
+    run_folder = Path(run_folder)
+    report = read_report(run_folder)
+    page = (
+        _environment()
+        .get_template(TEMPLATE)
+        .render(
+            report=report,
+            headline=headline(report),
+            honest=honest(report),
+            plan_rows=plan_rows(report),
+            curves=curves(report, run_folder),
+            layer_plots=[Plot(text.stage_text(s.name), *_draw(plots.layer_plot, s.layers)) for s in report.converted if s.layers],
+            needle=needle(report),
+            decode_plots=decode_plots(report),
+            decode_rows=decode_rows(report),
+            samples=samples(report),
+            approximations=approximations(report),
+        )
+    )
+    path, unfinished = run_folder / "report.html", run_folder / "report.html.tmp"
+    unfinished.write_text(page, encoding="utf-8")
+    unfinished.replace(path)
+    return path
+
+
+def _environment() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("openling.report", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {
+        "count": text.count_text,
+        "bytes": text.bytes_text,
+        "seconds": text.seconds_text,
+        "ppl": text.perplexity_text,
+        "gap": text.gap_text,
+        "stage": text.stage_text,
+        "kind": lambda name: text.KINDS.get(name, name),
+    }
+    return environment
+
+
+def _draw(plot: Callable[..., str], *arguments: Any) -> tuple[Markup | None, str]:
+    """A plot's SVG, or the reason why there is none."""
+    if not plots.available():
+        return None, "not drawn: matplotlib is not installed (pip install 'openling[demo]')"
+    return Markup(plot(*arguments)), ""  # noqa: S704 - our own SVG, whose texts matplotlib escapes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def headline(report: Report) -> list[str]:
+    """What was done, in sentences with the key numbers; only what is known."""
+    said = []
+    if report.layout:
+        kinds = report.layout.layer_kinds
+        became = [f"{kinds.count(kind)} {name}" for kind, name in text.KINDS.items() if kind in kinds]
+        sentence = f"The {len(kinds)} softmax-attention layers of the teacher became {' and '.join(became)} layers"
+        if report.plan and report.plan.source:
+            new, old = report.plan.kv_bytes_per_token, report.plan.source.kv_bytes_per_token
+            less = f", {old / new:.1f} times less" if new else ""
+            state = text.bytes_text(report.plan.state_bytes_per_sequence)
+            sentence += (
+                f": {text.bytes_text(new)} of cache per token instead of {text.bytes_text(old)}{less}, and a state of {state}"
+            )
+            sentence += " per sequence that does not grow"
+        said.append(sentence + ".")
+    last = last_measured(report)
+    if last:
+        parts = [f"{a.loss:.3f} on {name} ({text.gap_text(a.gap)} over the teacher)" for name, a in last.domains.items()]
+        tokens = warm_up_tokens(report)
+        after = (
+            f"after {text.count_text(tokens)} tokens of warm-up" if tokens else f"after the stage “{text.stage_text(last.name)}”"
+        )
+        said.append(f"Its loss {after}, in nats per token: {'; '.join(parts)}.")
+    return said
+
+
+def honest(report: Report) -> list[str]:
+    """What so few tokens recover, and what they do not."""
+    said, last = [], last_measured(report)
+    if last:
+        name, worst = max(last.domains.items(), key=lambda item: item[1].gap)
+        if worst.gap > 0:
+            said.append(
+                f"On {name}, {text.gap_text(worst.gap)} nats mean that the hybrid gives the true next token "
+                f"{math.exp(worst.gap):.3g} times less probability than the teacher (geometric mean)."
+            )
+        said += [sentence for name in last.domains if (sentence := _recovered(report, last, name))]
+    if tokens := warm_up_tokens(report):
+        said.append(
+            f"Ling-2.6 spent {PUBLISHED_TOKENS}; this run trained on {text.count_text(tokens)} tokens. "
+            "It shows that the pipeline works and what each step costs, not how good a hybrid can become."
+        )
+    found = [stage for stage in report.stages if stage.needle]
+    if len(found) > 1:
+        first, final = found[0].needle[-1], found[-1].needle[-1]
+        said.append(
+            f"Needles found at {final.length:,} tokens: {first.found} of {first.n} ({text.stage_text(found[0].name)}), "
+            f"{final.found} of {final.n} ({text.stage_text(found[-1].name)})."
+        )
+    return said
+
+
+def _recovered(report: Report, last: Stage, domain: str) -> str | None:
+    """How much of the loss that the Lightning conversion cost is won back on one text."""
+    start = next((s.domains[domain] for s in report.converted if s.name == "lightning" and domain in s.domains), None)
+    end = last.domains[domain]
+    if start is None or start.gap <= 0 or last.name == "lightning":
+        return None
+    share = 100 * (start.loss - end.loss) / start.gap
+    return (
+        f"On {domain} the swap to Lightning cost {text.gap_text(start.gap)} nats at first; the run ends with {share:.0f} % of "
+        f"that recovered and {text.gap_text(end.gap)} nats still missing."
+    )
+
+
+def last_measured(report: Report) -> Stage | None:
+    """The last stage whose loss was measured."""
+    return next((stage for stage in reversed(report.converted) if stage.domains), None)
+
+
+def warm_up_tokens(report: Report) -> int:
+    """Training tokens of all warm-ups."""
+    return sum(stage.tokens or 0 for stage in report.stages if stage.name.endswith("warmup"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables and plots
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plan_rows(report: Report) -> list[tuple[str, str, str, str]]:
+    """(what, teacher, hybrid, ratio)."""
+    plan = report.plan
+    if plan is None:
+        return []
+    source, rows = plan.source, []
+    named: list[tuple[str, str, Callable[[float], str]]] = [
+        ("Parameters", "total_params", text.count_text),
+        ("Active per token", "active_params", text.count_text),
+        ("Cache per token", "kv_bytes_per_token", text.bytes_text),
+        ("State per sequence", "state_bytes_per_sequence", text.bytes_text),
+    ]
+    for label, field, show in named:
+        new, old = getattr(plan, field), getattr(source, field) if source else None
+        ratio = f"{new / old:.3g}" if old else "–"
+        rows.append((label, "not run" if old is None else show(old), show(new), ratio))
+    even = "never" if plan.break_even_tokens is None else f"{plan.break_even_tokens:,} tokens"
+    rows.append(("Break-even context", "–", even if source else "not run", "–"))
+    return rows
+
+
+def curves(report: Report, folder: Path) -> list[Plot]:
+    """The training curve of every stage that names a log."""
+    out = []
+    for stage in report.stages:
+        if stage.metrics is None:
+            continue
+        name, rows = text.stage_text(stage.name), read_metrics(folder, stage.metrics)
+        if not rows:
+            out.append(Plot(name, None, f"not run: {stage.metrics} is {'missing' if rows is None else 'empty'}"))
+            continue
+        first, last = rows[0], rows[-1]
+        amount = f"{last['step']:,} steps, {text.count_text(last['tokens'])} tokens"
+        caption = f"{name}: {amount}, loss {first['loss']:.2f} → {last['loss']:.2f}"
+        out.append(Plot(caption, *_draw(plots.curve_plot, rows)))
+    return out
+
+
+def needle(report: Report) -> dict[str, Any] | None:
+    """Recall plot, lengths, and a row per stage."""
+    stages = [stage for stage in report.stages if stage.needle]
+    if not stages:
+        return None
+    lengths = sorted({r.length for stage in stages for r in stage.needle})
+    rows = [(stage.name, {r.length: r for r in stage.needle}) for stage in stages]
+    plot = Plot("Share of needles found", *_draw(plots.recall_plot, [(stage.name, stage.needle) for stage in stages]))
+    return {"plot": plot, "lengths": lengths, "rows": rows}
+
+
+def decode_plots(report: Report) -> list[Plot]:
+    """Memory and time against context."""
+    teacher, hybrid = report.decode.teacher, report.decode.hybrid
+    if not teacher and not hybrid:
+        return []
+    memory = _draw(plots.memory_plot, teacher, hybrid, crossing(teacher, hybrid))
+    return [Plot("Cache of one sequence", *memory), Plot("Time per decoded token", *_draw(plots.speed_plot, teacher, hybrid))]
+
+
+def crossing(teacher: Sequence[DecodeRow], hybrid: Sequence[DecodeRow]) -> float | None:
+    """Context from which the hybrid's cache is the smaller one: where the straight lines through the measured sizes meet."""
+    if min(len(teacher), len(hybrid)) < 2:
+        return None
+
+    def line(rows: Sequence[DecodeRow]) -> tuple[float, float]:
+        a, b = rows[0], rows[-1]
+        slope = (b.cache_bytes - a.cache_bytes) / (b.context - a.context)
+        return slope, a.cache_bytes - slope * a.context
+
+    (teacher_slope, teacher_base), (hybrid_slope, hybrid_base) = line(teacher), line(hybrid)
+    if teacher_slope <= hybrid_slope:
+        return None
+    return max(0.0, (hybrid_base - teacher_base) / (teacher_slope - hybrid_slope))
+
+
+def decode_rows(report: Report) -> list[tuple[int, DecodeRow | None, DecodeRow | None]]:
+    """(context, teacher, hybrid)."""
+    teacher, hybrid = ({r.context: r for r in rows} for rows in (report.decode.teacher, report.decode.hybrid))
+    return [(context, teacher.get(context), hybrid.get(context)) for context in sorted({*teacher, *hybrid})]
+
+
+def samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
+    """(prompt, [(stage, completion)])."""
+    prompts = dict.fromkeys(sample.prompt for stage in report.stages for sample in stage.samples)
+    return [
+        (prompt, [(stage.name, s.completion) for stage in report.stages for s in stage.samples if s.prompt == prompt])
+        for prompt in prompts
+    ]
+
+
+def approximations(report: Report) -> list[dict[str, Any]]:
+    """One row per stage, step and measure: over how many layers, median and worst value."""
+    groups: dict[tuple[str, str, str], list[tuple[float, int | None]]] = {}
+    for stage in report.stages:
+        for a in stage.approximations:
+            groups.setdefault((stage.name, a.step, a.measure), []).append((a.value, a.layer))
+    rows = []
+    for (stage_name, step, measure), found in groups.items():
+        values = sorted(value for value, _ in found)
+        worst, layer = max(found, key=lambda pair: pair[0])
+        row = {"stage": stage_name, "step": step, "measure": measure, "count": len(found), "worst": worst, "layer": layer}
+        rows.append(row | {"median": (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2})
+    return rows

@@ -1,0 +1,238 @@
+"""The plots of a report as inline SVG: no fonts, scripts or addresses inside; colours are the page's CSS variables.
+
+Colours are Okabe and Ito's, which the colour-blind can tell apart; lines are labelled at their ends instead of by a legend.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+import re
+from collections.abc import Callable, Sequence
+from importlib.util import find_spec
+from typing import TYPE_CHECKING, Any
+
+from openling.report.schema import DecodeRow, LayerError, Recall
+from openling.report.text import KINDS, STAGES, bytes_text, count_text, stage_text
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+# Stand-ins that matplotlib can parse, replaced by CSS variables afterwards: the page's theme decides the real colours.
+INK, GRID = "#010101", "#020202"
+PALETTE = {"blue": "#030303", "orange": "#040404", "green": "#050505", "purple": "#060606", "red": "#070707", "muted": "#080808"}
+KIND_COLOURS = {"lightning": PALETTE["orange"], "mla": PALETTE["blue"], "gqa": PALETTE["muted"]}
+STAGE_COLOURS = dict(zip(STAGES, (PALETTE[c] for c in ("muted", "red", "orange", "purple", "blue")), strict=True))
+_VARIABLES = {INK: "ink", GRID: "grid", **{value: name for name, value in PALETTE.items()}}
+_salt = itertools.count()
+
+
+def available() -> bool:
+    """Whether plots can be drawn here."""
+    return find_spec("matplotlib") is not None
+
+
+def draw(paint: Callable[[Axes], None], label: str, *, width: float = 5.2, height: float = 3.1) -> str:
+    """An `<svg>` element painted by `paint`; sizes in inches. `label` is read to those who cannot see it."""
+    import matplotlib as mpl
+    from matplotlib.figure import Figure
+
+    style: dict[Any, Any] = {
+        "svg.fonttype": "none",
+        "svg.hashsalt": f"openling-{next(_salt)}",  # ids of clip paths must differ between the plots of one page
+        "font.size": 9.5,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.edgecolor": GRID,
+        "xtick.color": INK,
+        "ytick.color": INK,
+        "axes.grid": True,
+        "grid.color": GRID,
+        "grid.linewidth": 0.6,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.axisbelow": True,
+        "lines.linewidth": 1.8,
+    }
+    with mpl.rc_context(style):
+        figure = Figure(figsize=(width, height), layout="constrained")
+        axes = figure.add_subplot()
+        paint(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+    return _inline(out.getvalue(), label)
+
+
+def _inline(svg: str, label: str) -> str:
+    """The bare element: without XML header, metadata, namespaces, fixed size, clashing ids; colours as CSS variables."""
+    from markupsafe import escape
+
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' (xmlns(:\w+)?|width|height)="[^"]*"', "", svg.split(">", 1)[0]) + ">" + svg.split(">", 1)[1]
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg)
+    svg = svg.replace("xlink:href", "href")
+    svg = re.sub(r"font: ([^;\"]*?)'[^;\"]*", r"font: \1sans-serif", svg)
+    for stand_in, name in _VARIABLES.items():
+        svg = svg.replace(stand_in, f"var(--{name})")
+    return svg.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> None:
+    """Names at the right end of lines, (x, y, text, colour), pushed apart where they would overlap."""
+    axes.figure.canvas.draw()  # fixes the transforms
+    line = 11.0 * axes.figure.dpi / 72
+    placed = sorted(
+        ((axes.transData.transform((x, y))[1], x, y, text, colour) for x, y, text, colour in ends), key=lambda p: p[0]
+    )
+    heights = [p[0] for p in placed]
+    for i in range(1, len(heights)):
+        heights[i] = max(heights[i], heights[i - 1] + line)
+    # Recentre, so that a crowd at the bottom does not all move up.
+    excess = max(0.0, heights[-1] - axes.bbox.y1) if heights else 0.0
+    for (pixel, x, y, text, colour), height in zip(placed, heights, strict=True):
+        shift = (height - excess - pixel) * 72 / axes.figure.dpi
+        style: dict[str, Any] = {"textcoords": "offset points", "va": "center", "color": colour, "annotation_clip": False}
+        axes.annotate(text, (x, y), (6, shift), **style)
+
+
+def curve_plot(rows: Sequence[dict[str, Any]]) -> str:
+    """Warm-up losses against tokens: what is minimised, and CE and KL where they are logged besides."""
+    names = {"loss": ("loss", "ink"), "ce": ("CE", "blue"), "kl": ("KL", "orange")}
+
+    def paint(axes: Axes) -> None:
+        series = {name: [(r["tokens"], r[name]) for r in rows if r.get(name) is not None] for name in names}
+        if series["loss"] in (series["ce"], series["kl"]):
+            series["loss"] = []  # only one term is trained: once is enough
+        ends = []
+        for name, points in series.items():
+            if points:
+                label, colour = names[name][0], PALETTE.get(names[name][1], INK)
+                x, y = zip(*points, strict=True)
+                axes.plot(x, y, color=colour, linewidth=1.3, marker="o" if len(x) < 3 else None, markersize=4)
+                ends.append((x[-1], y[-1], f"{label} {y[-1]:.2f}", colour))
+        axes.set_xlabel("tokens")
+        axes.set_ylabel("nats per token")
+        axes.xaxis.set_major_formatter(lambda value, _: count_text(value))
+        axes.set_ylim(bottom=0)
+        axes.set_xlim(left=0)
+        _end_labels(axes, ends)
+
+    return draw(paint, "training loss against tokens")
+
+
+def layer_plot(rows: Sequence[LayerError]) -> str:
+    """Relative error of each layer's attention output: a ring is local, a disc propagated, the colour its kind."""
+    from matplotlib.ticker import MaxNLocator
+
+    def paint(axes: Axes) -> None:
+        for row in rows:
+            colour, both = KIND_COLOURS[row.kind], [row.local, row.propagated]
+            if min(both) > 0:
+                axes.plot([row.layer] * 2, both, color=colour, linewidth=1, alpha=0.5)
+            if row.propagated > 0:
+                axes.plot(row.layer, row.propagated, "o", color=colour, markersize=5)
+            if row.local > 0:
+                axes.plot(row.layer, row.local, "o", markerfacecolor="none", markeredgecolor=colour, markersize=5)
+        axes.set_yscale("log")
+        axes.axhline(1, color=INK, linewidth=0.9, linestyle=(0, (4, 3)))
+        axes.annotate(
+            "as far off as writing zeros",
+            (0, 1),
+            (2, 3),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            fontsize=8,
+        )
+        for i, kind in enumerate(k for k in KINDS if any(row.kind == k for row in rows)):
+            axes.annotate(
+                KINDS[kind], (0, 1), (70 * i, 4), xycoords="axes fraction", textcoords="offset points", color=KIND_COLOURS[kind]
+            )
+        axes.annotate("○ local  ● propagated", (1, 1), (0, 4), xycoords="axes fraction", textcoords="offset points", ha="right")
+        axes.set_xlabel("layer")
+        axes.set_ylabel("relative squared error")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+
+    return draw(paint, "relative error of each layer's attention output", width=5.6)
+
+
+def recall_plot(stages: Sequence[tuple[str, Sequence[Recall]]]) -> str:
+    """Share of needles found, by length, one line per (stage, rows)."""
+
+    def paint(axes: Axes) -> None:
+        ends = []
+        for name, rows in stages:
+            x, y = [r.length for r in rows], [100 * r.exact for r in rows]
+            colour = STAGE_COLOURS.get(name, INK)
+            axes.plot(x, y, "o-", color=colour, markersize=4, clip_on=False)
+            ends.append((x[-1], y[-1], stage_text(name), colour))
+        lengths = sorted({r.length for _, rows in stages for r in rows})
+        axes.set_xscale("log", base=2)
+        axes.set_xticks(lengths, [f"{length:,}" for length in lengths])
+        axes.set_ylim(0, 100)
+        axes.set_xlabel("length in tokens")
+        axes.set_ylabel("needles found, %")
+        _end_labels(axes, ends)
+
+    return draw(paint, "needle recall by length", width=5.8)
+
+
+def memory_plot(teacher: Sequence[DecodeRow], hybrid: Sequence[DecodeRow], crossing: float | None) -> str:
+    """Cache of one sequence against context; `crossing` is the context where both need the same."""
+
+    def paint(axes: Axes) -> None:
+        ends = []
+        for name, rows, colour in (("teacher", teacher, PALETTE["muted"]), ("hybrid", hybrid, PALETTE["blue"])):
+            if rows:
+                x, y = [r.context for r in rows], [r.cache_bytes for r in rows]
+                axes.plot(x, y, "o-", color=colour, markersize=4)
+                ends.append((x[-1], y[-1], f"{name}\n{bytes_text(y[-1])}", colour))
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_ylabel("cache of one sequence")
+        axes.yaxis.set_major_formatter(lambda value, _: bytes_text(value))
+        _context_axis(axes, [r.context for r in (*teacher, *hybrid)], crossing)
+        _end_labels(axes, ends)
+
+    return draw(paint, "decoding memory against context")
+
+
+def speed_plot(teacher: Sequence[DecodeRow], hybrid: Sequence[DecodeRow]) -> str:
+    """Time per decoded token against context."""
+
+    def paint(axes: Axes) -> None:
+        ends = []
+        for name, rows, colour in (("teacher", teacher, PALETTE["muted"]), ("hybrid", hybrid, PALETTE["blue"])):
+            if rows:
+                x, y = [r.context for r in rows], [r.ms_per_token for r in rows]
+                axes.plot(x, y, "o-", color=colour, markersize=4)
+                ends.append((x[-1], y[-1], f"{name}\n{y[-1]:.3g} ms", colour))
+        axes.set_xscale("log", base=2)
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel("ms per token, median")
+        _context_axis(axes, [r.context for r in (*teacher, *hybrid)], None)
+        _end_labels(axes, ends)
+
+    return draw(paint, "time per decoded token against context")
+
+
+def _context_axis(axes: Axes, contexts: Sequence[int], crossing: float | None) -> None:
+    """Powers of two as ticks, at most seven; the break-even context as a marked line."""
+    low, high = float(min(contexts)), float(max(contexts))
+    if crossing is not None and crossing > 0:
+        low, high = min(low, crossing), max(high, crossing)
+        axes.axvline(crossing, color=PALETTE["green"], linewidth=1.2, linestyle=(0, (4, 3)))
+        label = f"break-even\n{crossing:,.0f} tokens"
+        style: dict[str, Any] = {
+            "xycoords": ("data", "axes fraction"),
+            "textcoords": "offset points",
+            "va": "top",
+            "color": PALETTE["green"],
+        }
+        axes.annotate(label, (crossing, 1), (4, 0), **style)
+    powers = list(range(math.floor(math.log2(low)), math.ceil(math.log2(high)) + 1))
+    step = math.ceil(len(powers) / 7)
+    axes.set_xticks([2**p for p in powers[::step]], [count_text(2**p, 1024) for p in powers[::step]])
+    axes.minorticks_off()
+    axes.set_xlabel("context in tokens")

@@ -1,0 +1,206 @@
+"""What `report.json` holds. Everything but title and stages may be missing: the page then says `not run`. Losses are in nats."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import BaseModel, Field, ValidationError
+
+from openling.errors import UserError
+
+
+class Figures(BaseModel):
+    """Numbers of one model, as `openling plan --json` prints them; bytes in BF16, states in FP32."""
+
+    total_params: int
+    active_params: int
+    kv_bytes_per_token: int
+    state_bytes_per_sequence: int
+    break_even_tokens: int | None = None
+
+
+class Plan(Figures):
+    """The hybrid, and its teacher under `source`."""
+
+    source: Figures | None = None
+
+
+class Layout(BaseModel):
+    """Which layer became what; `said` tells why the groups have their size."""
+
+    group_size: int
+    layer_kinds: list[str]
+    said: str = ""
+
+
+class Text(BaseModel):
+    """A text that was read, and for what."""
+
+    name: str
+    licence: str
+    role: str
+    tokens: int
+
+
+class Agreement(BaseModel):
+    """A stage against the teacher on one text."""
+
+    loss: float
+    loss_stderr: float
+    perplexity: float
+    teacher_loss: float
+    kl: float
+    top1: float
+    tokens: int
+    gap_stderr: float | None = None
+
+    @property
+    def gap(self) -> float:
+        """Loss above the teacher's."""
+        return self.loss - self.teacher_loss
+
+
+class LayerError(BaseModel):
+    """Relative squared error of one layer's attention output."""
+
+    layer: int
+    kind: str
+    local: float
+    propagated: float
+
+
+class Recall(BaseModel):
+    """Share of `n` needles found at one length."""
+
+    length: int
+    exact: float
+    n: int
+
+    @property
+    def found(self) -> int:
+        """Needles found."""
+        return round(self.exact * self.n)
+
+
+class Sample(BaseModel):
+    """A prompt and its greedy continuation."""
+
+    prompt: str
+    completion: str
+
+
+class Approximation(BaseModel):
+    """An approximate step and its measured error."""
+
+    step: str
+    layer: int | None = None
+    measure: str
+    value: float
+
+
+class Stage(BaseModel):
+    """The model as one stage left it. `metrics`: its training log, relative to the run folder."""
+
+    name: str
+    seconds: float | None = None
+    tokens: int | None = None
+    domains: dict[str, Agreement] = {}
+    layers: list[LayerError] = []
+    needle: list[Recall] = []
+    samples: list[Sample] = []
+    approximations: list[Approximation] = []
+    metrics: str | None = None
+    notes: list[str] = []
+
+
+class DecodeRow(BaseModel):
+    """Decoding one sequence at one context."""
+
+    context: int
+    cache_bytes: int
+    formula_bytes: int
+    ms_per_token: float
+    peak_bytes: int | None = None
+
+
+class Decode(BaseModel):
+    """Decoding of teacher and hybrid."""
+
+    teacher: list[DecodeRow] = []
+    hybrid: list[DecodeRow] = []
+
+
+class Preset(BaseModel):
+    """The loss of one preset after one stage on one text."""
+
+    preset: str
+    stage: str
+    domain: str
+    loss: float
+    gap: float
+
+
+class Report(BaseModel):
+    """The whole file."""
+
+    title: Annotated[str, Field(min_length=1)]
+    command: str | None = None
+    date: str | None = None
+    commit: str | None = None
+    seconds: float | None = None
+    environment: dict[str, str] = {}
+    plan: Plan | None = None
+    layout: Layout | None = None
+    texts: list[Text] = []
+    stages: list[Stage]
+    decode: Decode = Decode()
+    presets: list[Preset] = []
+
+    @property
+    def converted(self) -> list[Stage]:
+        """The stages after the teacher."""
+        return [stage for stage in self.stages if stage.name != "teacher"]
+
+    @property
+    def domains(self) -> list[str]:
+        """Names of all texts that were scored, in the order they appear."""
+        return list(dict.fromkeys(name for stage in self.stages for name in stage.domains))
+
+
+def parse(data: Any, *, where: object = None) -> Report:
+    """A checked report; UserError names the first field that is wrong."""
+    try:
+        return Report.model_validate(data)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            "the report cannot be read",
+            where=f"{where}, {field}" if where else field,
+            value=first["input"],
+            expected=first["msg"],
+        ) from error
+
+
+def read_report(folder: Path) -> Report:
+    """The `report.json` of a run folder."""
+    path = folder / "report.json"
+    try:
+        return parse(json.loads(path.read_text(encoding="utf-8")), where=path)
+    except OSError as error:
+        raise UserError(
+            "this folder holds no report", where=path, value=error.strerror, expected="report.json of a run"
+        ) from error
+    except ValueError as error:
+        raise UserError("this file is not JSON", where=path, value=error, expected="report.json of a run") from error
+
+
+def read_metrics(folder: Path, name: str) -> list[dict[str, Any]] | None:
+    """Rows of a training log; None where it is absent. A torn last line, left by a kill, is passed over."""
+    path = folder / name
+    if not path.is_file():
+        return None
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]

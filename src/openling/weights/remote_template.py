@@ -1,0 +1,158 @@
+"""The Hugging Face side of an exported folder; `remote.py` appends this file to the model sources.
+
+Only long-lived parts of transformers' API are used. `Experts` replaces the stacked one of the model file, so that every
+parameter has the name it has in the checkpoint.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin, PretrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from openling.model.cache import Cache
+from openling.model.config import ModelConfig, read_ling
+from openling.model.ling import MLP, Backbone
+from openling.ops.moe import combine_experts
+
+
+class Experts(nn.ModuleList):
+    """All routed experts of a layer, one module each."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        plain = config.replace(mlp_bias=False)
+        super().__init__(MLP(plain, config.moe_intermediate_size) for _ in range(config.num_experts))
+
+    def forward(self, x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor) -> Tensor:
+        """Weighted sum of the chosen experts, [N, M]."""
+        return combine_experts(x_NM, weight_Nk, index_Nk, len(self), lambda expert, x: self[expert](x))
+
+
+class OpenlingConfig(PretrainedConfig):
+    """config.json as it is; `read_ling` gives its keys their meaning."""
+
+    model_type = "bailing_hybrid"
+    keys_to_ignore_at_inference = ["past_key_values"]
+
+    def __init__(self, **kwargs: Any) -> None:
+        # transformers 5 keeps all of RoPE in one dict, which `read_ling` reads as well.
+        scaling = kwargs.pop("rope_scaling", None)
+        if scaling and not kwargs.get("rope_parameters"):
+            kwargs["rope_parameters"] = {"rope_theta": kwargs.get("rope_theta"), **scaling}
+        super().__init__(**kwargs)
+
+
+class OpenlingCache(Cache):
+    """The hybrid cache with the few methods that `generate` calls."""
+
+    is_compileable = False
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        """Tokens seen, padding included."""
+        return self.length
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Follow the beams."""
+        self.reorder(beam_idx)
+
+
+class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801 (the architecture's published name)
+    """Backbone and LM head under transformers' interface; MTP layers are loaded but not run."""
+
+    config_class = OpenlingConfig
+    base_model_prefix = "model"
+    _no_split_modules = ["Layer", "MtpLayer"]
+    _keep_in_fp32_modules_strict = ["expert_bias"]
+    _supports_sdpa = True
+
+    def __init__(self, config: OpenlingConfig) -> None:
+        super().__init__(config)
+        layers = read_ling(config.to_dict())
+        self.model = Backbone(layers)
+        self.lm_head = nn.Linear(layers.hidden_size, layers.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        logits_to_keep: int = 0,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
+        """FP32 logits [B, T, V] and, with labels [B, T] (-100 is ignored), the next-token loss.
+
+        attention_mask [B, S] covers cached and new tokens; 0 marks padding. logits_to_keep: only the last so many positions.
+        """
+        cache = self._cache(past_key_values, use_cache)
+        if attention_mask is not None:
+            new = attention_mask[:, -input_ids.shape[1] :]
+            attention_mask = None if new.all() else new
+        hidden: list[Tensor] | None = [] if output_hidden_states else None
+        h_BTM = self.model(input_ids, cache=cache, attention_mask=attention_mask, hidden_states=hidden)
+        logits = self.lm_head(h_BTM[:, -logits_to_keep:] if logits_to_keep else h_BTM)
+        logits = logits if logits.dtype == torch.float64 else logits.float()
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
+        states = tuple(hidden) if hidden is not None else None
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)  # type: ignore[arg-type]
+        return out.to_tuple() if return_dict is False else out
+
+    def _cache(self, given: Any, use_cache: bool | None) -> OpenlingCache | None:
+        """Our cache: the one given, or a new one in place of an empty foreign one."""
+        if isinstance(given, OpenlingCache):
+            return given
+        if given is not None and given.get_seq_length():
+            raise ValueError(f"past_key_values must come from this model, got a filled {type(given).__name__}")
+        wanted = use_cache if use_cache is not None else getattr(self.config, "use_cache", True) and not self.training
+        return OpenlingCache(self.config.num_hidden_layers) if wanted or given is not None else None
+
+    def prepare_inputs_for_generation(  # type: ignore[override]
+        self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
+    ) -> dict[str, Any]:
+        """Only the tokens that the cache has not seen."""
+        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        named = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": kwargs.get("use_cache")}
+        return {"input_ids": input_ids[:, seen:], "logits_to_keep": kwargs.get("logits_to_keep") or 0, **named}
+
+    @classmethod
+    def _supports_default_dynamic_cache(cls) -> bool:
+        """`forward` makes its own cache."""
+        return False
+
+    def get_input_embeddings(self) -> nn.Module:
+        """The token embeddings."""
+        return self.model.word_embeddings
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        """Replace the token embeddings."""
+        self.model.word_embeddings = value
+
+    def get_output_embeddings(self) -> nn.Module:
+        """The LM head."""
+        return self.lm_head
+
+    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+        """Replace the LM head."""
+        self.lm_head = new_embeddings
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Normal matrices, unit norms, zero biases; what was loaded is left alone."""
+        for name, parameter in module.named_parameters(recurse=False):
+            if getattr(parameter, "_is_hf_initialized", False):
+                continue
+            with torch.no_grad():
+                if name == "bias":
+                    parameter.zero_()
+                elif parameter.dim() == 1:
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, getattr(self.config, "initializer_range", 0.02))
