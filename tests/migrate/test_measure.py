@@ -138,6 +138,15 @@ def test_layer_errors_are_those_of_hooked_forward_passes(student, teacher, windo
         assert row["propagated"] == pytest.approx(float((ours[i][1] - y).square().sum() / y.square().sum()), rel=1e-9)
 
 
+def test_mtp_layers_are_measured_too(windows):
+    teacher = random_model(GQA.replace(num_nextn_predict_layers=1, mtp_layer_kind="gqa"), 0)
+    student = random_model(HYBRID.replace(num_nextn_predict_layers=1), 0)
+    rows = measure.layer_errors(student, teacher, windows)
+    assert [row["kind"] for row in rows] == [*HYBRID.layer_kinds, "mla"]
+    assert rows[-1]["local"] > 0
+    assert rows[-1]["propagated"] > 0
+
+
 def test_a_model_has_no_error_against_itself(teacher, windows):
     assert all(row["local"] == row["propagated"] == 0.0 for row in measure.layer_errors(teacher, teacher, windows))
 

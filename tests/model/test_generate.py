@@ -134,14 +134,14 @@ def test_repetition_penalty_equals_that_of_transformers():
 
 @torch.no_grad()
 def test_sampling_follows_the_distribution_and_the_seed():
-    model, ids = tiny(), prompt(1, 4).expand(4000, -1)
+    model, ids = tiny(), prompt(1, 4).expand(1500, -1)
     sampling = Sampling(temperature=0.7, seed=3, max_new_tokens=1)
     drawn = generate(model, ids, sampling, stop_ids=())
     assert generate(model, ids, sampling, stop_ids=()) == drawn
-    share = torch.tensor(drawn).flatten().bincount(minlength=61) / 4000
+    share = torch.tensor(drawn).flatten().bincount(minlength=61) / 1500
     expected = (model(ids[:1])[0, -1] / 0.7).softmax(-1)
-    # 4000 draws: a share has a standard deviation of at most sqrt(0.25 / 4000) = 0.008; five of them.
-    assert float((share - expected).abs().max()) < 0.04
+    # 1500 draws: a share has a standard deviation of at most sqrt(0.25 / 1500) = 0.013; five of them.
+    assert float((share - expected).abs().max()) < 0.065
 
 
 @pytest.mark.parametrize(

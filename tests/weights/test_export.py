@@ -109,6 +109,10 @@ def test_sampling_and_cache_arguments(tmp_path: Path) -> None:
     out = theirs(IDS[:, :10], past_key_values=transformers.DynamicCache())
     rest = theirs(IDS[:, 10:], past_key_values=out.past_key_values, attention_mask=torch.ones_like(IDS))
     torch.testing.assert_close(rest.logits, theirs(IDS).logits[:, 10:], atol=1e-5, rtol=0)
+    steps = theirs.generate(IDS, max_new_tokens=2, output_hidden_states=True, return_dict_in_generate=True, eos_token_id=None)
+    assert [h[-1].shape for h in steps.hidden_states] == [(2, 24, 32), (2, 1, 32)]
+    with pytest.raises(ValueError, match="stateful"):
+        theirs.generate(IDS[:1], max_new_tokens=2, assistant_model=theirs)
     assert theirs(IDS, logits_to_keep=1).logits.shape == (2, 1, 96)
     foreign = transformers.DynamicCache()
     foreign.update(torch.zeros(2, 1, 3, 4), torch.zeros(2, 1, 3, 4), 0)

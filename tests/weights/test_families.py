@@ -10,12 +10,13 @@ import torch
 import transformers
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_models import GOLDEN, HYBRID, randomise
 from transformers import AutoModelForCausalLM
 
 import openling
 from openling.model.config import LING_ARCHITECTURE
+from openling.model.ling import Ling
 from openling.weights.export import save
 from openling.weights.names import RULES, bind
 
@@ -36,6 +37,7 @@ LLAMA3 = {
     "original_max_position_embeddings": 16,
     "rope_theta": 500.0,
 }
+MOE = {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 CASES = {
     "llama": ("Llama", {}),
     "llama-biases-tied": ("Llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "head_dim": 16}),
@@ -49,18 +51,8 @@ CASES = {
     "mistral": ("Mistral", {"head_dim": 16, "sliding_window": None}),
     "qwen2": ("Qwen2", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3", {"head_dim": 16, "attention_bias": True}),
-    "qwen3-moe": (
-        "Qwen3Moe",
-        {
-            "head_dim": 16,
-            "num_experts": 6,
-            "num_experts_per_tok": 2,
-            "moe_intermediate_size": 24,
-            "mlp_only_layers": [1],
-            "norm_topk_prob": True,
-        },
-    ),
-    "qwen3-moe-unnormed": ("Qwen3Moe", {"head_dim": 16, "num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 24}),
+    "qwen3-moe": ("Qwen3Moe", MOE | {"mlp_only_layers": [1], "norm_topk_prob": True}),
+    "qwen3-moe-unnormed": ("Qwen3Moe", MOE),
     "mixtral": ("Mixtral", {"num_local_experts": 4, "sliding_window": None}),
 }
 
@@ -168,3 +160,28 @@ def test_names_of_the_families() -> None:
     for architecture, (embeddings, dense, expert) in expected.items():
         found = [b.theirs[-1].removeprefix("model.layers.1.") for b in bind(architecture, HYBRID, names)]
         assert found == [embeddings, dense, expert]
+
+
+def test_stored_copy_of_a_tied_head_survives(tmp_path: Path) -> None:
+    source = tmp_path / "source"
+    write_teacher("llama-biases-tied", source)
+    tensors = load_file(source / "model.safetensors")
+    save_file(tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].clone()}, source / "model.safetensors")
+    model = openling.load(source).model
+    assert model.lm_head.weight is model.model.word_embeddings.weight
+    save(model, tmp_path / "out", source=source)
+    assert_same_weights(source, tmp_path / "out")
+
+
+@torch.no_grad()
+def test_a_changed_teacher_is_not_written_under_its_old_config(tmp_path: Path) -> None:
+    """All layers still GQA, but of another shape than the source's config.json says."""
+    write_teacher("llama-biases-tied", tmp_path / "source")
+    loaded = openling.load(tmp_path / "source")
+    shorter = Ling(loaded.config.replace(num_hidden_layers=2, layer_kinds=("gqa",) * 2)).eval()
+    shorter.load_state_dict(loaded.model.state_dict(), strict=False)
+    save(shorter, tmp_path / "out", source=tmp_path / "source")
+    again = openling.load(tmp_path / "out")
+    assert again.hf_config["architectures"] == [LING_ARCHITECTURE]
+    ids = torch.arange(20)[None]
+    assert torch.equal(again.model(ids), shorter(ids))

@@ -185,10 +185,14 @@ def test_index_and_shards_disagree(folder: Path) -> None:
 
 def test_config_contradicts_the_weights(single: Path) -> None:
     edit_config(single, vocab_size=97)
-    refused(single, "wrong shape", "lm_head.weight", "[96, 32]", "[97, 32]")
-    edit_config(single, vocab_size=96, num_hidden_layers=5, layer_kinds=["lightning", "mla"] * 2 + ["mla"])
+    refused(single, "wrong shape", "word_embeddings.weight", "[96, 32]", "[97, 32]")
+    edit_config(
+        single, vocab_size=96, num_hidden_layers=6, layer_kinds=["lightning", "mla"] * 2 + ["mla"] * 2, num_nextn_predict_layers=0
+    )
     refused(single, "missing", "model.layers.5.")
-    edit_config(single, num_hidden_layers=4, layer_kinds=["lightning", "mla"] * 2, num_shared_experts=0)
+    edit_config(
+        single, num_hidden_layers=4, layer_kinds=["lightning", "mla"] * 2, num_nextn_predict_layers=1, num_shared_experts=0
+    )
     refused(single, "not part of the model", "shared_experts")
     edit_config(single, num_shared_experts=1, tie_word_embeddings=True)
     refused(single, "tied embeddings", "tie_word_embeddings")

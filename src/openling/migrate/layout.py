@@ -41,7 +41,7 @@ def target_config(
     if rope < 2 or rope % 2 or source.rotary_dim % rope:
         expected = f"an even divisor of the {source.rotary_dim} rotated dims of a head"
         raise UserError(
-            "each rotated pair of MLA stands for as many of the teacher's",
+            "the rotated dims of MLA must fold those of the teacher evenly",
             where="qk_rope_head_dim",
             value=rope,
             expected=expected,

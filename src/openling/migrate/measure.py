@@ -121,7 +121,7 @@ class TeacherTrace:
     @classmethod
     @torch.inference_mode()
     def record(cls, teacher: Ling, windows_NT: Tensor, *, bf16: bool = False, dtype: torch.dtype | None = None) -> TeacherTrace:
-        """Run the teacher once. dtype: how hidden states are kept (BF16 halves the memory and costs KL about 1e-4)."""
+        """Run the teacher once. dtype: how hidden states are kept; BF16 halves the memory and moves KL by 1e-4 (SmolLM2-135M)."""
         kept: list[Tensor] = []
         losses: list[Tensor] = []
         head = teacher.lm_head.weight.detach()
@@ -158,7 +158,7 @@ def _summary(ce_N: Tensor, kl_N: Tensor, top1_N: Tensor, teacher_N: Tensor, *, t
     return Agreement(
         loss=loss,
         loss_stderr=_stderr(ce_N),
-        perplexity=math.exp(loss),
+        perplexity=math.exp(loss) if loss < 700 else math.inf,
         teacher_loss=float(teacher_N.mean()),
         gap=float((ce_N - teacher_N).mean()),
         gap_stderr=_stderr(ce_N - teacher_N),
@@ -180,7 +180,7 @@ def _stderr(value_N: Tensor) -> float:
 
 @torch.inference_mode()
 def layer_errors(student: Ling, teacher: Ling, windows_NT: Tensor, *, bf16: bool = False) -> list[LayerError]:
-    """Relative error of every attention block's output (after `dense`) on token windows [N, T], MTP layers last; see `LayerError`."""
+    """Relative error of every attention block's output (after `dense`) on token windows [N, T]; MTP layers come last."""
     kinds = [student.config.layer_kind(i) for i in range(len(student.model.layers))]
     sums = torch.zeros(len(kinds), 3, dtype=torch.float64)  # local error, propagated error, teacher's energy
     for ids in _batches(windows_NT):

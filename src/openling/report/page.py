@@ -1,8 +1,12 @@
-"""One self-contained HTML page per run: everything inline, nothing fetched, no script; what was not measured says `not run`."""
+"""One self-contained HTML page per run: everything inline, nothing fetched, no script; what was not measured says `not run`.
+
+The same figures as a table for the terminal.
+"""
 
 from __future__ import annotations
 
 import math
+import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,9 +14,12 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+from rich import box
+from rich.table import Table
+from rich.text import Text
 
 from openling.report import plots, text
-from openling.report.schema import DecodeRow, Report, Stage, read_metrics, read_report
+from openling.report.schema import DecodeRow, Report, Stage, parse, read_metrics, read_report
 
 # Ling-2.6 report, arXiv 2606.15079, pages 9 and 10.
 PUBLISHED_TOKENS = (
@@ -95,8 +102,7 @@ def _draw(plot: Callable[..., str], *arguments: Any) -> tuple[Markup | None, str
 def headline(report: Report) -> list[str]:
     """What was done, in sentences with the key numbers; only what is known."""
     said = []
-    if report.layout:
-        kinds = report.layout.layer_kinds
+    if kinds := report.layer_kinds:
         became = [f"{kinds.count(kind)} {name}" for kind, name in text.KINDS.items() if kind in kinds]
         sentence = f"The {len(kinds)} softmax-attention layers of the teacher became {' and '.join(became)} layers"
         if report.plan and report.plan.source:
@@ -124,7 +130,7 @@ def honest(report: Report) -> list[str]:
     said, last = [], last_measured(report)
     if last:
         name, worst = max(last.domains.items(), key=lambda item: item[1].gap)
-        if worst.gap > 0:
+        if worst.gap >= 0.01:
             said.append(
                 f"On {name}, {text.gap_text(worst.gap)} nats mean that the hybrid gives the true next token "
                 f"{math.exp(worst.gap):.3g} times less probability than the teacher (geometric mean)."
@@ -263,15 +269,52 @@ def samples(report: Report) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def approximations(report: Report) -> list[dict[str, Any]]:
-    """One row per stage, step and measure: over how many layers, median and worst value."""
+    """One row per stage, step and measure: how often, median, smallest and largest value with their layers."""
     groups: dict[tuple[str, str, str], list[tuple[float, int | None]]] = {}
     for stage in report.stages:
         for a in stage.approximations:
             groups.setdefault((stage.name, a.step, a.measure), []).append((a.value, a.layer))
     rows = []
     for (stage_name, step, measure), found in groups.items():
-        values = sorted(value for value, _ in found)
-        worst, layer = max(found, key=lambda pair: pair[0])
-        row = {"stage": stage_name, "step": step, "measure": measure, "count": len(found), "worst": worst, "layer": layer}
-        rows.append(row | {"median": (values[(len(values) - 1) // 2] + values[len(values) // 2]) / 2})
+        (low, low_layer), (high, high_layer) = min(found, key=lambda pair: pair[0]), max(found, key=lambda pair: pair[0])
+        median = statistics.median(value for value, _ in found)
+        row = {"stage": stage_name, "step": step, "measure": measure, "count": len(found), "median": median}
+        rows.append(row | {"low": low, "low_layer": low_layer, "high": high, "high_layer": high_layer})
     return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Terminal
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def summary_table(report: dict[str, Any]) -> Table:
+    """The stages for a terminal of 100 columns, a row per stage and text.
+
+    report: the contents of `report.json`; UserError where a field is wrong.
+    """
+    run = parse(report)
+    title = run.title if run.seconds is None else f"{run.title} ({text.seconds_text(run.seconds)})"
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=Text(title), title_justify="left")
+    for name in ("stage", "tokens", "text", "loss", "gap", "ppl", "KL", "top-1", "needles"):
+        # Only a text's name, which can be the user's, may take more than one line.
+        table.add_column(name, justify="left" if name in ("stage", "text") else "right", no_wrap=name != "text", overflow="fold")
+    for stage in run.stages:
+        for row in _summary_rows(stage):
+            table.add_row(*map(Text, row))
+    return table
+
+
+def _summary_rows(stage: Stage) -> list[list[str]]:
+    found, tried = sum(r.found for r in stage.needle), sum(r.n for r in stage.needle)
+    first = [text.stage_text(stage.name), "–" if stage.tokens is None else text.count_text(stage.tokens)]
+    rows = []
+    for name, a in stage.domains.items():
+        cells = [name, f"{a.loss:.3f}", text.gap_text(a.gap), text.perplexity_text(a.perplexity)]
+        cells += [f"{a.kl:.3f}", f"{100 * a.top1:.1f} %"]
+        if stage.name == "teacher":
+            cells[2] = cells[4] = cells[5] = "–"
+        rows.append(cells)
+    rows = rows or [["not run", *[""] * 5]]
+    needles = f"{found} of {tried}" if tried else "not run"
+    return [[*(first if i == 0 else ["", ""]), *row, needles if i == 0 else ""] for i, row in enumerate(rows)]

@@ -44,6 +44,7 @@ def draw(paint: Callable[[Axes], None], label: str, *, width: float = 5.2, heigh
         "font.size": 9.5,
         "text.color": INK,
         "axes.labelcolor": INK,
+        "axes.labelpad": 7,
         "axes.edgecolor": GRID,
         "xtick.color": INK,
         "ytick.color": INK,

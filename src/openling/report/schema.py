@@ -30,8 +30,8 @@ class Plan(Figures):
 class Layout(BaseModel):
     """Which layer became what; `said` tells why the groups have their size."""
 
-    group_size: int
-    layer_kinds: list[str]
+    group_size: int | None = None
+    layer_kinds: list[str] = []
     said: str = ""
 
 
@@ -41,7 +41,8 @@ class Text(BaseModel):
     name: str
     licence: str
     role: str
-    tokens: int
+    tokens: int | None = None
+    source: str | None = None
 
 
 class Agreement(BaseModel):
@@ -152,7 +153,7 @@ class Report(BaseModel):
     seconds: float | None = None
     environment: dict[str, str] = {}
     plan: Plan | None = None
-    layout: Layout | None = None
+    layout: Layout = Layout()
     texts: list[Text] = []
     stages: list[Stage]
     decode: Decode = Decode()
@@ -162,6 +163,12 @@ class Report(BaseModel):
     def converted(self) -> list[Stage]:
         """The stages after the teacher."""
         return [stage for stage in self.stages if stage.name != "teacher"]
+
+    @property
+    def layer_kinds(self) -> list[str]:
+        """Kind of each layer in the end: as the layout says, else as the last measured layers were."""
+        measured = next((stage.layers for stage in reversed(self.converted) if stage.layers), [])
+        return self.layout.layer_kinds or [row.kind for row in measured]
 
     @property
     def domains(self) -> list[str]:

@@ -19,7 +19,7 @@ def stage_text(name: str) -> str:
 
 def count_text(value: float, base: int = 1000) -> str:
     """1234567 as 1.23M (base 1024: 65536 as 64K), three digits at most."""
-    for power, unit in ((3, "B" if base == 1000 else "G"), (2, "M"), (1, "K")):
+    for power, unit in ((4, "T"), (3, "B" if base == 1000 else "G"), (2, "M"), (1, "K")):
         # 999.6 thousand rounds to a million.
         if abs(value) >= base**power * 0.9995:
             return f"{value / base**power:.3g}{unit}"

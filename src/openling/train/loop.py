@@ -1,7 +1,8 @@
 """The training loop: FP32 master weights, BF16 autocast, cross-entropy and KL to a teacher, exact resume.
 
-A run folder holds `train.json`, `metrics.jsonl` and `checkpoints/`. On one machine with deterministic kernels (a CPU) a run
-that was stopped and resumed ends with the same bits as one that was not.
+A run folder holds `train.json`, `metrics.jsonl` and `checkpoints/`. A run that was stopped and resumed ends with the same
+bits as one that was not, on the same machine: on a CPU always, on CUDA under `torch.use_deterministic_algorithms(True)`
+(without it two uninterrupted runs differ as well).
 """
 
 from __future__ import annotations
@@ -74,7 +75,7 @@ def train(
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
     """Write `train.json` in a new run; in one that resumes, compare with it."""
     path = run / "train.json"
-    plan = {"config": config.model_dump(mode="json"), "parameters": names}
+    fields = config.model_dump(mode="json")
     if resume and not path.exists():
         raise UserError(
             "there is nothing to resume", where=run, expected="train.json of an earlier run", next="run without --resume"
@@ -84,9 +85,9 @@ def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -
             "the folder holds a run already", where=run, expected="a new folder", next="add --resume, or choose another"
         )
     if not resume:
-        return write_json(path, plan)
+        return write_json(path, {"config": fields, "parameters": names})
     old = json.loads(path.read_text())
-    for field, value in plan["config"].items():
+    for field, value in fields.items():
         if field not in FREE_ON_RESUME and old["config"].get(field) != value:
             raise UserError("the run has another configuration", where=field, value=value, expected=old["config"].get(field))
     if different := sorted(set(old["parameters"]) ^ set(names)):
@@ -227,14 +228,20 @@ class _Run:
     def _loss(self, ids_BT: Tensor) -> HeadLoss:
         """The loss of a part of the batch, in BF16 autocast where configured."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            target: dict[str, Tensor] = {}
+            teacher_h = teacher_weight = None
             if self.teacher is not None:
                 with torch.no_grad():
-                    hidden = self.teacher.model(ids_BT)
-                target = {"teacher_h_BTM": hidden, "teacher_weight_VM": self.teacher.lm_head.weight}
-            h = self.model.model(ids_BT)
-            weights = {"ce_weight": self.config.ce, "kl_weight": self.config.kl}
-            return head_loss(h, self.model.lm_head.weight, ids_BT, **target, **weights)
+                    teacher_h = self.teacher.model(ids_BT)
+                teacher_weight = self.teacher.lm_head.weight
+            return head_loss(
+                self.model.model(ids_BT),
+                self.model.lm_head.weight,
+                ids_BT,
+                teacher_h_BTM=teacher_h,
+                teacher_weight_VM=teacher_weight,
+                ce_weight=self.config.ce,
+                kl_weight=self.config.kl,
+            )
 
     def _fail(self, row: dict[str, Any], ids_BT: Tensor) -> None:
         """Keep the batch and the culprits; weights, checkpoint and metrics stay as they were before the step."""

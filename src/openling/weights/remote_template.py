@@ -67,6 +67,7 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
     _no_split_modules = ["Layer", "MtpLayer"]
     _keep_in_fp32_modules_strict = ["expert_bias"]
     _supports_sdpa = True
+    _is_stateful = True  # A Lightning state cannot be rolled back: `generate` then refuses assisted decoding.
 
     def __init__(self, config: OpenlingConfig) -> None:
         super().__init__(config)
@@ -120,8 +121,9 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
     ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
-        named = {"past_key_values": past_key_values, "attention_mask": attention_mask, "use_cache": kwargs.get("use_cache")}
-        return {"input_ids": input_ids[:, seen:], "logits_to_keep": kwargs.get("logits_to_keep") or 0, **named}
+        passed_on = {key: kwargs[key] for key in ("use_cache", "output_hidden_states", "logits_to_keep") if key in kwargs}
+        new = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
+        return new | passed_on
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
