@@ -17,11 +17,11 @@ from openling.errors import OpenlingError, UserError, nearest
 
 # verb: (module with add_arguments(parser) and run(args), what it does)
 VERBS = {
-    "demo": ("openling.demo", "convert SmolLM2-135M on this machine and report what happened"),
+    "demo": ("openling.commands.demo", "convert SmolLM2-135M on this machine and report what happened"),
     "plan": ("openling.migrate.plan", "what a migration yields and costs, from config.json alone"),
-    "migrate": ("openling.migrate.command", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
-    "generate": ("openling.complete", "one completion from any checkpoint folder"),
-    "chat": ("openling.chat", "talk to any checkpoint folder"),
+    "migrate": ("openling.commands.migrate", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
+    "generate": ("openling.commands.complete", "one completion from any checkpoint folder"),
+    "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
 }
 
 # A disk that is full or may not be written is the user's to mend.

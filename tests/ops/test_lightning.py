@@ -160,7 +160,12 @@ def test_equals_minimax_of_transformers():
     """Same recurrence, another block form, no query scaling, interleaved q/k/v rows, SiLU on them: all taken over here."""
     torch.manual_seed(0)
     c = MiniMaxConfig(
-        hidden_size=32, num_attention_heads=4, head_dim=8, num_hidden_layers=6, block_size=16, layer_types=["linear_attention"] * 6
+        hidden_size=32,
+        num_attention_heads=4,
+        head_dim=8,
+        num_hidden_layers=6,
+        block_size=16,
+        layer_types=["linear_attention"] * 6,
     )
     other = MiniMaxLightningAttention(c, layer_idx=2).double()
     other.norm, other.out_proj = torch.nn.Identity(), torch.nn.Identity()

@@ -194,11 +194,17 @@ def test_experts_equal_deepseek_v3():
 def test_combination_equals_a_loop_in_value_and_gradient(tokens, experts, data, seed):
     """Experts that nobody chose are not run; no token is no error."""
     k = data.draw(st.integers(1, experts))
-    index = torch.stack([randn(experts, seed=seed + t).argsort()[:k] for t in range(tokens)]) if tokens else torch.zeros(0, k).long()
+    index = (
+        torch.stack([randn(experts, seed=seed + t).argsort()[:k] for t in range(tokens)]) if tokens else torch.zeros(0, k).long()
+    )
     ran = []
     gradients = []
     for form in ("op", "loop"):
-        x, w, m = randn(tokens, 3).requires_grad_(), randn(tokens, k, seed=1).requires_grad_(), randn(experts, 3, 3, seed=2).requires_grad_()
+        x, w, m = (
+            randn(tokens, 3).requires_grad_(),
+            randn(tokens, k, seed=1).requires_grad_(),
+            randn(experts, 3, 3, seed=2).requires_grad_(),
+        )
 
         def run(e, rows, m=m):
             ran.append(e)

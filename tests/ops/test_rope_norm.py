@@ -94,8 +94,20 @@ def test_half_precision_is_rotated_in_fp32():
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 4096}
 SCALINGS = [
     {"rope_type": "linear", "factor": 3.0},
-    {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192},
-    {"rope_type": "llama3", "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 256},
+    {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    },
+    {
+        "rope_type": "llama3",
+        "factor": 32.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 256,
+    },
     YARN,
     YARN | {"factor": 2.0, "original_max_position_embeddings": 131072},
     YARN | {"beta_fast": 16.0, "beta_slow": 2.0},
@@ -110,7 +122,11 @@ SCALINGS = [
 @pytest.mark.parametrize("scaling", SCALINGS, ids=lambda s: "-".join(str(v) for v in s.values()))
 def test_scaled_frequencies_equal_transformers(scaling, theta):
     c = LlamaConfig(
-        hidden_size=128, num_attention_heads=2, head_dim=64, max_position_embeddings=16384, rope_parameters=scaling | {"rope_theta": theta}
+        hidden_size=128,
+        num_attention_heads=2,
+        head_dim=64,
+        max_position_embeddings=16384,
+        rope_parameters=scaling | {"rope_theta": theta},
     )
     expected, expected_factor = ROPE_INIT_FUNCTIONS[scaling["rope_type"]](c, torch.device("cpu"))
     found, factor = rope_frequencies(64, theta, scaling)

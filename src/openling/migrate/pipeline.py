@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 import shutil
 import time
 from collections.abc import Callable
@@ -29,6 +28,7 @@ from openling.errors import Failure, UserError
 from openling.migrate.convert import Approximation, to_lightning, to_mla
 from openling.migrate.layout import group_size_reason, stage_kinds, target_config
 from openling.migrate.measurer import Measurer
+from openling.migrate.plan import load_config, plan
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.train.checkpoint import sole_writer, write_json
@@ -216,10 +216,10 @@ class _Migration:
             student, notes = self._stage(stage, current)
             measured = self.measurer.stage(student) | notes | {"name": stage, "seconds": time.monotonic() - begun}
             save(student, folder, dtype=self._dtype(), source=self.model, provenance=self._provenance(stage))
-            current = replace(current, model=student, config=student.config)
             report["stages"].append(measured)
             if stage == "lightning" and self.config.compare_start:
                 report["presets"] = self._starts(current, measured)
+            current = replace(current, model=student, config=student.config)
             report["seconds"] += time.monotonic() - begun
             write_json(self.run / "report.json", report)
             previous = self.journal["done"][-1:]
@@ -241,7 +241,8 @@ class _Migration:
             report["stages"] = [s for s in report["stages"] if s["name"] in done]
             return report
         c = self.source.config
-        group = (self._target(c).layer_group_size or 0) if set(c.layer_kinds) == {"gqa"} else 0
+        gqa = set(c.layer_kinds) == {"gqa"}
+        group = (self._target(c).layer_group_size or 0) if gqa else 0
         report = {
             "title": f"{self.model.name} to {self.out.name}",
             "command": self.command,
@@ -251,11 +252,16 @@ class _Migration:
             "seconds": 0.0,
             "settings": self.config.model_dump(mode="json"),
             "layout": {"group_size": group, "said": group_size_reason(c.num_hidden_layers, group)} if group else {},
+            "plan": self._plan() if gqa else None,
             "texts": self._texts(),
             "stages": [self.measurer.stage(self.teacher.model) | {"name": "teacher"}],
         }
         write_json(path, report)
         return report
+
+    def _plan(self) -> dict[str, Any]:
+        layout = self.config.layout.model_dump(include={"group_size", "kv_lora_rank", "q_lora_rank"})
+        return plan(load_config(str(self.model)), **layout).as_dict()
 
     def _texts(self) -> list[dict[str, Any]]:
         text, rows = self.config.text, []

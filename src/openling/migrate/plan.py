@@ -95,7 +95,7 @@ def plan(
     Raises UserError for configurations that cannot be read, migrated or laid out on the mesh.
     """
     training = training or Training()
-    layout = {"group_size": group_size, "kv_lora_rank": kv_lora_rank, "q_lora_rank": q_lora_rank}
+    layout: dict[str, Any] = {"group_size": group_size, "kv_lora_rank": kv_lora_rank, "q_lora_rank": q_lora_rank}
     given = read_config(model_hf)
     if set(given.layer_kinds) == {"gqa"}:
         if source_hf is not None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from openling.complete import add_sampling, load_to_talk, render_chat, say
+from openling.commands.complete import add_sampling, load_to_talk, render_chat, say
 
 HELP = "Type a message and press Enter. /new begins again, /quit (or Ctrl-D) ends."
 

@@ -51,12 +51,14 @@ def settings() -> MigrateConfig:
 
 def run(args: argparse.Namespace) -> int:
     """The whole demo; exit code 0."""
+    import torch
     from rich.console import Console
 
-    from openling.migrate.command import terminal_events
+    from openling.commands.migrate import terminal_events
     from openling.migrate.pipeline import migrate, run_folder
+    from openling.migrate.plan import load_config, plan, show
     from openling.model.device import pick_device
-    from openling.report.page import build, summary_table
+    from openling.report import build, summary_table
     from openling.weights.gguf import import_gguf, smollm2_gguf
 
     started = time.monotonic()
@@ -69,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     console.rule("openling demo: SmolLM2-135M-Instruct, GQA to Lightning + MLA")
     if not teacher.exists():
         console.print("Reading the teacher from its GGUF ...")
-        import_gguf(smollm2_gguf(), teacher)
-    plan = _plan(teacher)
+        import_gguf(smollm2_gguf(), teacher, dtype=torch.bfloat16)
+    show(plan(load_config(str(teacher))), teacher.name)
     config = settings()
     command = shlex.join(["openling", *sys.argv[1:]])
     run_dir = migrate(
@@ -80,7 +82,6 @@ def run(args: argparse.Namespace) -> int:
     path = run_dir / "report.json"
     report = json.loads(path.read_text())
     report["title"] = "SmolLM2-135M-Instruct: from GQA to Lightning + MLA"
-    report["plan"] = plan
     report["decode"] = {"teacher": _decode(teacher, device), "hybrid": _decode(hybrid, device)}
     report["seconds"] = time.monotonic() - started
     path.write_text(json.dumps(report, indent=1))
@@ -90,15 +91,6 @@ def run(args: argparse.Namespace) -> int:
         f"\nReport: {page}\nHybrid: {hybrid}\nTalk:   openling generate {hybrid} 'The capital of France is'", highlight=False
     )
     return 0
-
-
-def _plan(teacher: Path) -> dict[str, Any]:
-    """Print the plan and return its figures."""
-    from openling.migrate.plan import load_config, plan, show
-
-    result = plan(load_config(str(teacher)))
-    show(result, teacher.name)
-    return result.as_dict()
 
 
 def _decode(folder: Path, device: Any) -> list[dict[str, Any]]:

@@ -1,8 +1,9 @@
-"""`openling migrate`: the flags, and what the terminal shows while it runs."""
+"""`openling migrate`: the flags, what the terminal shows while it runs, and the report."""
 
 from __future__ import annotations
 
 import argparse
+import json
 import shlex
 import sys
 from pathlib import Path
@@ -58,6 +59,7 @@ def run(args: argparse.Namespace) -> int:
 
     from openling.migrate.pipeline import migrate
     from openling.model.device import pick_device
+    from openling.report import build, summary_table
 
     console = Console(stderr=True)
     device = pick_device(args.device)
@@ -71,7 +73,11 @@ def run(args: argparse.Namespace) -> int:
         command=shlex.join(["openling", *sys.argv[1:]]),
         events=terminal_events(console),
     )
-    console.print(f"\nHybrid: {args.out}\nRun:    {folder}  (openling generate {args.out} 'Once upon a time')", highlight=False)
+    page = build(folder)
+    console.print(summary_table(json.loads((folder / "report.json").read_text())))
+    console.print(
+        f"\nHybrid: {args.out}\nReport: {page}\nTry:    openling generate {args.out} 'Once upon a time'", highlight=False
+    )
     return 0
 
 
