@@ -24,8 +24,9 @@ VERBS = {
     "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
 }
 
-# A disk that is full or may not be written is the user's to mend.
+# A disk that is full or may not be written is the user's to mend, and so is a path that cannot be.
 USER_ERRNOS = {errno.ENOSPC, errno.EROFS, errno.EACCES, errno.EPERM, errno.EDQUOT, errno.EFBIG}
+USER_ERRNOS |= {errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in USER_ERRNOS:
             raise
-        print(f"openling: {error.strerror}\n  where:    {error.filename}", file=sys.stderr)
+        where = f"\n  where:    {error.filename}" if error.filename else ""
+        print(f"openling: {error.strerror}{where}", file=sys.stderr)
         return 2
 
 
@@ -66,14 +68,34 @@ def _run(words: list[str]) -> int:
             loaded.add_arguments(command)
             run = loaded.run
             chosen = command
+    flags = [flag for action in chosen._actions for flag in action.option_strings] if run else []
+    overrides: list[str] = []
+    if run and chosen.get_default("takes_overrides"):
+        words, overrides = _split(words, flags)
     args, rest = parser.parse_known_args(words)
     assert run is not None  # argparse has exited if there was no verb
-    args.overrides = rest
-    if rest and not getattr(args, "takes_overrides", False):
-        flags = [flag for action in chosen._actions for flag in action.option_strings]
-        close = nearest(rest[0], flags)
+    args.overrides, args.flags = overrides, flags
+    if rest:
+        close = nearest(rest[0], flags) if rest[0].startswith("-") else None
         raise UserError("unknown argument", value=rest[0], nearest=close, next=f"openling {verb} --help")
     return run(args)
+
+
+def _split(words: list[str], flags: list[str]) -> tuple[list[str], list[str]]:
+    """What argparse knows, and the settings `--a.b value` or `--a.b=value`, which may stand anywhere."""
+    known: list[str] = []
+    settings: list[str] = []
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        flag, equals, _ = word.partition("=")
+        if not flag.startswith("--") or flag == "--" or flag in flags:
+            known.append(word)
+            continue
+        settings.append(word)
+        if not equals and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return known, settings
 
 
 if __name__ == "__main__":

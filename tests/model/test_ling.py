@@ -1,4 +1,4 @@
-"""The model: one function by prefill, chunks and single tokens; packing, padding, MTP; each mixer against its formula; bad configs.
+"""The model: one function by prefill, chunks and single tokens; packing, padding, MTP; mixers against formulas; bad configs.
 
 FP64 models: their RoPE tables stay FP32, but equal positions read equal tables, so the forms of a call differ by rounding only
 (measured: below 1e-12 of the largest logit; 1e-9 allowed). Left padding moves positions, and FP32 angles near 20 are rounded to

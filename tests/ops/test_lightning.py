@@ -287,6 +287,17 @@ def test_inner_tensors_follow_the_inputs_device():
         lightning(q[:, :1], k[:, :1], v[:, :1], g)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("op", [lightning_chunk, lightning_recurrent, lightning])
+def test_cuda_equals_cpu_with_decays_left_on_the_cpu(op):
+    q, k, v, g = inputs(1, 150, 3, 16)
+    bounds = torch.tensor([0, 70, 70, 150])
+    expected, expected_state = op(q, k, v, g, cu_seqlens=bounds)
+    out, state = op(q.cuda(), k.cuda(), v.cuda(), g, cu_seqlens=bounds.cuda())
+    assert error(out.cpu(), expected) < FP64
+    assert error(state.cpu(), expected_state) < FP64
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Decays: architecture.md 3.2 and 8
 # ---------------------------------------------------------------------------------------------------------------------

@@ -26,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
     print(HELP)
     while True:
         try:
-            line = input("\n> ").strip()
+            line = input("\n> ").strip().encode(errors="replace").decode()  # bytes that are not UTF-8 become question marks
         except (EOFError, KeyboardInterrupt):
             print()
             return 0

@@ -33,7 +33,7 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the completion; exit code 0."""
-    prompt = sys.stdin.read() if args.prompt == "-" else args.prompt
+    prompt = _utf8(sys.stdin.read() if args.prompt == "-" else args.prompt)
     if not prompt:
         raise UserError("the prompt is empty", expected="at least one character")
     loaded = load_to_talk(args)
@@ -41,6 +41,15 @@ def run(args: argparse.Namespace) -> int:
     ids = render_chat(loaded, message) if args.chat else loaded.tokenizer(prompt)["input_ids"]
     say(loaded, ids, args)
     return 0
+
+
+def _utf8(text: str) -> str:
+    """`text`, if every byte that it was read from was UTF-8; Python stands in for others with lone surrogates."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise UserError("the prompt is not UTF-8", where=f"character {error.start}", expected="UTF-8 text") from error
+    return text
 
 
 def load_to_talk(args: argparse.Namespace) -> Loaded:

@@ -45,8 +45,8 @@ def settings(args: argparse.Namespace) -> MigrateConfig:
         words += ["--layout.group_size", str(args.group_size)]
     for name, texts in (("calibration", args.text), ("evaluation", args.eval_text)):
         if texts:
-            words += [f"--text.{name}", ",".join(texts)]
-    return override(config, [*words, *args.overrides])
+            words += [f"--text.{name}", json.dumps(texts)]
+    return override(config, [*words, *args.overrides], flags=args.flags)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -76,7 +76,10 @@ def run(args: argparse.Namespace) -> int:
     page = build(folder)
     console.print(summary_table(json.loads((folder / "report.json").read_text())))
     console.print(
-        f"\nHybrid: {args.out}\nReport: {page}\nTry:    openling generate {args.out} 'Once upon a time'", highlight=False
+        f"\nHybrid: {args.out}\nReport: {page}\nTry:    openling generate {shlex.quote(str(args.out))} 'Once upon a time'",
+        highlight=False,
+        markup=False,
+        soft_wrap=True,
     )
     return 0
 
@@ -89,4 +92,4 @@ def terminal_events(console: Any) -> Any:
         if console.is_terminal:
             console.print(f"  {stage}: layer {index + 1} of {layers}", end="\n" if index + 1 == layers else "\r", highlight=False)
 
-    return Events(say=lambda text: console.print(text, highlight=False), layer=layer)
+    return Events(say=lambda text: console.print(text, highlight=False, markup=False, soft_wrap=True), layer=layer)

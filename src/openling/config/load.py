@@ -23,11 +23,14 @@ def field_names(config: BaseModel, prefix: str = "") -> list[str]:
     return names
 
 
-def override(config: Config, arguments: Sequence[str]) -> Config:
-    """A copy of `config` with `--a.b value` or `--a.b=value` pairs applied; unknown names and bad values are `UserError`s."""
+def override(config: Config, arguments: Sequence[str], *, flags: Sequence[str] = ()) -> Config:
+    """A copy of `config` with `--a.b value` or `--a.b=value` pairs applied; unknown names and bad values are `UserError`s.
+
+    flags: what else the command line takes, for the answer to a typo.
+    """
     data = config.model_dump()
     names = field_names(config)
-    for name, text in _pairs(arguments, names):
+    for name, text in _pairs(arguments, names, flags):
         section = data
         *parents, last = name.split(".")
         for parent in parents:
@@ -38,20 +41,20 @@ def override(config: Config, arguments: Sequence[str]) -> Config:
     except ValidationError as error:
         first = error.errors()[0]
         where = "--" + ".".join(str(part) for part in first["loc"]) if first["loc"] else "the settings together"
-        raise UserError("this setting is not valid", where=where, value=first["input"], expected=first["msg"]) from error
+        value = None if isinstance(first["input"], dict) else first["input"]
+        expected = first["msg"].removeprefix("Value error, ")
+        raise UserError("this setting is not valid", where=where, value=value, expected=expected) from error
 
 
-def _pairs(arguments: Sequence[str], names: list[str]) -> list[tuple[str, str]]:
+def _pairs(arguments: Sequence[str], names: list[str], flags: Sequence[str]) -> list[tuple[str, str]]:
     found: list[tuple[str, str]] = []
     rest = list(arguments)
     while rest:
         flag, equals, text = rest.pop(0).partition("=")
         name = flag.removeprefix("--").replace("-", "_")
         if not flag.startswith("--") or name not in names:
-            close = nearest(name, names)
-            raise UserError(
-                "unknown argument", value=flag, expected="a flag of --help, or --section.field", nearest=close and f"--{close}"
-            )
+            close = nearest(flag, [*flags, *(f"--{known}" for known in names)])
+            raise UserError("unknown argument", value=flag, expected="a flag of --help, or --section.field", nearest=close)
         if not equals:
             if not rest:
                 raise UserError("this setting needs a value", where=flag, expected=f"{flag} VALUE")

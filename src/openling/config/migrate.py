@@ -16,7 +16,7 @@ STAGES: tuple[Stage, ...] = ("lightning", "linear-warmup", "mla", "mla-warmup")
 class Strict(BaseModel):
     """Frozen, and an unknown key is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class Conversion(Strict):
@@ -56,14 +56,14 @@ class Warmup(Strict):
     """A warm-up: the training run and what it may change."""
 
     train: TrainConfig
-    trainable: Literal["paper", "best"] = Field("best", description="best adds gate, group norm and output projection")
+    trainable: Literal["paper", "best"] = Field("best", description="best adds gate and group norm")
 
 
 class MigrateConfig(Strict):
     """One migration. `stages` are run in their published order."""
 
     preset: Literal["paper", "best"] = "best"
-    stages: tuple[Stage, ...] = STAGES
+    stages: tuple[Stage, ...] = Field(STAGES, min_length=1)
     layout: Layout = Layout()
     conversion: Conversion = Conversion()
     text: Text = Text()
@@ -71,7 +71,7 @@ class MigrateConfig(Strict):
     mla_warmup: Warmup
     dtype: Literal["source", "float32", "bfloat16"] = Field("source", description="of the written checkpoint")
     compare_start: bool = Field(False, description="measure also where the other preset's Lightning conversion starts")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**63)
 
 
 def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConfig:

@@ -16,7 +16,7 @@ class TrainConfig(BaseModel):
     Defaults: AdamW betas, weight decay and clip of Ling 2.0; the learning rate is the measured one for warm-ups of a 135 M model.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
@@ -33,7 +33,7 @@ class TrainConfig(BaseModel):
     ce: float = Field(1.0, ge=0, description="weight of the next-token cross-entropy")
     kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student)")
     precision: Literal["bf16", "fp32"] = "bf16"
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_steps: int | None = Field(None, gt=0)
     checkpoint_seconds: float | None = Field(120.0, gt=0)
     max_seconds: float | None = Field(None, gt=0, description="stop after the step in which this much training time is reached")

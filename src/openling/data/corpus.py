@@ -242,9 +242,14 @@ def load_text(spec: str | Path, part: Part = "all") -> Iterator[str]:
     return find_corpus(spec).documents(part)
 
 
-def mixture(specs: Sequence[str | Path], part: Part = "all") -> Iterator[str]:
-    """The documents of several texts in a fixed scattered order, the same number of characters from each while they last."""
-    queues = [sorted(find_corpus(spec).select(part), key=lambda d: d.key, reverse=True) for spec in specs]
+def mixture(specs: Sequence[str | Path], parts: Part | Sequence[Part] = "all") -> Iterator[str]:
+    """The documents of several texts in a fixed scattered order, the same number of characters from each while they last.
+
+    parts: one for all texts, or one for each.
+    """
+    each = [parts] * len(specs) if isinstance(parts, str) else parts
+    corpora = [find_corpus(spec) for spec in specs]
+    queues = [sorted(c.select(p), key=lambda d: d.key, reverse=True) for c, p in zip(corpora, each, strict=True)]
     taken = [0] * len(queues)
     while any(queues):
         source = min((i for i, queue in enumerate(queues) if queue), key=taken.__getitem__)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import os
 import shutil
 import time
 from collections.abc import Callable
@@ -18,24 +20,25 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from openling.config.migrate import MigrateConfig, Stage, Warmup, preset
-from openling.data.corpus import Part, find_corpus, mixture
+from openling.data.corpus import BUILT_IN, Part, find_corpus, mixture
 from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
 from openling.migrate.convert import Approximation, to_lightning, to_mla
+from openling.migrate.journal import continued, fingerprint, is_finished, run_folder
 from openling.migrate.layout import group_size_reason, stage_kinds, target_config
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
 from openling.model.config import ModelConfig
+from openling.model.families import family_of
 from openling.model.ling import Ling
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
 from openling.weights.export import save
-from openling.weights.folder import load
-from openling.weights.io import CheckpointReader
+from openling.weights.folder import load, load_tokenizer
+from openling.weights.io import CheckpointReader, read_hf_config
 
 WINDOWS_PER_BATCH = 8
 
@@ -65,11 +68,6 @@ def _load(folder: Path, device: torch.device) -> Checkpoint:
     return Checkpoint(loaded.model.float(), loaded.config, loaded.tokenizer, folder, stored)
 
 
-def run_folder(out: Path) -> Path:
-    """Where the run of a migration to `out` is kept."""
-    return out.with_name(out.name + ".run")
-
-
 def migrate(
     model: Path,
     out: Path,
@@ -83,42 +81,40 @@ def migrate(
 ) -> Path:
     """Run `config.stages` from the checkpoint `model` to the new folder `out`; returns the run folder.
 
-    `teacher` is the model to agree with, by default `model` itself when it is all GQA. `model` is only ever read.
+    `teacher` is the model to agree with, by default `model` itself when it is all GQA. `model` is only ever read. A request
+    that cannot be carried out is refused before any weight is read, and leaves no run folder behind.
     """
-    run = run_folder(out)
-    if out.exists():
+    model, out, events = model.absolute(), out.absolute(), events or Events()
+    if os.path.lexists(out):
+        if resume and is_finished(out, config):
+            events.say("this run is finished")
+            return run_folder(out)
         raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
-    fingerprint = _fingerprint(model)
-    journal_path = run / "journal.json"
+    for read_only in (model, teacher or model):
+        if out.resolve().is_relative_to(read_only.resolve()):
+            raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+    run = run_folder(out)
+    journal_path, is_new = run / "journal.json", not run.exists()
     if resume and not journal_path.exists():
         raise UserError("there is nothing to resume", where=run, expected="journal.json of an earlier run", next="omit --resume")
-    if not resume and journal_path.exists():
-        raise UserError("a migration to this folder was begun", where=run, next="add --resume, or remove that folder")
     with sole_writer(run):
-        journal = {"model": str(model), "fingerprint": fingerprint, "config": config.model_dump(mode="json"), "done": []}
-        if resume:
-            journal = _same_journal(json.loads(journal_path.read_text()), journal, run)
-        write_json(journal_path, journal)
-        _Migration(model, out, config, teacher, device, command, events or Events(), journal).go()
+        if not resume and journal_path.exists():
+            raise UserError("a migration to this folder was begun", where=run, next="add --resume, or remove that folder")
+        if not resume and any(not path.name.startswith(".") for path in run.iterdir()):
+            raise UserError("the run folder holds something else", where=run, expected="a new folder", next="choose another OUT")
+        try:
+            migration = _Migration(model, out, config, teacher, device, command, events)
+        except BaseException:
+            if is_new:
+                shutil.rmtree(run)
+            raise
+        migration.go()
     return run
 
 
-def _same_journal(old: dict[str, Any], new: dict[str, Any], run: Path) -> dict[str, Any]:
-    for key in ("fingerprint", "config"):
-        if old[key] != new[key]:
-            what = {"fingerprint": "the source model has changed", "config": "the settings have changed"}[key]
-            where = next((k for k in new["config"] if key == "config" and old["config"].get(k) != new["config"][k]), new["model"])
-            raise UserError(f"{what} since this run began", where=where, expected="the same", next=f"undo that, or remove {run}")
-    return old
-
-
-def _fingerprint(folder: Path) -> str:
-    """Names, sizes and headers of the source's weights, and its config: enough to notice another model."""
-    reader = CheckpointReader(folder)
-    tensors = [(name, list(reader.shape(name)), str(reader.dtype(name))) for name in sorted(reader.names())]
-    files = sorted((p.name, p.stat().st_size) for p in reader.folder.glob("*.safetensors"))
-    text = json.dumps([tensors, files]) + (reader.folder / "config.json").read_text()
-    return hashlib.sha256(text.encode()).hexdigest()
+def _config_of(folder: Path) -> ModelConfig:
+    hf = read_hf_config(folder)
+    return family_of(hf, where=folder / "config.json").read(hf)
 
 
 class _Migration:
@@ -133,26 +129,43 @@ class _Migration:
         device: str,
         command: str,
         events: Events,
-        journal: dict[str, Any],
     ) -> None:
-        self.model, self.out, self.config = model, out, config
-        self.device, self.command, self.events, self.journal = torch.device(device), command, events, journal
+        """Checks and texts first, then weights; the journal is there from the moment on from which a run can resume."""
+        self.model, self.out, self.config, self.teacher_folder = model, out, config, teacher or model
+        self.device, self.command, self.events = torch.device(device), command, events
         self.run = run_folder(out)
         self.bf16 = True
+        found, followed = _config_of(model), _config_of(self.teacher_folder)
+        self.tokenizer = load_tokenizer(model, found)
+        self.has_teacher = set(followed.layer_kinds) == {"gqa"}
+        self._check_teacher(found, followed)
+        self._check_stages(found)
+        self._check_space()
+        text = config.text
+        self.tokens = self._tokens(found.vocab_size)
+        calibration = cut_windows(self.tokens[: text.calibration_tokens], text.sequence_length, where="calibration text")
+        self.calibration = list(torch.from_numpy(calibration.astype(np.int64)).to(self.device).split(WINDOWS_PER_BATCH))
+        for name, warmup in (("linear_warmup", config.linear_warmup), ("mla_warmup", config.mla_warmup)):
+            cut_windows(self.tokens, warmup.train.sequence_length, where=f"training text of {name}")
+        evaluation = self._evaluation(found.vocab_size)
+        fingerprints = self._fingerprints(evaluation)
+        self.journal: dict[str, Any] = {"model": str(model), **fingerprints, "config": config.model_dump(mode="json"), "done": []}
+        if (self.run / "journal.json").exists():
+            self.journal = continued(self.run, self.journal, config)
         self.source = _load(model, self.device)
         self.teacher = self.source if teacher is None else _load(teacher, self.device)
-        self.has_teacher = set(self.teacher.config.layer_kinds) == {"gqa"}
-        self._check_before()
-        tokens = self._tokens()
-        self.calibration = self._batches_of(tokens[: config.text.calibration_tokens], "calibration text")
-        self.training = cut_windows(tokens, config.text.sequence_length, where="training text")
-        self.measurer = Measurer(self.teacher.model, self.source.tokenizer, self._evaluation(), bf16=self.bf16)
+        write_json(self.run / "journal.json", self.journal)
+        self.measurer = Measurer(self.teacher.model, self.tokenizer, evaluation, bf16=self.bf16)
 
-    def _check_before(self) -> None:
-        """What can be refused before any work is done."""
-        if self.source.tokenizer is None:
+    def _check_teacher(self, found: ModelConfig, followed: ModelConfig) -> None:
+        if self.tokenizer is None:
             raise UserError(
                 "calibration needs the model's tokenizer", where=self.model, expected="tokenizer.json", next="copy it there"
+            )
+        if self.teacher_folder != self.model and not self.has_teacher:
+            kinds = sorted(set(followed.layer_kinds))
+            raise UserError(
+                "the teacher is converted itself", where=self.teacher_folder, value=kinds, expected="GQA in all layers"
             )
         kl = any(w.train.kl for w in (self.config.linear_warmup, self.config.mla_warmup))
         warm = {"linear-warmup", "mla-warmup"} & set(self.config.stages)
@@ -163,39 +176,67 @@ class _Migration:
                 expected="the folder of the GQA model it came from",
                 next="add --teacher FOLDER, or --preset paper, which needs none",
             )
-        if self.source.config.vocab_size != self.teacher.config.vocab_size:
-            found, expected = self.source.config.vocab_size, self.teacher.config.vocab_size
-            raise UserError("the teacher has another vocabulary", where="vocab_size", value=found, expected=expected)
-        size = sum(p.numel() * p.element_size() for p in self.source.model.parameters())
+        if found.vocab_size != followed.vocab_size:
+            raise UserError(
+                "the teacher has another vocabulary", where="vocab_size", value=followed.vocab_size, expected=found.vocab_size
+            )
+        theirs = load_tokenizer(self.teacher_folder, followed)
+        if theirs is not None and theirs.get_vocab() != self.tokenizer.get_vocab():
+            raise UserError("the teacher has another tokenizer", where=self.teacher_folder, expected=f"that of {self.model}")
+
+    def _check_stages(self, config: ModelConfig) -> None:
+        """Go through the stages on the configuration alone."""
+        for stage in self.config.stages:
+            if stage == "lightning":
+                config = self._half(config)
+            elif stage == "mla":
+                config = self._full(config)
+            else:
+                trainable(config, stage, "best")
+
+    def _check_space(self) -> None:
+        """Room for two stages and a training checkpoint: about three times the model in FP32."""
+        reader = CheckpointReader(self.model)
+        needed = 3 * 4 * sum(math.prod(reader.shape(name)) for name in reader.names()) + (16 << 20)
         free = shutil.disk_usage(self.run).free
-        if free < 3 * size:
-            raise UserError("no space left for the run", where=self.run, value=f"{free:,} bytes free", expected=f"{3 * size:,}")
+        if free < needed:
+            raise UserError(
+                "no space left for the run",
+                where=self.run,
+                value=f"{free:,} bytes free",
+                expected=f"{needed:,}",
+                next="free some space, or name a folder on another disk",
+            )
 
-    def _tokens(self) -> np.ndarray:
-        text, c = self.config.text, self.config
-        warm = [w.train.tokens or 0 for w in (c.linear_warmup, c.mla_warmup)]
-        wanted = max(text.calibration_tokens, *warm)
-        documents = mixture(text.calibration, "train")
-        return tokenise(documents, self.source.tokenizer, vocab_size=self.source.config.vocab_size, max_tokens=wanted)
+    def _fingerprints(self, evaluation: dict[str, np.ndarray]) -> dict[str, str]:
+        """What must not change between the parts of a run: source, teacher, texts."""
+        texts = hashlib.sha256(self.tokens.tobytes())
+        for name, windows in evaluation.items():
+            texts.update(name.encode() + windows.tobytes())
+        source = fingerprint(self.model)
+        teacher = source if self.teacher_folder == self.model else fingerprint(self.teacher_folder)
+        return {"source model": source, "teacher": teacher, "texts": texts.hexdigest()}
 
-    def _evaluation(self) -> dict[str, np.ndarray]:
+    def _tokens(self, vocab_size: int) -> np.ndarray:
+        """Tokens of the calibration text, as many as calibration or the longer warm-up reads."""
+        text = self.config.text
+        runs = [w.train for w in (self.config.linear_warmup, self.config.mla_warmup)]
+        warm = [c.tokens or c.total_steps * c.batch_size * c.sequence_length for c in runs]
+        # The user's own text is held back only where it is evaluated on too.
+        parts: list[Part] = ["train" if name in BUILT_IN or name in text.evaluation else "all" for name in text.calibration]
+        documents = mixture(text.calibration, parts)
+        return tokenise(documents, self.tokenizer, vocab_size=vocab_size, max_tokens=max(text.calibration_tokens, *warm))
+
+    def _evaluation(self, vocab_size: int) -> dict[str, np.ndarray]:
         """Held-out windows by domain."""
         text, out = self.config.text, {}
         for name in text.evaluation:
             corpus = find_corpus(name)
             part: Part = "heldout" if name in text.calibration else "all"
-            tokens = tokenise(
-                corpus.documents(part),
-                self.source.tokenizer,
-                vocab_size=self.source.config.vocab_size,
-                max_tokens=text.evaluation_tokens,
-            )
-            out[corpus.name] = cut_windows(tokens, text.sequence_length, where=f"evaluation text {name}")
+            tokens = tokenise(corpus.documents(part), self.tokenizer, vocab_size=vocab_size, max_tokens=text.evaluation_tokens)
+            label = name if corpus.name in out else corpus.name
+            out[label] = cut_windows(tokens, text.sequence_length, where=f"evaluation text {name}, {part} documents")
         return out
-
-    def _batches_of(self, tokens: np.ndarray, where: str) -> list[Tensor]:
-        windows = cut_windows(tokens, self.config.text.sequence_length, where=where)
-        return list(torch.from_numpy(windows.astype(np.int64)).to(self.device).split(WINDOWS_PER_BATCH))
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -214,6 +255,7 @@ class _Migration:
             self.events.say(f"stage {stage}")
             begun = time.monotonic()
             student, notes = self._stage(stage, current)
+            _round(student, self._dtype())
             measured = self.measurer.stage(student) | notes | {"name": stage, "seconds": time.monotonic() - begun}
             save(student, folder, dtype=self._dtype(), source=self.model, provenance=self._provenance(stage))
             report["stages"].append(measured)
@@ -225,12 +267,19 @@ class _Migration:
             previous = self.journal["done"][-1:]
             self.journal["done"].append(stage)
             write_json(self.run / "journal.json", self.journal)
-            for name in previous:
-                shutil.rmtree(stages / name)
+            for leftover in (*(stages / name for name in previous), self.run / stage / "checkpoints"):
+                shutil.rmtree(leftover, ignore_errors=True)
             self.events.say(self.measurer.line(measured))
-        if not self.journal["done"]:
-            raise Failure("no stage was run", where=self.run)
-        (stages / self.journal["done"][-1]).rename(self.out)
+        self._publish(stages / self.journal["done"][-1])
+
+    def _publish(self, last: Path) -> None:
+        """Make the last stage's checkpoint the output."""
+        if not last.exists():
+            raise UserError("this run was finished, and its result moved away", where=self.out, next=f"remove {self.run}")
+        if os.path.lexists(self.out):
+            raise UserError("the output has appeared meanwhile", where=self.out, next="move it away, then add --resume")
+        last.rename(self.out)
+        shutil.rmtree(last.parent, ignore_errors=True)
 
     def _report(self) -> dict[str, Any]:
         """What was measured so far; a new run begins with the teacher."""
@@ -243,6 +292,8 @@ class _Migration:
         c = self.source.config
         gqa = set(c.layer_kinds) == {"gqa"}
         group = (self._target(c).layer_group_size or 0) if gqa else 0
+        if group:
+            self.events.say(group_size_reason(c.num_hidden_layers, group))
         report = {
             "title": f"{self.model.name} to {self.out.name}",
             "command": self.command,
@@ -285,14 +336,24 @@ class _Migration:
 
     def _half(self, config: ModelConfig) -> ModelConfig:
         """Lightning everywhere but in the future MLA layers."""
+        if set(config.layer_kinds) != {"gqa"}:
+            raise UserError(
+                "this model is converted already, wholly or in part",
+                where="stage lightning",
+                value=_kinds(config),
+                expected="softmax (GQA or MHA) attention in every layer",
+                next=_next_stage(config),
+            )
         target = self._target(config)
         kinds = stage_kinds(config, target, "lightning")
         return target.replace(layer_kinds=kinds, mtp_layer_kind=config.mtp_layer_kind)
 
     def _full(self, config: ModelConfig) -> ModelConfig:
         """Every GQA layer becomes MLA; widths from the checkpoint's config where an earlier stage wrote them."""
-        if "gqa" not in config.layer_kinds:
-            raise UserError("there is no GQA layer left to convert", where="layer_kinds", value=sorted(set(config.layer_kinds)))
+        if not {"gqa", "lightning"} <= set(config.layer_kinds):
+            what = "there is no GQA layer left to convert" if "gqa" not in config.layer_kinds else "no layer is Lightning yet"
+            expected = "Lightning and GQA layers, as stage lightning leaves them"
+            raise UserError(what, where="stage mla", value=_kinds(config), expected=expected, next=_next_stage(config))
         kinds = tuple("mla" if kind == "gqa" else kind for kind in config.layer_kinds)
         plain = config.replace(layer_kinds=("gqa",) * config.num_hidden_layers, mtp_layer_kind="gqa")
         defaults = self._target(plain)
@@ -330,7 +391,8 @@ class _Migration:
     def _warmed(self, stage: Stage, current: Checkpoint, warmup: Warmup) -> tuple[Ling, dict[str, Any]]:
         run = self.run / stage
         c = warmup.train
-        batches = Batches(self.training, batch_size=c.batch_size, seed=c.seed)
+        windows = cut_windows(self.tokens, c.sequence_length, where="training text")
+        batches = Batches(windows, batch_size=c.batch_size, seed=c.seed)
         student = current.model
         result = train(
             student,
@@ -342,8 +404,9 @@ class _Migration:
             resume=(run / "train.json").exists(),
         )
         if result.stopped == "signal":
-            raise Failure("stopped by a signal", where=stage, next="the same command with --resume")
-        shutil.rmtree(run / "checkpoints", ignore_errors=True)
+            failure = Failure("stopped by a signal", where=stage, next="the same command with --resume")
+            failure.exit_code = 128 + (result.signal or 0)  # as a shell reports a process that died of it
+            raise failure
         return student.eval(), {"tokens": result.tokens, "approximations": [], "metrics": f"{stage}/metrics.jsonl"}
 
     def _dtype(self) -> torch.dtype:
@@ -362,16 +425,42 @@ class _Migration:
 def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
     """Names of the parameters a warm-up changes, as regular expressions.
 
-    linear-warmup: W_qkv and the QK-norms of Lightning layers (as published); `best` adds gate, group norm, output projection.
+    linear-warmup: W_qkv and the QK-norms of Lightning layers (as published); `best` adds gate and group norm.
     mla-warmup: all attention parameters of the MLA layers.
     """
     kind = "lightning" if stage == "linear-warmup" else "mla"
     layers = [i for i, k in enumerate(config.layer_kinds) if k == kind]
     if not layers:
-        raise UserError(f"there is no {kind} layer to warm up", where="layer_kinds", value=sorted(set(config.layer_kinds)))
+        raise UserError(
+            f"there is no {kind} layer to warm up", where=f"stage {stage}", value=_kinds(config), next=_next_stage(config)
+        )
     names = r"(query_key_value|query_layernorm|key_layernorm)\..*"
     if which == "best":
-        names = r"(query_key_value|query_layernorm|key_layernorm|g_proj|g_norm|dense)\..*"
+        names = r"(query_key_value|query_layernorm|key_layernorm|g_proj|g_norm)\..*"
     if kind == "mla":
         names = ".*"
     return [rf"model\.layers\.({'|'.join(map(str, layers))})\.attention\.{names}"]
+
+
+def _kinds(config: ModelConfig) -> str:
+    return ", ".join(f"{config.layer_kinds.count(kind)} {kind}" for kind in sorted(set(config.layer_kinds))) + " layers"
+
+
+def _next_stage(config: ModelConfig) -> str:
+    """The stages that can follow on a model of this configuration."""
+    kinds = set(config.layer_kinds)
+    if "gqa" not in kinds:
+        return "--stage linear-warmup or mla-warmup with --teacher, which need no conversion"
+    return "--stage linear-warmup, then mla" if "lightning" in kinds else "--stage lightning first, or no --stage for all four"
+
+
+@torch.no_grad()
+def _round(model: Ling, dtype: torch.dtype) -> None:
+    """Give every weight the value that its file will hold, so that a resumed run goes on from the same model.
+
+    A tensor that changes gets storage of its own: unchanged ones stay shared with the teacher.
+    """
+    for tensor in model.parameters():
+        rounded = tensor.to(dtype).float()
+        if not torch.equal(rounded, tensor):
+            tensor.data = rounded

@@ -46,6 +46,7 @@ class Sampling:
             "top_p": (0 < self.top_p <= 1, "above 0, at most 1"),
             "min_p": (0 <= self.min_p <= 1, "between 0 and 1"),
             "repetition_penalty": (self.repetition_penalty > 0, "above 0; 1 is none"),
+            "seed": (-(2**63) <= self.seed < 2**63, "a whole number of 64 bits"),
             "max_new_tokens": (self.max_new_tokens >= 0, "0 or more"),
         }
         for name, (ok, expected) in allowed.items():

@@ -1,0 +1,82 @@
+"""What a run remembers of itself: settings, source, teacher and texts, so that it resumes as what it was or says why not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+from openling.config.migrate import MigrateConfig
+from openling.errors import UserError
+from openling.weights.io import CheckpointReader, read_json
+
+# Of every weight file this many blocks, evenly spread, tell whether the weights are still the same.
+FINGERPRINT_BLOCKS, BLOCK_BYTES = 256, 4096
+
+
+def run_folder(out: Path) -> Path:
+    """Where the run of a migration to `out` is kept."""
+    return out.with_name(out.name + ".run")
+
+
+def is_finished(out: Path, config: MigrateConfig) -> bool:
+    """Whether `out` is the result of a run with these settings."""
+    run = run_folder(out)
+    if not (run / "journal.json").exists():
+        return False
+    journal = read_json(run / "journal.json")
+    _check_same_settings(journal["config"], config, run)
+    return journal["done"] == list(config.stages) and not (run / "stages" / journal["done"][-1]).exists()
+
+
+def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str, Any]:
+    """The journal of a run begun earlier; a `UserError` where settings, models or texts are not those of `new`."""
+    old = read_json(run / "journal.json")
+    _check_same_settings(old["config"], config, run)
+    for what in ("source model", "teacher", "texts"):
+        if old[what] != new[what]:
+            raise UserError(
+                f"since this run began, this has changed: {what}",
+                where=old["model"] if what == "source model" else None,
+                next=f"undo that, or remove {run}",
+            )
+    return old
+
+
+def _check_same_settings(old: dict[str, Any], config: MigrateConfig, run: Path) -> None:
+    before, now = _flat(old), _flat(config.model_dump(mode="json"))
+    for name in before.keys() | now.keys():
+        if before.get(name) != now.get(name):
+            raise UserError(
+                "the settings have changed since this run began",
+                where=f"--{name}",
+                value=now.get(name),
+                expected=before.get(name),
+                next=f"undo that, or remove {run}",
+            )
+
+
+def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by dotted name."""
+    out: dict[str, Any] = {}
+    for name, value in fields.items():
+        out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return out
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of config, tokenizer, tensor names and shapes, and of blocks all over the weights: notices another model."""
+    reader = CheckpointReader(folder)
+    tensors = [(name, list(reader.shape(name)), str(reader.dtype(name))) for name in sorted(reader.names())]
+    digest = hashlib.sha256(json.dumps(tensors).encode())
+    for path in (folder / "config.json", folder / "tokenizer.json"):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK_BYTES, size // FINGERPRINT_BLOCKS)):
+                file.seek(start)
+                digest.update(file.read(BLOCK_BYTES))
+    return digest.hexdigest()
