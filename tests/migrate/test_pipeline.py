@@ -137,12 +137,20 @@ class Unmeasured:
         return f"done {stage['name']}"
 
 
-@pytest.fixture
-def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@contextlib.contextmanager
+def weights_only() -> Iterator[None]:
     """No measurements and no page."""
-    monkeypatch.setattr(pipeline, "Measurer", Unmeasured)
-    monkeypatch.setattr("openling.report.build", lambda folder: folder / "report.html")
-    monkeypatch.setattr("openling.report.summary_table", lambda report: "")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "Measurer", Unmeasured)
+        patch.setattr("openling.report.build", lambda folder: folder / "report.html")
+        patch.setattr("openling.report.summary_table", lambda report: "")
+        yield
+
+
+@pytest.fixture
+def quick() -> Iterator[None]:
+    with weights_only():
+        yield
 
 
 @dataclass
@@ -253,7 +261,9 @@ def test_other_families(make: Callable[[Path], Path], place: Place, tmp_path: Pa
         torch.testing.assert_close(theirs(ids).logits, ours.model.float()(ids), atol=1e-4, rtol=0)  # as above
 
 
-@pytest.mark.parametrize(("layers", "group", "said"), [(6, 6, "does not divide 6"), (5, 5, "does not divide 5"), (8, 8, "as Ling")])
+@pytest.mark.parametrize(
+    ("layers", "group", "said"), [(6, 6, "does not divide 6"), (5, 5, "does not divide 5"), (8, 8, "as Ling")]
+)
 def test_layer_counts(layers: int, group: int, said: str, place: Place, tmp_path: Path, quick: None) -> None:
     teacher = make_llama(tmp_path / "teacher", layers=layers)
     result = place.migrate(tmp_path / "out", "--stage", "lightning", model=teacher)
@@ -300,8 +310,9 @@ def counted(at: Callable[[int], None]) -> Iterator[None]:
     number = 0
     with pytest.MonkeyPatch.context() as patch:
         for owner, name in MOMENTS:
+            real = getattr(owner, name)
 
-            def wrapped(*args: Any, _real: Any = getattr(owner, name), **kwargs: Any) -> Any:
+            def wrapped(*args: Any, _real: Any = real, **kwargs: Any) -> Any:
                 nonlocal number
                 number += 1
                 at(number)
@@ -325,24 +336,14 @@ def moments(place: Place, tmp_path_factory: pytest.TempPathFactory) -> int:
         nonlocal seen
         seen = number
 
-    with pytest.MonkeyPatch.context() as patch:
-        quick.__wrapped__(patch) if hasattr(quick, "__wrapped__") else None
-        patch.setattr(pipeline, "Measurer", Unmeasured)
-        patch.setattr("openling.report.build", lambda folder: folder / "report.html")
-        patch.setattr("openling.report.summary_table", lambda report: "")
-        with counted(note):
-            assert place.migrate(tmp_path_factory.mktemp("count") / "out").code == 0
+    with weights_only(), counted(note):
+        assert place.migrate(tmp_path_factory.mktemp("count") / "out").code == 0
     return seen
 
 
-# Two moments out of each tenth of a run; OPENLING_ALL_KILLS=1 tries every one.
-SHARES = [i / 20 + 0.025 for i in range(20)]
-
-
-@pytest.mark.parametrize("share", SHARES)
-def test_killed_at_any_moment(
-    share: float, moments: int, migrated: Migrated, place: Place, tmp_path: Path, quick: None
-) -> None:
+# Spread over the run; OPENLING_ALL_KILLS=1 tries every moment.
+@pytest.mark.parametrize("share", [(i + 0.5) / 12 for i in range(12)])
+def test_killed_at_any_moment(share: float, moments: int, migrated: Migrated, place: Place, tmp_path: Path, quick: None) -> None:
     check_kill(max(1, round(share * moments)), migrated, place, tmp_path)
 
 
@@ -434,7 +435,7 @@ def stopped(place: Place, tmp_path: Path, quick: None) -> Path:
     def die() -> int:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch.optim.AdamW, "step", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
-            return place.migrate(tmp_path / "out", model=tmp_path / "teacher", **{"text": tmp_path / "cal.txt"}).code
+            return place.migrate(tmp_path / "out", model=tmp_path / "teacher", text=tmp_path / "cal.txt").code
 
     assert in_child(die) == -signal.SIGKILL
     return tmp_path / "out"
@@ -453,7 +454,7 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_resume_refuses_what_has_changed(place: Place, stopped: Path) -> None:
-    refused(resume(place, stopped, **{"tokens": 1024}), "settings have changed", "linear_warmup.train.tokens", "1024", "512")
+    refused(resume(place, stopped, tokens=1024), "settings have changed", "linear_warmup.train.tokens", "1024", "512")
     refused(resume(place, stopped, "--stage", "lightning"), "settings have changed", "stages")
     refused(place.migrate(stopped, model=stopped.with_name("teacher")), "was begun", "--resume")
     text, weights_file = stopped.with_name("cal.txt"), stopped.with_name("teacher") / "model.safetensors"
@@ -664,20 +665,21 @@ def test_a_full_disk(place: Place, migrated: Migrated, small_disk: Callable[[str
     disk = small_disk("2m")
     refused(place.migrate(disk / "out"), "no space left")
     assert list(disk.iterdir()) == []
-    # It fills up later, in a checkpoint of the warm-up or in the folder of a stage.
     disk = small_disk("20m")
-    real = pipeline._Migration._check_space
+    # It fills up later: before a stage is converted, and before one is trained.
+    for later in ("to_lightning", "train"):
+        real = getattr(pipeline, later)
 
-    def then_fill(self: Any) -> None:
-        real(self)
-        free = shutil.disk_usage(disk).free
-        (disk / "ballast").write_bytes(bytes(free - (180 << 10)))
+        def filling(*args: Any, _real: Any = real, **kwargs: Any) -> Any:
+            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - (64 << 10)))
+            return _real(*args, **kwargs)
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline._Migration, "_check_space", then_fill)
-        refused(place.migrate(disk / "out"), "space")
-    assert not (disk / "out").exists()
-    (disk / "ballast").unlink()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline, later, filling)
+            begun = (disk / "out.run").exists()
+            refused(place.migrate(disk / "out", *(["--resume"] if begun else [])), "space")
+        assert not (disk / "out").exists()
+        (disk / "ballast").unlink()
     assert place.migrate(disk / "out", "--resume").code == 0
     assert weights(disk / "out") == weights(migrated.out)
 
@@ -740,9 +742,8 @@ def test_bad_models(damage: Callable[[Path], object], said: str, place: Place, t
     damage(model)
     before = hashes(model)
     refused(place.migrate(tmp_path / "out", model=model), said)
-    refused(place.migrate(tmp_path / "out", "--teacher", model), said if damage is not without_tokenizer else "") if (
-        damage is not without_tokenizer
-    ) else None
+    if damage is not without_tokenizer:  # a teacher may lack what the model has
+        refused(place.migrate(tmp_path / "out", "--teacher", model), said)
     assert hashes(model) == before
     assert {p.name for p in tmp_path.iterdir()} <= {"model"}
 

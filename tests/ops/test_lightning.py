@@ -89,10 +89,12 @@ def test_chunk_equals_the_formula_at_any_length(tokens, chunk, batch, heads, dim
     state = first_state(batch, heads, dim, value_dim) if begun else None
     out, last = lightning_chunk(q, k, v, g, initial_state=state, chunk=chunk)
     expected, expected_last = formula(q, k, v, g, state)
+    # The largest value may itself be a sum that cancelled: rounding is relative to the sum of the terms' sizes.
+    size, last_size = formula(q.abs(), k.abs(), v.abs(), g, None if state is None else state.abs())
     tolerance = FP64 if dtype == torch.float64 else FP32
     assert out.dtype == last.dtype == dtype
-    assert error(out, expected) < tolerance
-    assert error(last, expected_last) < tolerance
+    assert (out - expected).abs().max() < tolerance * size.max()
+    assert (last - expected_last).abs().max() < tolerance * last_size.max()
 
 
 @pytest.mark.parametrize("tokens", [1, 63, 64, 65, 129, 200])

@@ -39,7 +39,7 @@ def settings() -> MigrateConfig:
     from openling.config.train import TrainConfig
 
     base = preset("best")
-    short: dict[str, Any] = base.linear_warmup.train.model_dump() | {"batch_size": 4, "warmup_steps": 2}
+    short: dict[str, Any] = base.linear_warmup.train.model_dump() | {"batch_size": 4, "warmup_steps": 3, "lr": 5e-4}
 
     def warmup(tokens: int, seconds: float) -> Warmup:
         return Warmup(train=TrainConfig(**short | {"tokens": tokens, "max_seconds": seconds}))

@@ -78,7 +78,7 @@ def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConf
     """`paper` or `best` with `tokens` per warm-up; `changes` replace top-level fields."""
     # Learning rates: measured on SmolLM2-135M (docs/lab.md); the report prints none.
     if name == "best":
-        train = TrainConfig(tokens=tokens, lr=1e-3, warmup_steps=10, schedule="cosine", weight_decay=0.0, ce=0.0, kl=1.0)
+        train = TrainConfig(tokens=tokens, lr=5e-4, warmup_steps=10, schedule="cosine", weight_decay=0.0, ce=0.0, kl=1.0)
         warmup = Warmup(train=train)
         return MigrateConfig(**{"preset": "best", "linear_warmup": warmup, "mla_warmup": warmup} | changes)
     if name == "paper":

@@ -138,8 +138,8 @@ class _Migration:
         found, followed = _config_of(model), _config_of(self.teacher_folder)
         self.tokenizer = load_tokenizer(model, found)
         self.has_teacher = set(followed.layer_kinds) == {"gqa"}
-        self._check_teacher(found, followed)
         self._check_stages(found)
+        self._check_teacher(found, followed)
         self._check_space()
         text = config.text
         self.tokens = self._tokens(found.vocab_size)

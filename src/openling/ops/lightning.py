@@ -131,22 +131,13 @@ class _ChunkLayout:
 
     def __init__(self, documents: list[tuple[int, int]], chunk: int, device: torch.device) -> None:
         pieces = [(d, s, min(s + chunk, end)) for d, (start, end) in enumerate(documents) for s in range(start, end, chunk)]
-        self.device = device
         self.lengths_n = torch.tensor([end - start for _, start, end in pieces], device=device, dtype=torch.long)
         starts_n = torch.tensor([start for _, start, _ in pieces], device=device, dtype=torch.long)
         offset_C = torch.arange(chunk, device=device)
         self.valid_nC = offset_C < self.lengths_n[:, None]
         self.token_nC = torch.where(self.valid_nC, starts_n[:, None] + offset_C, 0)
         self.dense = bool((self.lengths_n == chunk).all())
-        # steps[i]: the i-th chunk of every document that has one, as (documents, chunks).
-        self.steps: list[tuple[Tensor, Tensor]] = []
-        by_document: list[list[int]] = [[] for _ in documents]
-        for index, (d, _, _) in enumerate(pieces):
-            by_document[d].append(index)
-        for i in range(max(map(len, by_document), default=0)):
-            pairs = [(d, chunks[i]) for d, chunks in enumerate(by_document) if len(chunks) > i]
-            docs, chunks_i = (torch.tensor(x, device=device) for x in zip(*pairs, strict=True))
-            self.steps.append((docs, chunks_i))
+        self.chunks_of = [-(-(end - start) // chunk) for start, end in documents]
 
     def split(self, x_THD: Tensor) -> Tensor:
         """Tokens [B*T, H, D] to chunks [n, H, C, D]."""
@@ -164,16 +155,23 @@ class _ChunkLayout:
 
 def _scan(layout: _ChunkLayout, added_nHDD: Tensor, kept_nH: Tensor, state_NHDD: Tensor) -> tuple[Tensor, Tensor]:
     """State before every chunk [n, H, D, D] and after every document [N, H, D, D]."""
-    if not layout.steps:
+    if not layout.chunks_of or max(layout.chunks_of) == 0:
         return added_nHDD, state_NHDD
-    before: list[Tensor] = []
-    for documents, chunks in layout.steps:
-        current = state_NHDD[documents]
-        before.append(current)
-        after = kept_nH[chunks][..., None, None] * current + added_nHDD[chunks]
-        state_NHDD = state_NHDD.index_copy(0, documents, after)
-    order = torch.cat([chunks for _, chunks in layout.steps]).argsort()
-    return torch.cat(before)[order], state_NHDD
+    kept_nH11 = kept_nH[..., None, None]
+    if min(layout.chunks_of) == max(layout.chunks_of):  # rows of one batch: all documents advance together
+        added, kept = (x.unflatten(0, (len(layout.chunks_of), -1)).unbind(1) for x in (added_nHDD, kept_nH11))
+        before = [state_NHDD]
+        for a, k in zip(added, kept, strict=True):
+            before.append(k * before[-1] + a)
+        return torch.stack(before[:-1], dim=1).flatten(0, 1), before[-1]
+    finals, starts = [], []
+    pieces = zip(added_nHDD.split(layout.chunks_of), kept_nH11.split(layout.chunks_of), state_NHDD, strict=True)
+    for added_cHDD, kept_cH11, state_HDD in pieces:
+        for a, k in zip(added_cHDD, kept_cH11, strict=True):
+            starts.append(state_HDD)
+            state_HDD = k * state_HDD + a
+        finals.append(state_HDD)
+    return torch.stack(starts), torch.stack(finals)
 
 
 def lightning(

@@ -76,6 +76,9 @@ def save_checkpoint(
         _sync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(draft, ignore_errors=True)
+        if "No space left" in str(error):  # the safetensors writer wraps the OSError in its own
+            what = "no space left for the checkpoint; the previous one is kept"
+            raise UserError(what, where=final, next="free some space, then the same command with --resume") from error
         raise Failure("the checkpoint could not be written; the previous one is kept", where=final, value=error) from error
     for old in folder.glob("step_*"):
         if old != final:
