@@ -480,6 +480,7 @@ def test_a_damaged_journal(place: Place, stopped: Path) -> None:
 def test_a_second_process_is_refused(place: Place, stopped: Path) -> None:
     with pipeline.sole_writer(stopped.with_name("out.run")):
         refused(resume(place, stopped), "another process")
+        refused(place.migrate(stopped), "another process")  # said before "was begun": --resume would not help
     assert resume(place, stopped).code == 0
 
 
