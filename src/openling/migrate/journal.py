@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,12 @@ def is_finished(out: Path, config: MigrateConfig) -> bool:
     return journal["done"] == list(config.stages) and not (run / "stages" / journal["done"][-1]).exists()
 
 
+def sweep(run: Path) -> None:
+    """Remove what a finished run needs no more; a kill may have kept it from doing so stage by stage."""
+    for folder in (run / "stages", *run.glob("*/checkpoints")):
+        shutil.rmtree(folder, ignore_errors=True)
+
+
 def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str, Any]:
     """The journal of a run begun earlier; a `UserError` where settings, models or texts are not those of `new`."""
     old = read_json(run / "journal.json")
@@ -46,7 +53,7 @@ def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str
 
 def _check_same_settings(old: dict[str, Any], config: MigrateConfig, run: Path) -> None:
     before, now = _flat(old), _flat(config.model_dump(mode="json"))
-    for name in before.keys() | now.keys():
+    for name in {**now, **before}:
         if before.get(name) != now.get(name):
             raise UserError(
                 "the settings have changed since this run began",

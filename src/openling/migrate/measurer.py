@@ -17,9 +17,9 @@ PROMPTS = (
     "To make a cup of tea, first",
     "def is_prime(n):\n",
 )
-NEEDLE_LENGTHS = (128, 256, 512, 1024)
+NEEDLE_LENGTHS = (128, 256, 512)
 NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
-NEEDLE_SAMPLES = 3
+NEEDLE_SAMPLES = 2
 # Per-layer errors need far fewer tokens than a loss: every token counts with all of its channels.
 LAYER_WINDOWS = 4
 

@@ -27,7 +27,7 @@ from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
 from openling.migrate.convert import Approximation, to_lightning, to_mla
-from openling.migrate.journal import continued, fingerprint, is_finished, run_folder
+from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
 from openling.migrate.layout import group_size_reason, stage_kinds, target_config
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
@@ -87,6 +87,7 @@ def migrate(
     model, out, events = model.absolute(), out.absolute(), events or Events()
     if os.path.lexists(out):
         if resume and is_finished(out, config):
+            sweep(run_folder(out))
             events.say("this run is finished")
             return run_folder(out)
         raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
@@ -279,7 +280,7 @@ class _Migration:
         if os.path.lexists(self.out):
             raise UserError("the output has appeared meanwhile", where=self.out, next="move it away, then add --resume")
         last.rename(self.out)
-        shutil.rmtree(last.parent, ignore_errors=True)
+        sweep(self.run)
 
     def _report(self) -> dict[str, Any]:
         """What was measured so far; a new run begins with the teacher."""
@@ -380,7 +381,9 @@ class _Migration:
         self.events.say(f"  where preset {other} would start")
         config, options = self._half(teacher.config), preset(other).conversion
         ignore: dict[str, Any] = {"on_layer": lambda i: None, "bf16": self.bf16}
-        student, _ = to_lightning(teacher.model, config, self.calibration, options, seed=self.config.seed, **ignore)
+        blind = not (options.refit_output or options.match_heads)  # nothing is fitted: one batch does for the walk
+        windows = self.calibration[:1] if blind else self.calibration
+        student, _ = to_lightning(teacher.model, config, windows, options, seed=self.config.seed, **ignore)
         rows = {self.config.preset: measured["domains"], other: self.measurer.domains(student)}
         return [
             {"preset": name, "stage": "lightning", "domain": domain, "loss": found["loss"], "gap": found["gap"]}
