@@ -224,6 +224,13 @@ def test_paper_preset_needs_no_teacher_for_a_single_warmup(place: Place, tmp_pat
     assert result.code == 0, result.err
 
 
+def test_mla_alone_on_a_gqa_model(place: Place, tmp_path: Path, quick: None) -> None:
+    result = place.migrate(tmp_path / "mla", "--stage", "mla")
+    assert result.code == 0, result.err
+    assert "all become MLA" in result.err
+    assert set(openling.load(tmp_path / "mla").config.layer_kinds) == {"mla"}
+
+
 def ling_2_0(folder: Path) -> Path:
     """The golden MoE teacher (QK-norm, half rotated, MTP), with a tokenizer."""
     shutil.copytree(GOLDEN / "ling-2.0-tiny", folder)
@@ -525,10 +532,9 @@ def untouched(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ("words", "said"),
     [
         (["--stage", "linear-warmup"], ["no lightning layer", "--stage lightning"]),
-        (["--stage", "mla"], ["no layer is Lightning", "--stage lightning"]),
         (["--stage", "mla-warmup"], ["no mla layer", "--stage lightning"]),
         (["--stage", "lightening"], ["unknown stage", "nearest:  lightning"]),
-        (["--stages", "mla,lightning"], ["no layer is Lightning"]),
+        (["--stages", "mla,lightning"], ["converted already"]),
         (["--stages", "[]"], ["--stages"]),
         (["--preset", "bset"], ["nearest:  best"]),
         (["--stge", "lightning"], ["unknown argument", "nearest:  --stage"]),

@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 
 # Sized for ten minutes on two cores; a slower machine ends a warm-up by the clock and the report says after how many tokens.
 CALIBRATION_TOKENS = 16384
-LINEAR_TOKENS, MLA_TOKENS = 65536, 32768
-LINEAR_SECONDS, MLA_SECONDS = 150.0, 75.0
+LINEAR_TOKENS, MLA_TOKENS = 32768, 16384
+LINEAR_SECONDS, MLA_SECONDS = 140.0, 70.0
+# Small batches and a low rate: so few tokens are best spent on many small steps (docs/lab.md).
+SHORT = {"batch_size": 2, "warmup_steps": 3, "lr": 2e-4}
 CONTEXTS = (1024, 4096, 16384, 32768)
 
 
@@ -39,7 +41,7 @@ def settings() -> MigrateConfig:
     from openling.config.train import TrainConfig
 
     base = preset("best")
-    short: dict[str, Any] = base.linear_warmup.train.model_dump() | {"batch_size": 4, "warmup_steps": 3, "lr": 5e-4}
+    short: dict[str, Any] = base.linear_warmup.train.model_dump() | SHORT
 
     def warmup(tokens: int, seconds: float) -> Warmup:
         return Warmup(train=TrainConfig(**short | {"tokens": tokens, "max_seconds": seconds}))
@@ -52,9 +54,7 @@ def settings() -> MigrateConfig:
 def run(args: argparse.Namespace) -> int:
     """The whole demo; exit code 0."""
     import torch
-    from rich.console import Console
-
-    from openling.commands.migrate import terminal_events
+    from openling.commands.migrate import open_console, terminal_events
     from openling.migrate.pipeline import migrate, run_folder
     from openling.migrate.plan import load_config, plan, show
     from openling.model.device import pick_device
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
     from openling.weights.gguf import import_gguf, smollm2_gguf
 
     started = time.monotonic()
-    console = Console()
+    console = open_console()
     device = pick_device(args.device)
     teacher, hybrid = args.out / "SmolLM2-135M-Instruct", args.out / "SmolLM2-135M-hybrid"
     if hybrid.exists() or (run_folder(hybrid).exists() and not args.resume):

@@ -55,13 +55,11 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         return 0
-    from rich.console import Console
-
     from openling.migrate.pipeline import migrate
     from openling.model.device import pick_device
     from openling.report import build, summary_table
 
-    console = Console(stderr=True)
+    console = open_console(stderr=True)
     device = pick_device(args.device)
     folder = migrate(
         args.model,
@@ -82,6 +80,14 @@ def run(args: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 0
+
+
+def open_console(*, stderr: bool = False) -> Any:
+    """A console that is wide enough for the tables where there is no terminal to ask."""
+    from rich.console import Console
+
+    console = Console(stderr=stderr)
+    return console if console.is_terminal else Console(stderr=stderr, width=100)
 
 
 def terminal_events(console: Any) -> Any:

@@ -32,7 +32,7 @@ from openling.migrate.layout import group_size_reason, stage_kinds, target_confi
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
 from openling.model.config import ModelConfig
-from openling.model.families import family_of
+from openling.model.families import read_config
 from openling.model.ling import Ling
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
@@ -115,7 +115,7 @@ def migrate(
 
 def _config_of(folder: Path) -> ModelConfig:
     hf = read_hf_config(folder)
-    return family_of(hf, where=folder / "config.json").read(hf)
+    return read_config(hf, where=folder / "config.json")
 
 
 class _Migration:
@@ -328,6 +328,8 @@ class _Migration:
         if stage == "lightning":
             return self._converted(stage, current, self._half(current.config))
         if stage == "mla":
+            if "lightning" not in current.config.layer_kinds:
+                self.events.say("  no layer is Lightning: all become MLA; for the hybrid, stage lightning comes first")
             return self._converted(stage, current, self._full(current.config))
         warmup = self.config.linear_warmup if stage == "linear-warmup" else self.config.mla_warmup
         return self._warmed(stage, current, warmup)
@@ -351,17 +353,17 @@ class _Migration:
 
     def _full(self, config: ModelConfig) -> ModelConfig:
         """Every GQA layer becomes MLA; widths from the checkpoint's config where an earlier stage wrote them."""
-        if not {"gqa", "lightning"} <= set(config.layer_kinds):
-            what = "there is no GQA layer left to convert" if "gqa" not in config.layer_kinds else "no layer is Lightning yet"
-            expected = "Lightning and GQA layers, as stage lightning leaves them"
-            raise UserError(what, where="stage mla", value=_kinds(config), expected=expected, next=_next_stage(config))
+        if "gqa" not in config.layer_kinds:
+            what = "there is no GQA layer left to convert"
+            raise UserError(what, where="stage mla", value=_kinds(config), expected="GQA layers", next=_next_stage(config))
         kinds = tuple("mla" if kind == "gqa" else kind for kind in config.layer_kinds)
         plain = config.replace(layer_kinds=("gqa",) * config.num_hidden_layers, mtp_layer_kind="gqa")
         defaults = self._target(plain)
         widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
         asked = self.config.layout.model_dump()
         chosen = {w: asked.get(w) or getattr(config, w) or getattr(defaults, w) for w in widths}
-        return config.replace(layer_kinds=kinds, mtp_layer_kind="mla", **chosen)
+        # Every layer MLA is, in the published layout, groups of one.
+        return config.replace(layer_kinds=kinds, mtp_layer_kind="mla", layer_group_size=config.layer_group_size or 1, **chosen)
 
     def _converted(self, stage: Stage, current: Checkpoint, config: ModelConfig) -> tuple[Ling, dict[str, Any]]:
         layers = len(current.model.model.layers)

@@ -48,6 +48,7 @@ def remove_norm(
     return gram.ridge(damping, scaled.flatten(0, 1)).view_as(scaled) if method == "ridge" else scaled
 
 
+@torch.no_grad()
 def removal_error(weight_hDM: Tensor, gamma_D: Tensor, eps: float, inputs: Sequence[Tensor], replacement_hDM: Tensor) -> float:
     """Relative squared error of a replacement on `inputs`."""
     wrong = energy = 0.0

@@ -44,7 +44,7 @@ def sole_writer(run: Path) -> Iterator[None]:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise UserError("another process is training in this folder", where=run, expected="one process") from error
+            raise UserError("another process is at work in this run folder", where=run, expected="one process") from error
         yield
 
 

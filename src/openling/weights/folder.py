@@ -17,7 +17,7 @@ from torch import Tensor
 
 from openling.errors import UserError, nearest
 from openling.model.config import ModelConfig
-from openling.model.families import family_of
+from openling.model.families import family_of, read_config
 from openling.model.ling import Ling
 from openling.weights.io import CheckpointReader, checked_folder, read_hf_config
 from openling.weights.names import RECOMPUTED, Binding, bind
@@ -58,7 +58,7 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     folder = checked_folder(folder)
     hf = read_hf_config(folder)
     family = family_of(hf, where=folder / "config.json")
-    config = family.read(hf)
+    config = read_config(hf, where=folder / "config.json")
     reader = CheckpointReader(folder)
     config = _without_absent_mtp(config, reader)
     with torch.device("meta"):
