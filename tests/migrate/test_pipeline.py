@@ -1,174 +1,44 @@
-"""Whole migrations of tiny models through the command line: results, resumption after a kill, and every way to be refused."""
+"""Whole migrations of tiny models through the command line: results, and resumption after a kill."""
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import os
 import shutil
 import signal
-import subprocess
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from small_runs import (
+    COMMON,
+    GOLDEN,
+    SHAPE,
+    VOCABULARY,
+    Migrated,
+    Place,
+    Result,
+    Unmeasured,
+    byte_tokenizer,
+    hashes,
+    in_child,
+    make_llama,
+    refused,
+    weights,
+    weights_only,
+)
 from transformers import (
     AutoModelForCausalLM,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
 )
 
 import openling
-from openling.cli import main
 from openling.config.migrate import STAGES
 from openling.migrate import pipeline
-from openling.weights.io import CheckpointReader
-
-# Processes that fork must not share the tokenizer's threads.
-os.environ["TOKENIZERS_PARALLELISM"] = "false"
-
-GOLDEN = Path(__file__).parents[1] / "data" / "golden"
-VOCABULARY = 260
-SHAPE = {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 4, "num_key_value_heads": 2}
-COMMON = {"vocab_size": VOCABULARY, "max_position_embeddings": 128, "bos_token_id": None, "eos_token_id": 256}
-
-
-@dataclass
-class Result:
-    """How a command ended."""
-
-    code: int
-    out: str
-    err: str
-
-
-def openling_command(*words: object) -> Result:
-    """The command line in this process."""
-    out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        try:
-            code = main([str(word) for word in words])
-        except SystemExit as exited:  # argparse
-            code = int(exited.code or 0)
-    return Result(code, out.getvalue(), err.getvalue())
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
-
-
-def weights(folder: Path) -> str:
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
-
-
-def byte_tokenizer(folder: Path, *, vocabulary: int = VOCABULARY, reverse: bool = False) -> None:
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet(), reverse=reverse)[: vocabulary - 1]
-    ids = {letter: i for i, letter in enumerate(letters)} | {"<eos>": len(letters)}
-    tokenizer = Tokenizer(models.BPE(ids, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(folder)
-
-
-def make_llama(folder: Path, *, layers: int = 4, dtype: torch.dtype = torch.bfloat16, **changes: Any) -> Path:
-    """BF16, so that rounding between the stages is part of every comparison."""
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=layers, **SHAPE, **COMMON | changes))
-    model.to(dtype).save_pretrained(folder)
-    byte_tokenizer(folder)
-    return folder
-
-
-@dataclass
-class Place:
-    """A teacher, two texts and the flags that keep a migration short."""
-
-    teacher: Path
-    calibration: Path
-    evaluation: Path
-
-    def flags(self, **changes: object) -> list[str]:
-        fields = {
-            "--text": self.calibration,
-            "--eval-text": self.evaluation,
-            "--tokens": 512,
-            "--text.sequence_length": 64,
-            "--text.calibration_tokens": 512,
-            "--text.evaluation_tokens": 256,
-        }
-        for warmup in ("linear_warmup", "mla_warmup"):
-            short = {"sequence_length": 32, "batch_size": 4, "checkpoint_steps": 2, "warmup_steps": 1}
-            fields |= {f"--{warmup}.train.{name}": value for name, value in short.items()}
-        fields |= {f"--{name}": value for name, value in changes.items()}
-        return [str(word) for pair in fields.items() for word in pair]
-
-    def migrate(self, out: Path, *words: object, model: Path | None = None, **changes: object) -> Result:
-        return openling_command("migrate", model or self.teacher, out, *words, *self.flags(**changes))
-
-
-@pytest.fixture(scope="session")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    folder = tmp_path_factory.mktemp("place")
-    # Real sentences with enough letters to learn from; what they say does not matter here.
-    (folder / "cal.txt").write_text(" ".join((contextlib.__doc__ or "", str(shutil.__doc__), str(json.__doc__))) * 2)
-    (folder / "eval.txt").write_text((subprocess.__doc__ or "")[:2000])
-    return Place(make_llama(folder / "teacher"), folder / "cal.txt", folder / "eval.txt")
-
-
-class Unmeasured:
-    """Stands in for `Measurer` where only the weights matter."""
-
-    def __init__(self, *args: object, **kwargs: object) -> None: ...
-
-    def stage(self, student: object) -> dict[str, Any]:
-        return {"domains": {}, "layers": [], "needle": [], "samples": []}
-
-    def line(self, stage: dict[str, Any]) -> str:
-        return f"done {stage['name']}"
-
-
-@contextlib.contextmanager
-def weights_only() -> Iterator[None]:
-    """No measurements and no page."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(pipeline, "Measurer", Unmeasured)
-        patch.setattr("openling.report.build", lambda folder: folder / "report.html")
-        patch.setattr("openling.report.summary_table", lambda report: "")
-        yield
-
-
-@pytest.fixture
-def quick() -> Iterator[None]:
-    with weights_only():
-        yield
-
-
-@dataclass
-class Migrated:
-    """A whole run and what was there before it."""
-
-    out: Path
-    run: Path
-    result: Result
-    before: dict[str, str]
-
-
-@pytest.fixture(scope="session")
-def migrated(place: Place, tmp_path_factory: pytest.TempPathFactory) -> Migrated:
-    out = tmp_path_factory.mktemp("whole") / "hybrid"
-    before = hashes(place.teacher)
-    return Migrated(out, out.with_name("hybrid.run"), place.migrate(out), before)
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a migration yields
@@ -284,18 +154,6 @@ def test_layer_counts(layers: int, group: int, said: str, place: Place, tmp_path
 # ---------------------------------------------------------------------------------------------------------------------
 # Killed and resumed
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-def in_child(action: Callable[[], int]) -> int:
-    """`action` in a forked process; its exit code, negative for the signal it died of."""
-    child = os.fork()
-    if child == 0:
-        code = 99
-        try:
-            code = action()
-        finally:
-            os._exit(code)
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 # Every step of a run after which the disk or the model is another one.
@@ -457,13 +315,6 @@ def resume(place: Place, out: Path, *words: object, **changes: object) -> Result
     return place.migrate(out, "--resume", *words, model=out.with_name("teacher"), **fields)
 
 
-def refused(result: Result, *parts: str) -> None:
-    assert result.code == 2, result.err
-    assert "Traceback" not in result.err
-    for part in parts:
-        assert part in result.err
-
-
 def test_resume_refuses_what_has_changed(place: Place, stopped: Path) -> None:
     refused(resume(place, stopped, tokens=1024), "settings have changed", "linear_warmup.train.tokens", "1024", "512")
     refused(resume(place, stopped, "--stage", "lightning"), "settings have changed", "stages")
@@ -507,278 +358,3 @@ def test_resume_of_a_finished_run(place: Place, tmp_path: Path, quick: None) -> 
     out.rename(tmp_path / "elsewhere")
     refused(place.migrate(out, "--stage", "lightning", "--resume"), "moved away")
     refused(place.migrate(out, "--stage", "lightning"), "was begun")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Refused before any work
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def untouched(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder in which nothing may appear, while no weight may be read and the source may not change."""
-    before = hashes(place.teacher)
-
-    def no_reading(*args: object) -> None:
-        raise AssertionError("weights were read before the request was refused")
-
-    monkeypatch.setattr(CheckpointReader, "read", no_reading)
-    yield tmp_path
-    assert hashes(place.teacher) == before
-    assert not {p.name for p in tmp_path.iterdir()} & {"out", "out.run", ".out.partial"}
-
-
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["--stage", "linear-warmup"], ["no lightning layer", "--stage lightning"]),
-        (["--stage", "mla-warmup"], ["no mla layer", "--stage lightning"]),
-        (["--stage", "lightening"], ["unknown stage", "nearest:  lightning"]),
-        (["--stages", "mla,lightning"], ["converted already"]),
-        (["--stages", "[]"], ["--stages"]),
-        (["--preset", "bset"], ["nearest:  best"]),
-        (["--stge", "lightning"], ["unknown argument", "nearest:  --stage"]),
-        (["--linear_warmup.train.lrr", "1"], ["nearest:  --linear_warmup.train.lr"]),
-        (["--tokens", "0"], ["--tokens", "positive"]),
-        (["--tokens", "-1"], ["--tokens", "positive"]),
-        (["--tokens", "abc"], ["--tokens", "abc"]),
-        (["--group-size", "7"], ["divide", "nearest:  4"]),
-        (["--layout.kv_lora_rank", "-1"], ["kv_lora_rank", "-1"]),
-        (["--layout.q_lora_rank", "0"], ["q_lora_rank"]),
-        (["--layout.qk_rope_head_dim", "3"], ["qk_rope_head_dim"]),
-        (["--text", "nofile.txt"], ["no such text", "nofile.txt"]),
-        (["--eval-text", "kjvv"], ["no such text", "nearest:  kjv"]),
-        (["--device", "gpu"], ["--device", "auto, cpu or cuda"]),
-        (["--teacher", "nowhere"], ["no such folder", "nowhere"]),
-        (["--linear_warmup.train.lr", "Infinity"], ["lr", "finite"]),
-        (["--linear_warmup.train.steps", "3"], ["exactly one of steps and tokens"]),
-        (["--mla_warmup.train.sequence_length", "1000000"], ["too short", "mla_warmup"]),
-        (["--resume"], ["nothing to resume"]),
-        (["--seed", "1" + "0" * 30], ["--seed"]),
-        (["more"], ["unknown argument", "more"]),
-    ],
-    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else None,
-)
-def test_bad_requests(words: list[str], said: list[str], place: Place, untouched: Path) -> None:
-    flags = place.flags()
-    for name in [flag for flag in flags[::2] if flag in words]:
-        del flags[flags.index(name) : flags.index(name) + 2]
-    refused(openling_command("migrate", place.teacher, untouched / "out", *words, *flags), *said)
-
-
-def test_settings_may_stand_before_the_folders(place: Place, untouched: Path) -> None:
-    result = openling_command("migrate", "--conversion.damping", "0.5", place.teacher, untouched / "out", "--dry-run")
-    assert (result.code, json.loads(result.out)["conversion"]["damping"]) == (0, 0.5)
-    refused(openling_command("migrate", "--conversion.damping", "--dry-run", place.teacher, untouched / "out"), "needs a value")
-
-
-@pytest.mark.parametrize(
-    ("name", "data", "said"),
-    [
-        ("short.txt", b"hi", "too short"),
-        ("latin.txt", b"caf\xe9 " * 400, "not UTF-8"),
-        ("empty.txt", b" \n", "empty"),
-        ("page.pdf", b"%PDF", "kind of file"),
-        ("rows.jsonl", b'{"text": 3}\n', "line 1"),
-    ],
-)
-@pytest.mark.parametrize("flag", ["text", "eval-text"])
-def test_bad_texts(name: str, data: bytes, said: str, flag: str, place: Place, untouched: Path) -> None:
-    (untouched / name).write_bytes(data)
-    refused(place.migrate(untouched / "out", **{flag: untouched / name}), said)
-
-
-def test_one_file_cannot_be_learnt_from_and_held_out(place: Place, untouched: Path) -> None:
-    refused(place.migrate(untouched / "out", **{"eval-text": place.calibration}), "too short", "heldout")
-
-
-@pytest.mark.parametrize("name", [f"{letter}.txt" for letter in "abcdefghijklmnop"])
-def test_any_name_of_a_text_will_do(name: str, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A single file is read whole, whatever part its name would hash to; so are names with commas."""
-
-    class Enough(Exception):
-        pass
-
-    def stop(*args: object) -> None:
-        raise Enough
-
-    monkeypatch.setattr(pipeline, "_load", stop)
-    text = tmp_path / f"x,{name}"
-    shutil.copy(place.calibration, text)
-    with pytest.raises(Enough):
-        place.migrate(tmp_path / "out", text=text)
-    assert not (tmp_path / "out.run").exists()
-
-
-def test_bad_outputs(place: Place, untouched: Path) -> None:
-    (untouched / "file").write_text("x")
-    (untouched / "folder").mkdir()
-    (untouched / "dangling").symlink_to(untouched / "nowhere")
-    for name in ("file", "folder", "dangling"):
-        refused(place.migrate(untouched / name), "exists already", name)
-    refused(place.migrate(place.teacher), "exists already")
-    refused(place.migrate(place.teacher / "out"), "only read")
-    refused(place.migrate(Path()), "exists already")
-    refused(place.migrate(Path("/")), "exists already")
-    refused(place.migrate(untouched / "file" / "out"), "cannot be written")
-    refused(place.migrate(Path("/proc/openling-out")), "cannot be written")
-    refused(place.migrate(untouched / ("x" * 300)))
-    (untouched / "mine.run").mkdir()
-    (untouched / "mine.run" / "notes").write_text("x")
-    refused(place.migrate(untouched / "mine"), "something else")
-    assert (untouched / "file").read_text() == (untouched / "mine.run" / "notes").read_text() == "x"
-    assert list((untouched / "folder").iterdir()) == []
-
-
-def test_a_folder_that_may_not_be_written(place: Place, tmp_path: Path) -> None:
-    target = tmp_path / "locked"
-    target.mkdir()
-    target.chmod(0o555)
-
-    def as_nobody() -> int:
-        if os.getuid() == 0:
-            for folder in (tmp_path, *tmp_path.parents):
-                with contextlib.suppress(OSError):
-                    folder.chmod(folder.stat().st_mode | 0o055)
-            os.setresuid(65534, 65534, 65534)
-        result = place.migrate(target / "out")
-        return result.code if "cannot be written" in result.err and "Traceback" not in result.err else 50
-
-    modes = {folder: folder.stat().st_mode for folder in tmp_path.parents}
-    try:
-        assert in_child(as_nobody) == 2
-    finally:
-        for folder, mode in modes.items():
-            if folder.stat().st_mode != mode:
-                folder.chmod(mode)
-    assert list(target.iterdir()) == []
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
-    mounted: list[Path] = []
-
-    def mount(size: str) -> Path:
-        folder = tmp_path / f"disk-{size}"
-        folder.mkdir()
-        done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
-        if done.returncode:
-            pytest.skip("tmpfs cannot be mounted here")
-        mounted.append(folder)
-        return folder
-
-    yield mount
-    for folder in mounted:
-        subprocess.run(["umount", folder], check=True)
-
-
-def test_a_full_disk(place: Place, migrated: Migrated, small_disk: Callable[[str], Path], quick: None) -> None:
-    disk = small_disk("2m")
-    refused(place.migrate(disk / "out"), "no space left")
-    assert list(disk.iterdir()) == []
-    disk = small_disk("20m")
-    # It fills up later: before a stage is converted, and before one is trained.
-    for later in ("to_lightning", "train"):
-        real = getattr(pipeline, later)
-
-        def filling(*args: Any, _real: Any = real, **kwargs: Any) -> Any:
-            (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - (64 << 10)))
-            return _real(*args, **kwargs)
-
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(pipeline, later, filling)
-            begun = (disk / "out.run").exists()
-            refused(place.migrate(disk / "out", *(["--resume"] if begun else [])), "space")
-        assert not (disk / "out").exists()
-        (disk / "ballast").unlink()
-    assert place.migrate(disk / "out", "--resume").code == 0
-    assert weights(disk / "out") == weights(migrated.out)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Bad models
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def edit_config(**changes: object) -> Callable[[Path], object]:
-    def edit(folder: Path) -> None:
-        config = json.loads((folder / "config.json").read_text()) | changes
-        (folder / "config.json").write_text(json.dumps(config))
-
-    return edit
-
-
-def truncate(folder: Path) -> None:
-    data = (folder / "model.safetensors").read_bytes()
-    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
-
-
-def poison(folder: Path) -> None:
-    tensors = load_file(folder / "model.safetensors")
-    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = float("nan")
-    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
-
-
-def without_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
-        path.unlink()
-
-
-def large_tokenizer(folder: Path) -> None:
-    tokenizer = openling.load(folder).tokenizer
-    tokenizer.add_tokens([f"<{i}>" for i in range(10)])
-    tokenizer.save_pretrained(folder)
-
-
-@pytest.mark.parametrize(
-    ("damage", "said"),
-    [
-        (shutil.rmtree, "no such folder"),
-        (lambda folder: (folder / "config.json").unlink(), "config.json is missing"),
-        (lambda folder: (folder / "config.json").write_text("{"), "not valid JSON"),
-        (lambda folder: (folder / "model.safetensors").unlink(), "no safetensors weights"),
-        (truncate, "truncated"),
-        (poison, "NaN"),
-        (without_tokenizer, "tokenizer"),
-        (large_tokenizer, "ids beyond the vocabulary"),
-        (edit_config(architectures=["GPT2LMHeadModel"]), "unknown architecture"),
-        (edit_config(intermediate_size=100), "contradicts the weights"),
-        (edit_config(num_hidden_layers=6), "contradicts the weights"),
-        (edit_config(num_key_value_heads=3), "contradicts itself"),
-    ],
-)
-def test_bad_models(damage: Callable[[Path], object], said: str, place: Place, tmp_path: Path) -> None:
-    model = tmp_path / "model"
-    shutil.copytree(place.teacher, model)
-    damage(model)
-    before = hashes(model)
-    refused(place.migrate(tmp_path / "out", model=model), said)
-    if damage is not without_tokenizer:  # a teacher may lack what the model has
-        refused(place.migrate(tmp_path / "out", "--teacher", model), said)
-    assert hashes(model) == before
-    assert {p.name for p in tmp_path.iterdir()} <= {"model"}
-
-
-def test_a_smaller_tokenizer_is_allowed(place: Place, tmp_path: Path, quick: None) -> None:
-    model = make_llama(tmp_path / "model")
-    byte_tokenizer(model, vocabulary=200)
-    assert place.migrate(tmp_path / "out", "--stage", "lightning", model=model).code == 0
-
-
-def test_teachers_that_do_not_fit(place: Place, migrated: Migrated, tmp_path: Path) -> None:
-    larger = make_llama(tmp_path / "larger", vocab_size=VOCABULARY + 40)
-    other = make_llama(tmp_path / "other")
-    byte_tokenizer(other, reverse=True)
-    out = tmp_path / "out"
-    refused(place.migrate(out, "--teacher", larger), "another vocabulary", "300", "260")
-    refused(place.migrate(out, "--teacher", other), "another tokenizer")
-    refused(place.migrate(out, "--teacher", migrated.out), "converted itself")
-
-
-def test_stages_on_a_hybrid(place: Place, migrated: Migrated, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    refused(place.migrate(out, model=migrated.out), "converted already", "mla-warmup")
-    refused(place.migrate(out, "--stage", "lightning", model=migrated.out), "converted already")
-    refused(place.migrate(out, "--stage", "mla", model=migrated.out), "no GQA layer left", "mla-warmup")
-    refused(place.migrate(out, "--stage", "mla-warmup", model=migrated.out), "--teacher")
-    assert list(tmp_path.iterdir()) == []

@@ -54,6 +54,7 @@ def settings() -> MigrateConfig:
 def run(args: argparse.Namespace) -> int:
     """The whole demo; exit code 0."""
     import torch
+
     from openling.commands.migrate import open_console, terminal_events
     from openling.migrate.pipeline import migrate, run_folder
     from openling.migrate.plan import load_config, plan, show
