@@ -44,6 +44,17 @@ def stage_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def start_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where preset `best` starts beside `paper`: loss right after the Lightning conversion."""
+    losses = {(row["preset"], row["domain"]): row["loss"] for row in report["presets"]}
+    rows = []
+    for domain in report["stages"][0]["domains"]:
+        best, paper = losses["best", domain], losses["paper", domain]
+        pair = {"value": best, "unit": "nats per token", "peer": "preset paper", "peer_value": paper, "ratio": best / paper}
+        rows.append({"name": f"start of preset best, {domain}", "goal": "below paper", "met": best < paper} | pair)
+    return rows
+
+
 def decode_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Cache bytes and milliseconds per token at every context, hybrid beside teacher."""
     rows = []
@@ -73,8 +84,9 @@ def main() -> int:
         },
         {"name": "resident memory at the end", "value": peak, "unit": "bytes", "goal": 8 * 2**30, "met": peak < 8 * 2**30},
     ]
-    rows = whole + stage_rows(report) + decode_rows(report)
-    write_results(RESULTS, shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER"), rows)
+    rows = whole + start_rows(report) + stage_rows(report) + decode_rows(report)
+    command = shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER")
+    write_results(RESULTS, command, rows, date=report["date"], commit=report["commit"])
     print(RESULTS.read_text())
     return 0
 

@@ -66,13 +66,14 @@ def now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def write_results(path: Path, command: str, rows: list[dict[str, Any]]) -> None:
-    """A results file as docs/decisions.md describes it: what was run, on what, and one row per figure.
+def write_results(path: Path, command: str, rows: list[dict[str, Any]], **measured: Any) -> None:
+    """A results file: what was run, on what, and one row per figure. `measured` replaces fields (date, commit) of a run past.
 
     A row needs `name`, `value`, `unit`; `peer`, `peer_value`, `ratio`, `goal`, `met` and `why` where they apply.
     """
     keys = ("name", "value", "unit", "peer", "peer_value", "ratio", "goal", "met")
     full = [{key: row.get(key) for key in keys} | {key: v for key, v in row.items() if key not in keys} for row in rows]
-    record = {"command": command, "hardware": hardware(), "versions": versions(), "commit": commit(), "date": now(), "rows": full}
+    here = {"command": command, "hardware": hardware(), "versions": versions(), "commit": commit(), "date": now()}
+    record = here | measured | {"rows": full}
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
