@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import errno
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
@@ -57,6 +58,7 @@ def _run(words: list[str]) -> int:
         raise UserError(
             "unknown command", value=verb, expected=", ".join(VERBS), nearest=nearest(verb, VERBS), next="openling --help"
         )
+    typed = shlex.join(["openling", *words])
     parser = argparse.ArgumentParser(prog="openling", description="GQA checkpoints become Ling-2.6 style hybrids.")
     parser.add_argument("--version", action="version", version=f"openling {__version__}")
     commands = parser.add_subparsers(dest="verb", metavar="COMMAND", required=True)
@@ -74,7 +76,7 @@ def _run(words: list[str]) -> int:
         words, overrides = _split(words, flags)
     args, rest = parser.parse_known_args(words)
     assert run is not None  # argparse has exited if there was no verb
-    args.overrides, args.flags = overrides, flags
+    args.overrides, args.flags, args.command = overrides, flags, typed
     if rest:
         close = nearest(rest[0], flags) if rest[0].startswith("-") else None
         raise UserError("unknown argument", value=rest[0], nearest=close, next=f"openling {verb} --help")

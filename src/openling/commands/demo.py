@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -75,9 +73,8 @@ def run(args: argparse.Namespace) -> int:
         import_gguf(smollm2_gguf(), teacher, dtype=torch.bfloat16)
     show(plan(load_config(str(teacher))), teacher.name)
     config = settings()
-    command = shlex.join(["openling", *sys.argv[1:]])
     run_dir = migrate(
-        teacher, hybrid, config, resume=args.resume, device=str(device), command=command, events=terminal_events(console)
+        teacher, hybrid, config, resume=args.resume, device=str(device), command=args.command, events=terminal_events(console)
     )
     console.print("Decoding memory and speed ...")
     path = run_dir / "report.json"

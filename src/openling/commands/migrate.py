@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
         teacher=args.teacher,
         resume=args.resume,
         device=str(device),
-        command=shlex.join(["openling", *sys.argv[1:]]),
+        command=args.command,
         events=terminal_events(console),
     )
     page = build(folder)
