@@ -19,7 +19,7 @@ from openling.migrate.pipeline import Events, migrate, run_folder
 from openling.weights.gguf import import_gguf, smollm2_gguf
 
 RESULTS = Path(__file__).parent / "results" / "migration" / "starts.json"
-TEXT = Text(calibration_tokens=32768, evaluation_tokens=16384)
+TEXT = Text(calibration_tokens=16384, evaluation_tokens=8192)
 
 
 def main() -> None:

@@ -19,13 +19,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="best", metavar="best|paper", help="ours (default), or the report's procedure")
     parser.add_argument("--stage", metavar="STAGE", help=f"one of {', '.join(STAGES)}; default: all, in this order")
     parser.add_argument("--teacher", type=Path, metavar="FOLDER", help="the GQA teacher, where MODEL is converted in part")
-    parser.add_argument("--tokens", type=int, default=1_000_000, metavar="N", help="tokens per warm-up (default 1,000,000)")
+    parser.add_argument(
+        "--tokens",
+        type=int,
+        default=1_000_000,
+        metavar="N",
+        help="tokens per warm-up, rounded up to whole steps (default 1,000,000)",
+    )
     parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration and training text: names or paths")
     parser.add_argument("--eval-text", nargs="+", metavar="TEXT", help="held-out text, another domain: names or paths")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run")
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved settings and stop")
+    parser.add_argument("--dry-run", action="store_true", help="print every setting and stop (null: chosen for the model)")
+    parser.epilog = "Any setting that --dry-run prints can be set too, e.g. --linear_warmup.train.lr 1e-4."
     parser.set_defaults(takes_overrides=True)
 
 

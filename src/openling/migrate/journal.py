@@ -21,13 +21,15 @@ def run_folder(out: Path) -> Path:
     return out.with_name(out.name + ".run")
 
 
-def is_finished(out: Path, config: MigrateConfig) -> bool:
-    """Whether `out` is the result of a run with these settings."""
+def is_finished(out: Path, model: Path, config: MigrateConfig) -> bool:
+    """Whether `out` is the result of a run from `model` with these settings; a `UserError` where these were others."""
     run = run_folder(out)
     if not (run / "journal.json").exists():
         return False
     journal = read_json(run / "journal.json")
     _check_same_settings(journal["config"], config, run)
+    if journal["source model"] != fingerprint(model):
+        raise UserError("that run had another source model", where=model, expected=journal["model"], next="name that model")
     return journal["done"] == list(config.stages) and not (run / "stages" / journal["done"][-1]).exists()
 
 

@@ -86,7 +86,7 @@ def migrate(
     """
     model, out, events = model.absolute(), out.absolute(), events or Events()
     if os.path.lexists(out):
-        if resume and is_finished(out, config):
+        if resume and is_finished(out, model, config):
             sweep(run_folder(out))
             events.say("this run is finished")
             return run_folder(out)
@@ -258,10 +258,21 @@ class _Migration:
             student, notes = self._stage(stage, current)
             _round(student, self._dtype())
             measured = self.measurer.stage(student) | notes | {"name": stage, "seconds": time.monotonic() - begun}
-            save(student, folder, dtype=self._dtype(), source=self.model, provenance=self._provenance(stage))
+            save(
+                student,
+                folder,
+                dtype=self._dtype(),
+                source=self.model,
+                provenance=self._provenance(stage, measured),
+                name=self.out.name,
+            )
             report["stages"].append(measured)
             if stage == "lightning" and self.config.compare_start:
                 report["presets"] = self._starts(current, measured)
+                losses = [
+                    f"{row['domain']} {row['loss']:.3f}" for row in report["presets"] if row["preset"] != self.config.preset
+                ]
+                self.events.say(f"  it would start at {'; '.join(losses)} nats")
             current = replace(current, model=student, config=student.config)
             report["seconds"] += time.monotonic() - begun
             write_json(self.run / "report.json", report)
@@ -412,14 +423,23 @@ class _Migration:
             failure = Failure("stopped by a signal", where=stage, next="the same command with --resume")
             failure.exit_code = 128 + (result.signal or 0)  # as a shell reports a process that died of it
             raise failure
-        return student.eval(), {"tokens": result.tokens, "approximations": [], "metrics": f"{stage}/metrics.jsonl"}
+        notes = []
+        if result.stopped == "time":
+            notes.append(f"stopped by the clock ({c.max_seconds:.0f} s) after {result.steps} of {c.total_steps} steps")
+            self.events.say(f"  {notes[0]}")
+        about = {"tokens": result.tokens, "approximations": [], "metrics": f"{stage}/metrics.jsonl", "notes": notes}
+        return student.eval(), about
 
     def _dtype(self) -> torch.dtype:
         return self.source.stored if self.config.dtype == "source" else getattr(torch, self.config.dtype)
 
-    def _provenance(self, stage: Stage) -> dict[str, Any]:
+    def _provenance(self, stage: Stage, measured: dict[str, Any]) -> dict[str, Any]:
         done = [*self.journal["done"], stage]
-        return {
+        losses = {
+            f"loss on {domain}": f"{found['loss']:.3f} nats per token (teacher {found['teacher_loss']:.3f})"
+            for domain, found in measured["domains"].items()
+        }
+        return losses | {
             "made by": "openling migrate",
             "preset": self.config.preset,
             "stages": ", ".join(done),

@@ -115,6 +115,14 @@ def plan(
         raise UserError(
             "the source of a hybrid is a GQA model", where="--source", value=", ".join(sorted(set(source.layer_kinds)))
         )
+    for name in ("num_hidden_layers", "hidden_size", "vocab_size"):
+        if getattr(given, name) != getattr(source, name):
+            raise UserError(
+                "this cannot be the teacher of that hybrid",
+                where=f"--source: {name}",
+                value=getattr(source, name),
+                expected=getattr(given, name),
+            )
     return _compare(given, source, source_hf, training, why)
 
 

@@ -36,6 +36,7 @@ def save(
     source: str | Path | None = None,
     hf_config: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
+    name: str | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `model` to the new folder `out`, which appears whole or not at all; returns its path.
@@ -43,7 +44,8 @@ def save(
     dtype: of all written weights (the router's selection bias stays FP32); None keeps the source's, or else the model's.
     source: the folder this model came from; its tokenizer, chat template, generation config and licence are copied, and
     it is never changed. hf_config: the source's config.json (read from `source` when left out). provenance: what the
-    model card and `openling.json` tell about the model's making. Raises UserError when `out` exists or cannot be written.
+    model card and `openling.json` tell about the model's making.
+    name: the model card's title, by default the folder's. Raises UserError when `out` exists or cannot be written.
     """
     source = checked_folder(source) if source is not None else None
     hf_config = read_hf_config(source) if hf_config is None and source is not None else hf_config
@@ -63,7 +65,7 @@ def save(
         _add_companions(writer, source, model.config)
         record = {"openling_version": __version__, "base_model": source.name if source else None, **(provenance or {})}
         writer.add_file("openling.json", _json(record))
-        writer.add_file("README.md", _card(writer.out.name, config, source, record))
+        writer.add_file("README.md", _card(name or writer.out.name, config, source, record))
     return writer.out
 
 
