@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 # Sized for ten minutes on two cores; a slower machine ends a warm-up by the clock and the report says after how many tokens.
 CALIBRATION_TOKENS = 16384
-LINEAR_TOKENS, MLA_TOKENS = 32768, 16384
-LINEAR_SECONDS, MLA_SECONDS = 140.0, 70.0
+LINEAR_TOKENS, MLA_TOKENS = 24576, 8192
+LINEAR_SECONDS, MLA_SECONDS = 120.0, 45.0
 # Small batches and a low rate: so few tokens are best spent on many small steps (docs/lab.md).
 SHORT = {"batch_size": 2, "warmup_steps": 3, "lr": 2e-4}
 CONTEXTS = (1024, 4096, 16384, 32768)
