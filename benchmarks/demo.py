@@ -86,7 +86,9 @@ def main() -> int:
     ]
     rows = whole + start_rows(report) + stage_rows(report) + decode_rows(report)
     command = shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER")
-    write_results(RESULTS, command, rows, date=report["date"], commit=report["commit"])
+    versions = dict(report["environment"])
+    hardware = versions.pop("hardware")
+    write_results(RESULTS, command, rows, date=report["date"], commit=report["commit"], hardware=hardware, versions=versions)
     print(RESULTS.read_text())
     return 0
 
