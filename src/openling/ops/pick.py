@@ -1,0 +1,61 @@
+"""Which form of an op runs: the Triton kernels on NVIDIA GPUs, the plain twins everywhere else.
+
+Every op's entry asks `kernels_for` once per call. `OPENLING_KERNELS=plain` turns the kernels off for a whole process, `plain_twins()`
+for a block; `kernels_reason()` says what runs and why, for a command to print.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+HALF = (torch.bfloat16, torch.float16)
+_plain_depth = 0
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """`openling.ops.kernels` where it serves x: a half-precision tensor on a CUDA device; None where the plain twin must run."""
+    if not x.is_cuda or x.dtype not in HALF or _plain_depth or _unavailable():
+        return None
+    from openling.ops import kernels
+
+    return kernels
+
+
+@contextmanager
+def plain_twins() -> Iterator[None]:
+    """Run plain twins inside this block, whatever the device: the reference side of tests and benchmarks."""
+    global _plain_depth
+    _plain_depth += 1
+    try:
+        yield
+    finally:
+        _plain_depth -= 1
+
+
+def kernels_reason() -> str:
+    """One line for a person: which form of the ops runs here, and why."""
+    why = _unavailable()
+    if why:
+        return f"plain PyTorch ops ({why})"
+    return f"Triton kernels on {torch.cuda.get_device_name()}; plain PyTorch ops for FP32 and FP64 tensors"
+
+
+@cache
+def _unavailable() -> str | None:
+    """Why the kernels cannot run in this process; None where they can."""
+    if os.environ.get("OPENLING_KERNELS", "auto") == "plain":
+        return "OPENLING_KERNELS=plain"
+    if not torch.cuda.is_available():
+        return "no NVIDIA GPU"
+    try:
+        import triton  # noqa: F401
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    return None
