@@ -5,7 +5,7 @@ each layer has. It trains, prefills and decodes: without a cache a call sees who
 Module and parameter names are those of the released Ling checkpoints; routed experts are stacked along a leading dim.
 
 Legend: B batch, T new tokens, S cached and new tokens, M hidden_size, V vocabulary, H heads, K key/value heads,
-D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width.
+D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width; in MLA E a head's query width, Dv its value width.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from openling.model.cache import Cache, LayerCache
 from openling.model.config import ModelConfig
 from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, softmax_attention
+from openling.ops.fused import add_rms_norm, gated_group_norm, latent_qkv, split_norm_rope, swiglu
 from openling.ops.lightning import lightning, log_decay
 from openling.ops.moe import combine_experts, route
 from openling.ops.norm import group_rms_norm, rms_norm
@@ -160,8 +161,9 @@ class Layer(nn.Module):
 
     def forward(self, h_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """[B, T, M] to [B, T, M]."""
-        h_BTM = h_BTM + self.attention(self.input_layernorm(h_BTM), call, cache)
-        return h_BTM + self.mlp(self.post_attention_layernorm(h_BTM))
+        mixed = self.attention(self.input_layernorm(h_BTM), call, cache)
+        h_BTM, normed = self.post_attention_layernorm.add(h_BTM, mixed)
+        return h_BTM + self.mlp(normed)
 
 
 class MtpLayer(Layer):
@@ -199,7 +201,7 @@ class GroupedQueryAttention(nn.Module):
         if config.gqa_qk_norm:
             self.query_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
             self.key_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
-        self.qk_norm = config.gqa_qk_norm
+        self.qk_norm, self.eps = config.gqa_qk_norm, config.rms_norm_eps
         self.dense = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.use_bias)
 
     def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
@@ -208,11 +210,8 @@ class GroupedQueryAttention(nn.Module):
 
     def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * D]."""
-        heads = self.query_key_value(x_BTM).unflatten(-1, (-1, self.dim))
-        q, k, v = heads.split((self.heads, self.kv_heads, self.kv_heads), dim=2)
-        if self.qk_norm:
-            q, k = self.query_layernorm(q), self.key_layernorm(k)
-        q, k = apply_rope(q, *call.tables.head), apply_rope(k, *call.tables.head)
+        qkv, norms = self.query_key_value(x_BTM), qk_norm_weights(self)
+        q, k, v = split_norm_rope(qkv, norms, call.tables.head, heads=self.heads, kv_heads=self.kv_heads, eps=self.eps)
         if cache is not None:
             k, v = cache.keys.append(k), cache.values.append(v)
         out = softmax_attention(q, k, v, scale=self.dim**-0.5, cu_seqlens=call.cu_seqlens, key_mask=call.key_mask)
@@ -235,7 +234,7 @@ class LightningAttention(nn.Module):
         if config.use_qk_norm:
             self.query_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
             self.key_layernorm = RMSNorm(self.dim, config.rms_norm_eps)
-        self.qk_norm, self.silu = config.use_qk_norm, config.linear_silu
+        self.qk_norm, self.silu, self.eps = config.use_qk_norm, config.linear_silu, config.rms_norm_eps
         self.g_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.g_norm = GroupRMSNorm(width, config.group_norm_size, config.rms_norm_eps)
         self.dense = nn.Linear(width, config.hidden_size, bias=config.use_bias)
@@ -247,15 +246,13 @@ class LightningAttention(nn.Module):
 
     def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * D]: normed, gated."""
-        return self.g_norm(self.kernel(x_BTM, call, cache)) * torch.sigmoid(self.g_proj(x_BTM))
+        out, norm = self.kernel(x_BTM, call, cache), self.g_norm
+        return gated_group_norm(out, self.g_proj(x_BTM), norm.weight, norm.eps, norm.groups)
 
     def kernel(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """The recurrence's own output, [B, T, H * D], before norm and gate."""
-        qkv = self.query_key_value(x_BTM)
-        q, k, v = (F.silu(qkv) if self.silu else qkv).unflatten(-1, (3, self.heads, self.dim)).unbind(2)
-        if self.qk_norm:
-            q, k = self.query_layernorm(q), self.key_layernorm(k)
-        q, k = apply_rope(q, *call.tables.head), apply_rope(k, *call.tables.head)
+        qkv, norms, heads = self.query_key_value(x_BTM), qk_norm_weights(self), self.heads
+        q, k, v = split_norm_rope(qkv, norms, call.tables.head, heads=heads, kv_heads=heads, eps=self.eps, silu=self.silu)
         if call.key_mask is not None:
             v = v * call.key_mask[:, -v.shape[1] :, None, None].to(v.dtype)
         state = cache.state if cache is not None else None
@@ -264,6 +261,11 @@ class LightningAttention(nn.Module):
         if cache is not None:
             cache.state = state
         return out.flatten(2)
+
+
+def qk_norm_weights(mixer: GroupedQueryAttention | LightningAttention) -> tuple[Tensor, Tensor] | None:
+    """Weights [D] of the norms of queries and keys; None for a mixer without them."""
+    return (mixer.query_layernorm.weight, mixer.key_layernorm.weight) if mixer.qk_norm else None
 
 
 class LatentAttention(nn.Module):
@@ -302,28 +304,27 @@ class LatentAttention(nn.Module):
     def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * Dv]."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTM))) if self.low_rank_query else self.q_proj(x_BTM)
-        q_nope, q_rope = q.unflatten(-1, (self.heads, -1)).split((self.nope, self.rope), dim=-1)
+        q = q.unflatten(-1, (self.heads, -1))
         latent, k_rope = self.kv_a_proj_with_mqa(x_BTM).split((self.rank, self.rope), dim=-1)
         latent = self.kv_a_layernorm(latent)
-        q_rope = apply_rope(q_rope, *call.tables.latent, interleaved=True)
         k_rope = apply_rope(k_rope.unsqueeze(2), *call.tables.latent, interleaved=True).squeeze(2)
         if cache is not None:
             latent, k_rope = cache.keys.append(latent), cache.values.append(k_rope)
         new, total = x_BTM.shape[1], latent.shape[1]
         if new < total and absorbed_is_cheaper(new, self.rank, self.nope, self.value):
-            return self.absorbed(q_nope, q_rope, latent, k_rope, call).flatten(2)
-        return self.expanded(q_nope, q_rope, latent, k_rope, call).flatten(2)
+            return self.absorbed(q, latent, k_rope, call).flatten(2)
+        return self.expanded(q, latent, k_rope, call).flatten(2)
 
-    def expanded(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
+    def expanded(self, q_BTHE: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
         """Keys and values of every head made from the latents, then ordinary attention; [B, T, H, Dv]."""
         kv = self.kv_b_proj(latent_BSR).unflatten(-1, (self.heads, -1))
-        k_nope, v = kv.split((self.nope, self.value), dim=-1)
-        k = torch.cat((k_nope, k_rope_BSr.unsqueeze(2).expand(-1, -1, self.heads, -1).to(k_nope.dtype)), dim=-1)
-        q = torch.cat((q_nope, q_rope), dim=-1)
+        q, k, v = latent_qkv(q_BTHE, kv, k_rope_BSr, call.tables.latent)
         return softmax_attention(q, k, v, scale=self.scale, cu_seqlens=call.cu_seqlens, key_mask=call.key_mask)
 
-    def absorbed(self, q_nope: Tensor, q_rope: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
+    def absorbed(self, q_BTHE: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
         """The same, read straight from the latents; [B, T, H, Dv]."""
+        q_nope, q_rope = q_BTHE.split((self.nope, self.rope), dim=-1)
+        q_rope = apply_rope(q_rope, *call.tables.latent, interleaved=True)
         weight = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))
         return absorbed_attention(
             q_nope, q_rope, latent_BSR, k_rope_BSr, weight, self.nope, scale=self.scale, key_mask=call.key_mask
@@ -353,7 +354,7 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., M] to [..., M]."""
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))
 
 
 class SparseMoE(nn.Module):
@@ -437,6 +438,10 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[..., width] to the same."""
         return rms_norm(x, self.weight, self.eps)
+
+    def add(self, h: Tensor, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """h + delta, and its norm."""
+        return add_rms_norm(h, delta, self.weight, self.eps)
 
 
 class GroupRMSNorm(RMSNorm):

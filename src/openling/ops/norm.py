@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
+from openling.ops.pick import kernels_for
+
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / rms(x) over the last dim, rounded to x's dtype, times weight."""
+    """x / rms(x) over the last dim, rounded to x's dtype, times weight. A kernel rounds once, after the weight."""
+    fast, dtype = stream_kernels(x)
+    if fast is not None:
+        return fast.rms_norm(x, weight, eps, dtype)
     wide = x if x.dtype == torch.float64 else x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -20,3 +27,15 @@ def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor
     wide = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (groups, -1))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.flatten(-2).to(x.dtype)
+
+
+def stream_kernels(x: Tensor) -> tuple[ModuleType | None, torch.dtype]:
+    """The kernels that norm x, if any, and the dtype of the normed values.
+
+    Under autocast the residual stream is FP32 while every matrix product reads half precision. The kernels take such a stream
+    and write what the product reads; the plain form writes FP32 and leaves the rounding to autocast.
+    """
+    if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
+        dtype = torch.get_autocast_dtype("cuda")
+        return kernels_for(x.new_empty(0, dtype=dtype)), dtype
+    return kernels_for(x), x.dtype

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openling.ops.pick import kernels_for
+
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
@@ -78,6 +80,9 @@ def rope_tables(positions_BT: Tensor, inv_freq: Tensor, factor: float) -> tuple[
 
 def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = False) -> Tensor:
     """Rotate the first r = 2 * cos.shape[-1] dims of every head, in FP32; the rest pass through."""
+    fast = kernels_for(x_BTHD)
+    if fast is not None:
+        return fast.apply_rope(x_BTHD, cos, sin, interleaved)
     rotary = 2 * cos.shape[-1]
     dtype = torch.float64 if x_BTHD.dtype == torch.float64 else torch.float32
     turned, kept = x_BTHD[..., :rotary].to(dtype), x_BTHD[..., rotary:]

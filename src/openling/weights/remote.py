@@ -23,6 +23,7 @@ SOURCES = (
     "ops/rope.py",
     "ops/moe.py",
     "ops/attention.py",
+    "ops/fused.py",
     "model/cache.py",
     "model/ling.py",
 )

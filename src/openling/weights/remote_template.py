@@ -6,6 +6,7 @@ parameter has the name it has in the checkpoint.
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,6 +18,11 @@ from openling.model.cache import Cache
 from openling.model.config import ModelConfig, read_ling
 from openling.model.ling import MLP, Backbone
 from openling.ops.moe import combine_experts
+
+
+def kernels_for(x: Tensor) -> ModuleType | None:
+    """No kernels: exported code runs anywhere, in plain PyTorch only."""
+    return None
 
 
 class Experts(nn.ModuleList):
