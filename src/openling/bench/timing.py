@@ -119,7 +119,7 @@ def _graph(call: Call) -> tuple[Call, int]:
         end.record()
     torch.cuda.current_stream().wait_stream(side)
     torch.cuda.synchronize()
-    calls = max(4, min(GRAPH_CALLS, int(3 * GRAPH_MS / start.elapsed_time(end))))
+    calls = max(4, min(GRAPH_CALLS, int(3 * GRAPH_MS / max(start.elapsed_time(end), 1e-3))))
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         for _ in range(calls):
