@@ -1,13 +1,31 @@
 """Causal softmax attention for GQA and MLA layers, and MLA's absorbed form.
 
-Legend: B batch, T new tokens, S keys (cached and new), H query heads, K key/value heads, D head dim, R latent rank.
+Legend: B batch, T new tokens, S keys (cached and new), H query heads, K key/value heads, D head dim of q and k, V of v,
+R latent rank, r rotated dims, P pages of S keys, N documents.
 """
 
 from __future__ import annotations
 
+import logging
+from functools import cache
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
+
+from openling.ops.pick import kernels_for
+
+# Choosing a backend costs a few microseconds: below this many pairs of a query and a key, torch's own choice stands.
+BIG_PAIRS = 512 * 512
+# Values narrower than keys leave the flash path on a CPU. Widened with zeros they are 4 times as fast at 2048 keys and as
+# fast at 128; training with fewer keys than this is slower so.
+PAD_KEYS = 256
+BY_PREFERENCE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+# More new tokens than this are no decoding or verifying step: expanding the latents is then cheaper, and kernels end here.
+DECODE_TOKENS = 4
 
 
 def causal_mask(new: int, total: int, key_mask_BS: Tensor | None, device: torch.device) -> Tensor:
@@ -27,31 +45,99 @@ def causal_mask(new: int, total: int, key_mask_BS: Tensor | None, device: torch.
 def softmax_attention(
     q_BTHD: Tensor,
     k_BSKD: Tensor,
-    v_BSKD: Tensor,
+    v_BSKV: Tensor,
     *,
     scale: float,
     cu_seqlens: Tensor | None = None,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """Causal attention of the T newest positions over S keys, [B, T, H, Dv]. Head h reads K/V head h * K // H."""
+    """Causal attention of the T newest positions over S keys, [B, T, H, V]. Head h reads K/V head h * K // H."""
     if cu_seqlens is not None:
-        bounds = [int(x) for x in cu_seqlens]
-        parts = [
-            softmax_attention(q_BTHD[:, a:b], k_BSKD[:, a:b], v_BSKD[:, a:b], scale=scale)
-            for a, b in zip(bounds[:-1], bounds[1:], strict=True)
-        ]
-        return torch.cat(parts, dim=1)
-    new, total, heads = q_BTHD.shape[1], k_BSKD.shape[1], q_BTHD.shape[2]
-    repeat = heads // k_BSKD.shape[2]
-    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSKD, v_BSKD))
-    if repeat > 1:
-        k, v = k.repeat_interleave(repeat, dim=1), v.repeat_interleave(repeat, dim=1)
-    if new == total and key_mask is None:
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=new > 1, scale=scale)
-    else:
-        mask = None if new == 1 and key_mask is None else causal_mask(new, total, key_mask, q.device)
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    return out.transpose(1, 2)
+        return _packed_attention(q_BTHD, k_BSKD, v_BSKV, cu_seqlens, scale)
+    new, total, kv_heads = q_BTHD.shape[1], k_BSKD.shape[1], k_BSKD.shape[2]
+    q, k, v = (x.transpose(1, 2) for x in (q_BTHD, k_BSKD, v_BSKV))
+    if new == 1 and key_mask is None:
+        # The queries of a group become rows over the same keys: as heads, each would read them again.
+        out = F.scaled_dot_product_attention(q_BTHD[:, 0].unflatten(1, (kv_heads, -1)), k, v, scale=scale)
+        return out.flatten(1, 2).unsqueeze(1)
+    mask: Tensor | None = None
+    if new != total and key_mask is None and q.is_cuda:
+        mask = causal_lower_right(new, total)  # stands for a [T, S] mask that is never in memory
+    elif new != total or key_mask is not None:
+        mask = causal_mask(new, total, key_mask, q.device)
+    return _attend(q, k, v, mask, scale).transpose(1, 2)
+
+
+def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+    """Attention [B, H, T, V] in the form that `attention_backend` names; causal where there is no mask."""
+    backend, width = attention_backend(q_BHTD, k_BKSD, v_BKSV, mask), v_BKSV.shape[-1]
+    if backend.endswith("padded values"):
+        v_BKSV = F.pad(v_BKSV, (0, q_BHTD.shape[-1] - width))
+
+    def run() -> Tensor:
+        gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
+        return F.scaled_dot_product_attention(
+            q_BHTD, k_BKSD, v_BKSV, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+        )
+
+    if backend == "cudnn":
+        with sdpa_kernel(BY_PREFERENCE, set_priority=True):
+            return run()
+    return run()[..., :width]
+
+
+def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None = None) -> str:
+    """How softmax attention over these runs: "cudnn", "flash" or "default" (torch chooses), with "padded values" or without."""
+    dim, width, new, keys = q_BHTD.shape[-1], v_BKSV.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
+    if not q_BHTD.is_cuda:
+        return "default, padded values" if width < dim and new > 1 and keys >= PAD_KEYS else "default"
+    if new * keys < BIG_PAIRS or q_BHTD.element_size() != 2:
+        return "default"
+    if mask is None:
+        return _cuda_backend(q_BHTD.device, dim, width)
+    # Only flash has a mask-free form of fewer queries than keys, and it wants equal dims.
+    flash = width <= dim and type(mask) is not Tensor
+    return ("flash, padded values" if width < dim else "flash") if flash else "default"
+
+
+@cache
+def _cuda_backend(device: torch.device, dim: int, width: int) -> str:
+    """The fastest backend for half-precision heads of these widths, said once in the log.
+
+    cuDNN takes unequal widths and is 1.7 to 2.3 times as fast as flash 2 on Hopper (transformers PR 48163). On Hopper it goes
+    to 256 columns, elsewhere to 128.
+    """
+    capability, version = torch.cuda.get_device_capability(device), torch.backends.cudnn.version() or 0
+    limit = 256 if capability == (9, 0) else 128
+    cudnn = capability >= (9, 0) and version >= 91000 and max(dim, width) <= limit and dim % 8 == width % 8 == 0
+    flash = "flash" if dim == width else "flash, padded values" if width < dim <= 256 else "default"
+    backend = "cudnn" if cudnn else flash
+    logging.getLogger("openling").info(
+        "attention %d/%d: %s (cuDNN %d, compute capability %s)", dim, width, backend, version, capability
+    )
+    return backend
+
+
+def _packed_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKV: Tensor, cu_seqlens: Tensor, scale: float) -> Tensor:
+    """The documents of one packed row, each by itself, [1, T, H, V]."""
+    tokens, heads, kv_heads, width = *q_BTHD.shape[1:3], k_BTKD.shape[2], v_BTKV.shape[3]
+    if kernels_for(q_BTHD) is not None and width <= q_BTHD.shape[3] <= 256:
+        from torch.nn.attention.varlen import varlen_attn
+
+        q, k, v = q_BTHD[0], *(x[0].repeat_interleave(heads // kv_heads, dim=1) for x in (k_BTKD, v_BTKV))
+        bounds = cu_seqlens.to(q.device, torch.int32)
+        # Where the lengths are on the device, all tokens bound them: waiting for the longest would cost more.
+        longest = tokens if cu_seqlens.is_cuda else int(cu_seqlens.diff().max())
+        v = F.pad(v, (0, q.shape[-1] - width))
+        out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
+        assert isinstance(out, Tensor)
+        return out[..., :width].unsqueeze(0)
+    starts = cu_seqlens.tolist()
+    parts = [
+        softmax_attention(q_BTHD[:, a:b], k_BTKD[:, a:b], v_BTKV[:, a:b], scale=scale)
+        for a, b in zip(starts[:-1], starts[1:], strict=True)
+    ]
+    return torch.cat(parts, dim=1)
 
 
 def absorbed_attention(
@@ -65,22 +151,80 @@ def absorbed_attention(
     scale: float,
     key_mask: Tensor | None = None,
 ) -> Tensor:
-    """MLA read straight from the latents, [B, T, H, Dv]: the up-projections move to the query and the output.
+    """MLA read straight from the latents, [B, T, H, V]: the up-projections move to the query and the output.
 
     q_nope . (W_k c) = (W_k^T q_nope) . c, and sum p (W_v c) = W_v (sum p c): DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
     `kv_b_HDR` is kv_b_proj per head, rows [nope | v].
     """
-    w_k_HDR, w_v_HDR = kv_b_HDR[:, :nope_dim], kv_b_HDR[:, nope_dim:]
-    query_BTHR = torch.einsum("bthd,hdr->bthr", q_nope_BTHD, w_k_HDR)
-    score = torch.einsum("bthr,bsr->bhts", query_BTHR, latent_BSR) + torch.einsum("bthr,bsr->bhts", q_rope_BTHr, k_rope_BSr)
+    query_BTHR = torch.einsum("bthd,hdr->bthr", q_nope_BTHD, kv_b_HDR[:, :nope_dim])
     new, total = q_nope_BTHD.shape[1], latent_BSR.shape[1]
+    fast = _decode_kernels(query_BTHR, latent_BSR) if key_mask is None else None
+    if fast is not None:
+        context_BTHR = fast.mla_decode(query_BTHR, q_rope_BTHr, latent_BSR, k_rope_BSr, None, None, scale, 0)
+    else:
+        mask = causal_mask(new, total, key_mask, latent_BSR.device) if new > 1 or key_mask is not None else None
+        context_BTHR = _latent_context(query_BTHR, q_rope_BTHr, latent_BSR, k_rope_BSr, mask, scale)
+    return torch.einsum("bthr,hdr->bthd", context_BTHR, kv_b_HDR[:, nope_dim:])
+
+
+def paged_absorbed_attention(
+    q_nope_BTHD: Tensor,
+    q_rope_BTHr: Tensor,
+    pages_PSX: Tensor,
+    table_BP: Tensor,
+    lengths_B: Tensor,
+    kv_b_HDR: Tensor,
+    nope_dim: int,
+    *,
+    scale: float,
+    split_tokens: int = 0,
+) -> Tensor:
+    """`absorbed_attention` of T <= 4 new tokens per sequence over pages of latents, [B, T, H, V].
+
+    pages [P, S, R + r] hold a token's latent and rotated row side by side, S a multiple of 64; page i of sequence b is
+    table[b, i] (int32). lengths (int32) count the keys with the new ones; behind them a page may hold anything. Token t sees
+    the first length - T + 1 + t keys; where that is none, its context is zero.
+    split_tokens > 0 cuts sequences after every so many tokens (a multiple of 64), which makes a sequence's result the same
+    bit for bit in any batch; 0 cuts them as suits the batch, and is faster for small ones.
+    """
+    rank = kv_b_HDR.shape[-1]
+    query_BTHR = torch.einsum("bthd,hdr->bthr", q_nope_BTHD, kv_b_HDR[:, :nope_dim])
+    fast = _decode_kernels(query_BTHR, pages_PSX)
+    if fast is not None:
+        rows = pages_PSX[..., :rank], pages_PSX[..., rank:]
+        context_BTHR = fast.mla_decode(query_BTHR, q_rope_BTHr, *rows, table_BP, lengths_B, scale, split_tokens)
+    else:
+        new, keys = query_BTHR.shape[1], table_BP.shape[1] * pages_PSX.shape[1]
+        key = torch.arange(keys, device=pages_PSX.device)
+        live = key < lengths_B[:, None]
+        rows_BSX = pages_PSX[table_BP.long()].flatten(1, 2).masked_fill(~live[..., None], 0)
+        seen_BT = lengths_B[:, None] - new + 1 + torch.arange(new, device=pages_PSX.device)
+        mask = (key < seen_BT[..., None])[:, None]
+        context_BTHR = _latent_context(query_BTHR, q_rope_BTHr, rows_BSX[..., :rank], rows_BSX[..., rank:], mask, scale)
+        context_BTHR = context_BTHR.masked_fill((seen_BT <= 0)[..., None, None], 0)
+    return torch.einsum("bthr,hdr->bthd", context_BTHR, kv_b_HDR[:, nope_dim:])
+
+
+def _latent_context(
+    query_BTHR: Tensor, q_rope_BTHr: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, mask_B1TS: Tensor | None, scale: float
+) -> Tensor:
+    """Latents weighted by the softmax of the scores, [B, T, H, R]; the twin of `kernels.mla_decode`."""
+    score = torch.einsum("bthr,bsr->bhts", query_BTHR, latent_BSR) + torch.einsum("bthr,bsr->bhts", q_rope_BTHr, k_rope_BSr)
     wide = torch.float64 if score.dtype == torch.float64 else torch.float32
     score = score.to(wide) * scale
-    if new > 1 or key_mask is not None:
-        score = score.masked_fill(~causal_mask(new, total, key_mask, score.device), float("-inf"))
+    if mask_B1TS is not None:
+        score = score.masked_fill(~mask_B1TS, float("-inf"))
     probability = score.softmax(-1).to(latent_BSR.dtype)
-    context_BTHR = torch.einsum("bhts,bsr->bthr", probability, latent_BSR)
-    return torch.einsum("bthr,hdr->bthd", context_BTHR, w_v_HDR)
+    return torch.einsum("bhts,bsr->bthr", probability, latent_BSR)
+
+
+def _decode_kernels(query_BTHR: Tensor, rows_BSX: Tensor) -> ModuleType | None:
+    """The kernels where they serve: few new tokens, one dtype, and no gradient to compute."""
+    if query_BTHR.shape[1] > DECODE_TOKENS or query_BTHR.dtype != rows_BSX.dtype or rows_BSX.stride(-1) != 1:
+        return None
+    if torch.is_grad_enabled() and (query_BTHR.requires_grad or rows_BSX.requires_grad):
+        return None
+    return kernels_for(query_BTHR)
 
 
 def absorbed_is_cheaper(new: int, rank: int, nope_dim: int, value_dim: int) -> bool:
