@@ -2,6 +2,8 @@
 
 Logits [tokens, vocabulary] exist only for one chunk of tokens at a time. The gradient is formed in the same pass, from the
 same logits: the student's projection runs once (a checkpointed chunk would run it twice), and backward only scales.
+Where kernels run, the projection's half-precision logits are never widened in memory: softmax and logarithms are FP32 in
+registers, and the gradient takes the logits' place.
 
     ce = -log p(next token)         d ce / d logits = p - onehot
     kl = sum_v t_v (log t_v - log p_v)   d kl / d logits = p - t        p student's, t teacher's distribution
@@ -17,8 +19,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openling.ops.pick import kernels_for
+
 # Values of one chunk's logits: 32 MiB in FP32, of which three or four live at once. Smaller chunks reread the head too often.
 CHUNK_VALUES = 2**23
+# With kernels 2 GiB of BF16, one copy each of the student's and the teacher's: matrix products of thousands of tokens.
+KERNEL_CHUNK_VALUES = 2**30
 
 
 @dataclass(frozen=True)
@@ -44,12 +50,13 @@ def head_loss(
     ce_weight: float = 1.0,
     kl_weight: float = 0.0,
     agreement: bool = False,
-    chunk_values: int = CHUNK_VALUES,
+    chunk_values: int | None = None,
 ) -> HeadLoss:
     """Losses of the tokens that predict a next one, from outputs of the final norm [B, T, M] and LM heads [V, M].
 
     Projections run in the autocast dtype where autocast is on, else in h's dtype; softmax and logarithms in FP32 (FP64 for
-    FP64 inputs). Gradients go to h and to weight where these need them; the teacher gets none.
+    FP64 inputs). Gradients go to h and to weight where these need them; the teacher gets none. `chunk_values` bounds the
+    values of a chunk's logits.
     """
     device = h_BTM.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_BTM.dtype
@@ -75,7 +82,7 @@ class _Call:
     kl_weight: float
     agreement: bool
     dtype: torch.dtype
-    chunk_values: int
+    chunk_values: int | None
     grad_h: bool = False
     grad_weight: bool = False
 
@@ -88,8 +95,24 @@ class _Call:
         logits = (h_CM @ weight_VM.T).to(self.wide)
         return logits, logits.logsumexp(-1, keepdim=True)
 
+    def rows(self, h_NM: Tensor, vocabulary: int) -> list[slice]:
+        """The tokens of each chunk. Kernels get chunks of equal size in whole tiles of a matrix product."""
+        count, fast = h_NM.shape[0], kernels_for(h_NM)
+        size = max(1, (self.chunk_values or (CHUNK_VALUES if fast is None else KERNEL_CHUNK_VALUES)) // vocabulary)
+        if fast is not None:
+            size = -(-count // -(-count // size))
+            size = -(-size // 256) * 256
+        return [slice(i, i + size) for i in range(0, count, size)]
+
     def chunk(self, h_CM: Tensor, weight_VM: Tensor, teacher: tuple[Tensor, Tensor] | None, targets_C: Tensor) -> Tensor | None:
         """Add a chunk to the sums; returns d (sum of losses) / d logits [C, V] in the compute dtype where it is needed."""
+        fast, gradient = kernels_for(h_CM), self.grad_h or self.grad_weight
+        if fast is not None:
+            logits = h_CM @ weight_VM.T
+            t_logits = None if teacher is None else teacher[0] @ teacher[1].T
+            weights = (self.ce_weight, self.kl_weight)
+            self.sums += fast.head_losses(logits, t_logits, targets_C, *weights, self.agreement, gradient).sum(0)
+            return logits if gradient else None
         logits, lse = self.logits(h_CM, weight_VM)
         at = targets_C[:, None]
         self.sums[0] += (lse - logits.gather(-1, at)).sum()
@@ -101,7 +124,7 @@ class _Call:
             t = (t_logits - t_lse).exp_()
             # sum_v t = 1, so the two log-sum-exps leave the sum; equal logits give exactly 0.
             self.sums[1] += (t * t_logits.sub_(logits)).sum() + (lse - t_lse).sum()
-        if not (self.grad_h or self.grad_weight):
+        if not gradient:
             return None
         grad = logits.sub_(lse).exp_().mul_(self.ce_weight + (self.kl_weight if t is not None else 0.0))
         grad.scatter_add_(-1, at, torch.full_like(at, -self.ce_weight, dtype=self.wide))
@@ -118,11 +141,10 @@ class _HeadLoss(torch.autograd.Function):
         h, weight = h_NM.to(call.dtype), weight_VM.to(call.dtype)
         teacher = None if call.teacher is None else tuple(x.to(call.dtype) for x in call.teacher)
         count = h.shape[0]
-        size = max(1, call.chunk_values // weight.shape[0])
         grad_h = torch.empty_like(h) if call.grad_h else None
         grad_weight = torch.zeros_like(weight, dtype=call.wide) if call.grad_weight else None
         with torch.autocast(h.device.type, enabled=False):
-            for rows in (slice(i, i + size) for i in range(0, count, size)):
+            for rows in call.rows(h, weight.shape[0]):
                 chunk_teacher = None if teacher is None else (teacher[0][rows], teacher[1])
                 grad = call.chunk(h[rows], weight, chunk_teacher, call.targets[rows])
                 if grad is not None and grad_h is not None:
@@ -130,8 +152,8 @@ class _HeadLoss(torch.autograd.Function):
                 if grad is not None and grad_weight is not None:
                     grad_weight += grad.T @ h[rows]
         ctx.save_for_backward(
-            None if grad_h is None else (grad_h / count).to(h_NM.dtype),
-            None if grad_weight is None else (grad_weight / count).to(weight_VM.dtype),
+            None if grad_h is None else grad_h.div_(count).to(h_NM.dtype),
+            None if grad_weight is None else grad_weight.div_(count).to(weight_VM.dtype),
         )
         loss = call.ce_weight * call.sums[0]
         if teacher is not None:

@@ -1,1 +1,24 @@
-"""Triton kernels, reached only through `openling.ops`. Each matches a plain twin, named in its docstring, and is tested against it."""
+"""Triton kernels, reached only through `openling.ops`.
+
+Each matches a plain twin, named in its docstring, and is tested against it.
+"""
+
+from openling.ops.kernels.loss import head_losses
+from openling.ops.kernels.mla import mla_decode
+from openling.ops.kernels.norm_rope import split_norm_rope
+from openling.ops.kernels.norms import add_rms_norm, gated_group_norm, rms_norm
+from openling.ops.kernels.rope import apply_rope, latent_qkv
+from openling.ops.kernels.swiglu import swiglu, swiglu_packed
+
+__all__ = [
+    "add_rms_norm",
+    "apply_rope",
+    "gated_group_norm",
+    "head_losses",
+    "latent_qkv",
+    "mla_decode",
+    "rms_norm",
+    "split_norm_rope",
+    "swiglu",
+    "swiglu_packed",
+]
