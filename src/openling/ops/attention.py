@@ -163,7 +163,7 @@ def absorbed_attention(
         context_BTHR = fast.mla_decode(query_BTHR, q_rope_BTHr, latent_BSR, k_rope_BSr, None, None, scale, 0)
     else:
         mask = causal_mask(new, total, key_mask, latent_BSR.device) if new > 1 or key_mask is not None else None
-        context_BTHR = _latent_context(query_BTHR, q_rope_BTHr, latent_BSR, k_rope_BSr, mask, scale)
+        context_BTHR = latent_context(query_BTHR, q_rope_BTHr, latent_BSR, k_rope_BSr, mask, scale)
     return torch.einsum("bthr,hdr->bthd", context_BTHR, kv_b_HDR[:, nope_dim:])
 
 
@@ -200,12 +200,12 @@ def paged_absorbed_attention(
         rows_BSX = pages_PSX[table_BP.long()].flatten(1, 2).masked_fill(~live[..., None], 0)
         seen_BT = lengths_B[:, None] - new + 1 + torch.arange(new, device=pages_PSX.device)
         mask = (key < seen_BT[..., None])[:, None]
-        context_BTHR = _latent_context(query_BTHR, q_rope_BTHr, rows_BSX[..., :rank], rows_BSX[..., rank:], mask, scale)
+        context_BTHR = latent_context(query_BTHR, q_rope_BTHr, rows_BSX[..., :rank], rows_BSX[..., rank:], mask, scale)
         context_BTHR = context_BTHR.masked_fill((seen_BT <= 0)[..., None, None], 0)
     return torch.einsum("bthr,hdr->bthd", context_BTHR, kv_b_HDR[:, nope_dim:])
 
 
-def _latent_context(
+def latent_context(
     query_BTHR: Tensor, q_rope_BTHr: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, mask_B1TS: Tensor | None, scale: float
 ) -> Tensor:
     """Latents weighted by the softmax of the scores, [B, T, H, R]; the twin of `kernels.mla_decode`."""
