@@ -63,7 +63,7 @@ def close(name, got, wanted, terms):
     if wanted.numel() == 0:
         return
     error = got.double() - wanted
-    if DTYPE == torch.float32:
+    if not CUDA:
         assert error.abs().max() <= 8 * math.sqrt(terms) * 2**-24 * wanted.abs().max(), name
     else:
         assert error.pow(2).mean().sqrt() <= 2 * 2.3e-3 * wanted.pow(2).mean().sqrt(), name
@@ -170,9 +170,9 @@ def test_views_of_one_projection_are_read_in_place():
     g = log_decay(2, 0, 4).to(DEVICE)
     views = qkv.unbind(2)
     packed = [x.contiguous() for x in views]
-    for got, wanted in zip(
-        lightning_forward(*views, g, None, None, 1.0, True), lightning_forward(*packed, g, None, None, 1.0, True), strict=True
-    ):
+    in_place = lightning_forward(*views, g, None, None, 1.0, True)
+    copied = lightning_forward(*packed, g, None, None, 1.0, True)
+    for got, wanted in zip(in_place, copied, strict=True):
         assert torch.equal(got, wanted)
 
 

@@ -18,7 +18,7 @@ from openling.model.cache import Cache, LayerCache
 from openling.model.config import ModelConfig
 from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, softmax_attention
 from openling.ops.fused import add_rms_norm, gated_group_norm, latent_qkv, split_norm_rope, swiglu
-from openling.ops.lightning import lightning, log_decay
+from openling.ops.lightning import lightning, log_decay_on
 from openling.ops.moe import combine_experts, route
 from openling.ops.norm import group_rms_norm, rms_norm
 from openling.ops.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
@@ -256,8 +256,8 @@ class LightningAttention(nn.Module):
         if call.key_mask is not None:
             v = v * call.key_mask[:, -v.shape[1] :, None, None].to(v.dtype)
         state = cache.state if cache is not None else None
-        decay = log_decay(*self.decay_of).to(x_BTM.device)
-        out, state = lightning(q, k, v, decay, initial_state=state, cu_seqlens=call.cu_seqlens)
+        decay = log_decay_on(x_BTM.device, *self.decay_of)
+        out, state = lightning(q, k, v, decay, initial_state=state, cu_seqlens=call.cu_seqlens, return_state=cache is not None)
         if cache is not None:
             cache.state = state
         return out.flatten(2)
@@ -465,11 +465,12 @@ class RopeTables:
 
 
 class Rope(nn.Module):
-    """Frequencies, recomputed from the config and never stored: loading cannot leave them stale."""
+    """Frequencies, computed from the config and never stored in a checkpoint: loading cannot leave them stale."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self._known: dict[tuple[int, torch.device], tuple[Tensor, float]] = {}
 
     def forward(self, input_ids: Tensor, start: int, cu_seqlens: Tensor | None) -> RopeTables:
         """Tables for tokens at positions start, start + 1, ...; positions restart in every packed document."""
@@ -484,5 +485,13 @@ class Rope(nn.Module):
         return RopeTables(head, head if same else self._tables(positions[None], c.qk_rope_head_dim or 0))
 
     def _tables(self, positions_1T: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
-        inv_freq, factor = rope_frequencies(rotary_dim, self.config.rope_theta, self.config.rope_scaling)
-        return rope_tables(positions_1T, inv_freq.to(positions_1T.device), factor)
+        inv_freq, factor = self._frequencies(rotary_dim, positions_1T.device)
+        return rope_tables(positions_1T, inv_freq, factor)
+
+    def _frequencies(self, rotary_dim: int, device: torch.device) -> tuple[Tensor, float]:
+        """Computed once per device: a copy from the host at every call would make the GPU wait."""
+        if (rotary_dim, device) not in self._known:
+            with torch.inference_mode(False):
+                inv_freq, factor = rope_frequencies(rotary_dim, self.config.rope_theta, self.config.rope_scaling)
+                self._known[rotary_dim, device] = inv_freq.to(device), factor
+        return self._known[rotary_dim, device]

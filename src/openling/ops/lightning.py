@@ -10,9 +10,12 @@ With `cu_seqlens` the batch holds one row of N packed documents and states are [
 from __future__ import annotations
 
 import math
+from functools import cache
 
 import torch
 from torch import Tensor
+
+from openling.ops.pick import kernels_for
 
 CHUNK = 64
 
@@ -29,6 +32,13 @@ def log_decay(num_heads: int, layer: int, num_layers: int, offset: int = 0) -> T
     """Log-decay g_h < 0 of one layer, float32 [H]: g_h = -b_h (1 - (layer - offset)/(L - 1) + 1e-5), factor 1 + 1e-5 if L = 1."""
     depth = 1.0 + 1e-5 if num_layers <= 1 else 1.0 - (layer - offset) / (num_layers - 1) + 1e-5
     return torch.tensor([-slope * depth for slope in decay_slopes(num_heads)], dtype=torch.float32)
+
+
+@cache
+def log_decay_on(device: torch.device, num_heads: int, layer: int, num_layers: int, offset: int = 0) -> Tensor:
+    """`log_decay` kept on a device: made once, so that no step of training or decoding waits for a copy."""
+    with torch.inference_mode(False):
+        return log_decay(num_heads, layer, num_layers, offset).to(device)
 
 
 def _compute_dtype(x: Tensor) -> torch.dtype:
@@ -182,10 +192,25 @@ def lightning(
     *,
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """The op's one entry: a single token takes one step of the recurrence, anything longer the chunk form."""
+    return_state: bool = True,
+) -> tuple[Tensor, Tensor | None]:
+    """The op's one entry: a single token takes one step of the recurrence, anything longer the chunk form or its kernels.
+
+    Arguments and results as `lightning_recurrent`; without `return_state` no final state is made. The kernels serve BF16 (or
+    whatever autocast makes BF16) on GPUs, keep the state in FP32 and round each matrix operand to BF16.
+    """
     if q_BTHD.shape[1] == 1 and cu_seqlens is None:
         return _step(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state)
+    device = q_BTHD.device.type
+    if device == "cuda" and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        q_BTHD, k_BTHD, v_BTHD = q_BTHD.to(low), k_BTHD.to(low), v_BTHD.to(low)
+    kernels = kernels_for(q_BTHD) if q_BTHD.dtype == torch.bfloat16 and max(q_BTHD.shape[-1], v_BTHD.shape[-1]) <= 128 else None
+    if kernels is not None:
+        out, state = kernels.lightning_forward(
+            q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state, cu_seqlens, q_BTHD.shape[-1] ** -0.5, return_state
+        )
+        return out, state if return_state else None
     return lightning_chunk(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 

@@ -1,7 +1,7 @@
 """Which form of an op runs: the Triton kernels on NVIDIA GPUs, the plain twins everywhere else.
 
-Every op's entry asks `kernels_for` once per call. `OPENLING_KERNELS=plain` turns the kernels off for a whole process, `plain_twins()`
-for a block; `kernels_reason()` says what runs and why, for a command to print.
+Every op's entry asks `kernels_for` once per call. `OPENLING_KERNELS=plain` turns the kernels off for a whole process,
+`plain_twins()` for a block; `kernels_reason()` says what runs and why, for a command to print.
 """
 
 from __future__ import annotations

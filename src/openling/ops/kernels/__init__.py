@@ -3,6 +3,7 @@
 Each matches a plain twin, named in its docstring, and is tested against it.
 """
 
+from openling.ops.kernels.lightning import lightning_backward, lightning_forward
 from openling.ops.kernels.loss import head_losses
 from openling.ops.kernels.mla import mla_decode
 from openling.ops.kernels.norm_rope import split_norm_rope
@@ -16,6 +17,8 @@ __all__ = [
     "gated_group_norm",
     "head_losses",
     "latent_qkv",
+    "lightning_backward",
+    "lightning_forward",
     "mla_decode",
     "rms_norm",
     "split_norm_rope",

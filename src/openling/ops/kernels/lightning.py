@@ -177,7 +177,7 @@ def lightning_forward(
     q: Tensor, k: Tensor, v: Tensor, log_decay: Tensor, initial: Tensor | None, cu_seqlens: Tensor | None, scale: float,
     want_final: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """Output [B, T, H, V] in q's dtype and final states FP32 [N, H, K, V] (none, N = 0, unless wanted); arguments as the twin's."""
+    """Output [B, T, H, V] in q's dtype and final states FP32 [N, H, K, V] (N = 0 unless wanted); arguments as the twin's."""
     final = _states(q, v, _documents(q, cu_seqlens) if want_final else 0)
     if q.shape[1] == 0:
         return torch.empty_like(v), final.zero_() if initial is None or not want_final else final.copy_(initial)
