@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from openling.ops.lightning import lightning
+from openling.ops.pick import kernels_for
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,11 @@ def _local_gradients(
         return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), initial if dstates is None else dstates
     if first_MHDD is not None:
         _first_state(initial, held).copy_(first_MHDD)
+    kernels = kernels_for(q)
+    if kernels is not None and q.dtype == torch.bfloat16:  # no need to run the forward pass again
+        scale = q.shape[-1] ** -0.5
+        dq, dk, dv, dinitial = kernels.lightning_backward(dout, dstates, q, k, v, log_decay_H, initial, held.cu_seqlens, scale)
+        return dq, dk, dv, _first_state(dinitial, held)
     q, k, v, initial = (x.detach().requires_grad_() for x in (q, k, v, initial))
     with torch.enable_grad():
         outputs = lightning(q, k, v, log_decay_H, initial_state=initial, cu_seqlens=held.cu_seqlens)

@@ -193,11 +193,11 @@ def lightning(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     return_state: bool = True,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The op's one entry: a single token takes one step of the recurrence, anything longer the chunk form or its kernels.
 
-    Arguments and results as `lightning_recurrent`; without `return_state` no final state is made. The kernels serve BF16 (or
-    whatever autocast makes BF16) on GPUs, keep the state in FP32 and round each matrix operand to BF16.
+    Arguments and results as `lightning_recurrent`; without `return_state` the final states are left undefined. The kernels
+    serve BF16 (or whatever autocast makes BF16) on GPUs, keep the state in FP32 and round each matrix operand to BF16.
     """
     if q_BTHD.shape[1] == 1 and cu_seqlens is None:
         return _step(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state)
@@ -207,10 +207,8 @@ def lightning(
         q_BTHD, k_BTHD, v_BTHD = q_BTHD.to(low), k_BTHD.to(low), v_BTHD.to(low)
     kernels = kernels_for(q_BTHD) if q_BTHD.dtype == torch.bfloat16 and max(q_BTHD.shape[-1], v_BTHD.shape[-1]) <= 128 else None
     if kernels is not None:
-        out, state = kernels.lightning_forward(
-            q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state, cu_seqlens, q_BTHD.shape[-1] ** -0.5, return_state
-        )
-        return out, state if return_state else None
+        scale = q_BTHD.shape[-1] ** -0.5
+        return kernels.lightning_forward(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state, cu_seqlens, scale, return_state)
     return lightning_chunk(q_BTHD, k_BTHD, v_BTHD, log_decay_H, initial_state=initial_state, cu_seqlens=cu_seqlens)
 
 

@@ -51,7 +51,7 @@ def cut(bounds_N: Tensor, tokens: int, length: int) -> Pieces:
     """Cut documents with bounds [N + 1] over `tokens` tokens into pieces of at most `length`, without a host sync."""
     documents = bounds_N.numel() - 1
     bounds = bounds_N.long()
-    counts = (bounds.diff() + length - 1).div(length, rounding_mode="floor").clamp(min=1)
+    counts = torch.div(bounds.diff() + length - 1, length, rounding_mode="floor").clamp(min=1)
     after = counts.cumsum(0)
     piece = torch.arange(tokens // length + documents, device=bounds.device)
     document = torch.searchsorted(after, piece, right=True).clamp(max=documents - 1)
@@ -122,7 +122,7 @@ def fold_kernel(
             else:
                 state = tl.zeros((BLOCK,), tl.float32)
         previous = here
-        place = states + (p.to(tl.int64) * heads + head) * SIZE + at
+        place = states + (tl.cast(p, tl.int64) * heads + head) * SIZE + at
         added = tl.load(place, mask=inside, other=0.0)
         tl.store(place, state, mask=inside)
         state = state * tl.exp2(g * (tl.load(bounds + p + 1) - tl.load(bounds + p))) + added
