@@ -15,7 +15,7 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.checkpoint import checkpoint
 
 from openling.bench.case import Case, Floor, Goal
-from openling.model.config import ModelConfig
+from openling.model.config import LayerKind, ModelConfig
 from openling.model.ling import Backbone, CallContext
 
 LAYERS = 8
@@ -36,7 +36,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _case(batch: int, tokens: int, ratio: float | None) -> Case:
-    hybrid, teacher = _stack(("lightning",) * 7 + ("mla",)), _stack(("gqa",) * LAYERS)
+    hybrid, teacher = _stack((*("lightning",) * 7, "mla")), _stack(("gqa",) * LAYERS)
     x = torch.randn(batch, tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
     ours = partial(_step, hybrid, x)
     mixing = batch * tokens * 16 * (7 * 3.5 * (4 * 64 * 128 + 4 * 128 * 128) + 3.5 * tokens * (192 + 128))
@@ -53,7 +53,7 @@ def _case(batch: int, tokens: int, ratio: float | None) -> Case:
     )
 
 
-def _stack(kinds: tuple[str, ...]) -> Backbone:
+def _stack(kinds: tuple[LayerKind, ...]) -> Backbone:
     config = ModelConfig(
         vocab_size=32, hidden_size=WIDTH, intermediate_size=5632, num_hidden_layers=LAYERS, num_attention_heads=16,
         num_key_value_heads=4, head_dim=128, layer_kinds=kinds, partial_rotary_factor=0.5, group_norm_size=4, gqa_qk_norm=True,
