@@ -39,7 +39,7 @@ def rows_config(width: int, *, backward: bool) -> Rows:
     16 at 128. Two more blocks of rows are on their way to shared memory while one is worked on.
     """
     padded = triton.next_power_of_2(width)
-    warps = min(max(padded // 256, 4), 16)
+    warps = min(max(padded // 256, 1), 16)
     if not backward:
         return Rows(max(1, 16 * 32 * warps // padded), warps)
     rows = max(1, 8 * 32 * warps // padded)
@@ -52,7 +52,7 @@ def rows_candidates(width: int, *, backward: bool) -> list[Rows]:
     padded = triton.next_power_of_2(width)
     tiles = [
         (values * 32 * warps // padded, warps)
-        for warps in (2, 4, 8, 16, 32)
+        for warps in (1, 2, 4, 8, 16, 32)
         for values in (8, 16, 32)
         if values * 32 * warps >= padded
     ]
@@ -61,7 +61,7 @@ def rows_candidates(width: int, *, backward: bool) -> list[Rows]:
     return [
         Rows(rows, warps, programs, stages)
         for rows, warps in tiles
-        for programs in (1, 2, 3, 4, 6)
+        for programs in (1, 2, 3, 4, 6, 8, 12, 16, 24)
         for stages in (1, 2, 3)
         if 8 <= programs * warps <= 32 and programs * (stages - 1) * rows * padded * 6 <= 200 * 1024
     ]

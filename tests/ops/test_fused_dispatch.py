@@ -1,0 +1,134 @@
+"""The ops in their places: a whole model through the kernels, torch.compile, CUDA graphs, autocast."""
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+import openling.ops.fused as fused
+import openling.ops.norm as norm
+import openling.ops.rope as rope
+from openling.model.config import ModelConfig
+from openling.model.ling import Ling
+from openling.ops import kernels
+from openling.ops.rope import rope_frequencies, rope_tables
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+
+on_gpu = pytest.mark.skipif(not CUDA, reason="needs a GPU")
+
+HYBRID = ModelConfig(
+    vocab_size=37,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    layer_kinds=("gqa", "lightning", "mla"),
+    gqa_qk_norm=True,
+    group_norm_size=2,
+    kv_lora_rank=10,
+    q_lora_rank=12,
+    qk_nope_head_dim=8,
+    qk_rope_head_dim=4,
+    v_head_dim=6,
+    partial_rotary_factor=0.5,
+)
+
+
+@pytest.mark.parametrize("changes", [{}, {"linear_silu": True, "gqa_qk_norm": False, "use_qkv_bias": True, "q_lora_rank": None}])
+def test_a_model_through_the_kernels_equals_the_plain_one(monkeypatch, changes):
+    """Logits and all gradients in FP32. Twice the roundings of three layers: 1e-5 of the largest value."""
+    torch.manual_seed(0)
+    model = Ling(HYBRID.replace(**changes))
+    model.init_weights()
+    model.to(DEVICE)
+    ids = torch.randint(37, (2, 9), device=DEVICE)
+
+    def run():
+        model.zero_grad()
+        logits = model(ids)
+        logits.square().sum().backward()
+        return logits.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+    plain, plain_grads = run()
+    called = []
+    for module in (fused, norm, rope):
+        monkeypatch.setattr(module, "kernels_for", lambda x: called.append(1) or kernels)
+    found, grads = run()
+    assert len(called) >= 16  # at the least 8 norms and adds, 3 splits and latents, 1 rotation, 1 gate, 3 feed-forwards
+    assert (found - plain).abs().max() < 1e-5 * plain.abs().max()
+    for name, grad in grads.items():
+        assert (grad - plain_grads[name]).abs().max() <= 1e-5 * plain_grads[name].abs().max(), name
+
+
+def every_op(x_BTC, weight_D, weight_C, h_BTM, q, kv, shared, tables):
+    """A scalar through all kernels: two heads of 16 dims, C = 96."""
+    a, b, v = kernels.split_norm_rope(x_BTC, (weight_D, weight_D * 2), tables, 2, 2, 1e-6, False)
+    gated = kernels.gated_group_norm(torch.cat((a, b, v), 2).flatten(2), x_BTC, weight_C, 1e-6, 3)
+    h, y = kernels.add_rms_norm(h_BTM, gated, weight_C, 1e-6, h_BTM.dtype)
+    y = kernels.rms_norm(kernels.swiglu(y, h), weight_C, 1e-6, h_BTM.dtype)
+    packed = kernels.swiglu_packed(torch.cat((y, h), -1))
+    parts = kernels.latent_qkv(q, kv, shared, tables)
+    turned = kernels.apply_rope(v, *tables, False)
+    return packed.float().mean() + sum(p.float().square().mean() for p in (*parts, turned))
+
+
+def inputs(tokens, dtype):
+    g = torch.Generator().manual_seed(0)
+    shapes = ((2, tokens, 96), (16,), (96,), (2, tokens, 96), (2, tokens, 2, 24), (2, tokens, 2, 32), (2, tokens, 8))
+    tensors = [torch.randn(*s, generator=g).to(DEVICE, dtype).requires_grad_() for s in shapes]
+    turns = rope_tables(torch.arange(tokens)[None], *rope_frequencies(8, 1e4))
+    return [*tensors, tuple(x.to(DEVICE) for x in turns)]
+
+
+def test_compiles_without_a_graph_break_to_the_same_bits():
+    call = inputs(3, torch.float32)
+    expected = every_op(*call)
+    expected_grads = torch.autograd.grad(expected, call[:-1])
+    found = torch.compile(every_op, backend="aot_eager", fullgraph=True)(*call)
+    grads = torch.autograd.grad(found, call[:-1])
+    assert torch.equal(found, expected)
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert torch.equal(a, b)
+
+
+@on_gpu
+def test_a_cuda_graph_replays_forward_and_backward():
+    call = inputs(33, torch.bfloat16)
+
+    def step():
+        return torch.autograd.grad(every_op(*call), call[:-1])
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    with torch.no_grad():
+        for x in call[:-1]:
+            x.copy_(x.flip(0))
+    graph.replay()
+    for a, b in zip(captured, step(), strict=True):
+        assert torch.equal(a, b)
+
+
+@on_gpu
+def test_an_fp32_stream_under_autocast_is_normed_into_bf16():
+    x, weight = torch.randn(2, 5, 64, device="cuda"), torch.ones(64, device="cuda")
+    assert norm.rms_norm(x, weight, 1e-6).dtype == torch.float32
+    with torch.autocast("cuda", torch.bfloat16):
+        assert norm.rms_norm(x, weight, 1e-6).dtype == torch.bfloat16
+        h, y = fused.add_rms_norm(x, x.bfloat16(), weight, 1e-6)
+        assert (h.dtype, y.dtype) == (torch.float32, torch.bfloat16)
+
+
+def test_without_a_gpu_or_in_fp32_the_plain_form_runs():
+    x = torch.randn(2, 5, 64, device=DEVICE)
+    assert norm.stream_kernels(x) == (None, torch.float32)
+    assert fused.kernels_for(x) is None
