@@ -55,11 +55,13 @@ def _utf8(text: str) -> str:
 def load_to_talk(args: argparse.Namespace) -> Loaded:
     """The model on its device, with a tokenizer; the sampling flags checked before the weights are read."""
     from openling.model.device import pick_device
+    from openling.ops.pick import kernels_reason
     from openling.weights.folder import load
 
     sampling(args)
     device = pick_device(args.device)
     loaded = load(args.model, device=device)
+    print(f"Ops: {kernels_reason(device)}.", file=sys.stderr)
     if loaded.tokenizer is None:
         raise UserError(
             "the folder has no tokenizer", where=args.model, expected="tokenizer.json", next="copy the teacher's there"

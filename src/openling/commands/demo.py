@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
     from openling.migrate.pipeline import migrate, run_folder
     from openling.migrate.plan import load_config, plan, show
     from openling.model.device import pick_device
+    from openling.ops.pick import kernels_reason
     from openling.report import build, summary_table
     from openling.weights.gguf import import_gguf, smollm2_gguf
 
@@ -68,6 +69,7 @@ def run(args: argparse.Namespace) -> int:
         hint = f"openling demo --out {args.out} --resume" if not hybrid.exists() else "choose another folder with --out"
         raise UserError("there is a demo in this folder already", where=args.out, next=hint)
     console.rule("openling demo: SmolLM2-135M-Instruct, GQA to Lightning + MLA")
+    console.print(f"Ops: {kernels_reason(device)}.", highlight=False)
     if not teacher.exists():
         console.print("Reading the teacher from its GGUF ...")
         import_gguf(smollm2_gguf(), teacher, dtype=torch.bfloat16)

@@ -63,10 +63,12 @@ def run(args: argparse.Namespace) -> int:
         return 0
     from openling.migrate.pipeline import migrate
     from openling.model.device import pick_device
+    from openling.ops.pick import kernels_reason
     from openling.report import build, summary_table
 
     console = open_console(stderr=True)
     device = pick_device(args.device)
+    console.print(f"Ops: {kernels_reason(device)}.", highlight=False)
     folder = migrate(
         args.model,
         args.out,

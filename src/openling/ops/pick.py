@@ -39,9 +39,9 @@ def plain_twins() -> Iterator[None]:
         _plain_depth -= 1
 
 
-def kernels_reason() -> str:
-    """One line for a person: which form of the ops runs here, and why."""
-    why = _unavailable()
+def kernels_reason(device: torch.device | None = None) -> str:
+    """One line for a person: which form of the ops runs on this device (by default the machine's GPU, if any), and why."""
+    why = _unavailable() or (f"device {device}" if device is not None and device.type != "cuda" else None)
     if why:
         return f"plain PyTorch ops ({why})"
     return f"Triton kernels on {torch.cuda.get_device_name()}; plain PyTorch ops for FP32 and FP64 tensors"
