@@ -61,7 +61,7 @@ def _merge(top, total):
 
 
 @triton.jit
-def _losses(
+def _head_losses(
     logits, teacher, targets, out, vocabulary, logits_row, teacher_row, ce_weight, kl_weight,
     LINES: tl.constexpr, COLUMNS: tl.constexpr, TEACHER: tl.constexpr, AGREEMENT: tl.constexpr, GRADIENT: tl.constexpr,
 ):  # fmt: skip
@@ -137,7 +137,7 @@ def head_losses(
     teacher = logits_CV if teacher_CV is None else teacher_CV
     out = torch.zeros(logits_CV.shape[0], 3, dtype=torch.float32, device=logits_CV.device)
     config = walk_config(logits_CV.shape[1], teacher=teacher_CV is not None)
-    _losses[(logits_CV.shape[0],)](
+    _head_losses[(logits_CV.shape[0],)](
         logits_CV, teacher, targets_C, out, logits_CV.shape[1], logits_CV.stride(0), teacher.stride(0), ce_weight, kl_weight,
         config.lines, config.columns, teacher_CV is not None, agreement and teacher_CV is not None, gradient,
         num_warps=config.warps,

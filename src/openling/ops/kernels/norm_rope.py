@@ -91,12 +91,18 @@ def _read(pointers, mask, SILU: tl.constexpr):
 
 
 @triton.jit
+def _place(index, tokens):
+    """A token's index over all sequences, its sequence and its place there, for 64-bit offsets; divided in 32 bits."""
+    return tl.cast(index, tl.int64), tl.cast(index // tokens, tl.int64), tl.cast(index % tokens, tl.int64)
+
+
+@triton.jit
 def _weight(weight, column, SIZE: tl.constexpr):
     return tl.load(weight + column, mask=column < SIZE, other=0.0).to(tl.float32)
 
 
 @triton.jit
-def _forward_heads(
+def _turn_heads(
     x, out, weight, cos, sin, heads, eps,
     DIM: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr,
     BLOCK: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
@@ -130,29 +136,29 @@ def _forward_heads(
 
 
 @triton.jit
-def _forward(
+def _split_norm_rope_forward(
     qkv, q, k, v, q_weight, k_weight, cos, sin, tokens, qkv_batch, qkv_token, table_batch, table_token, eps,
     HEADS: tl.constexpr, KV_HEADS: tl.constexpr, DIM: tl.constexpr,
     HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr, DIM_P: tl.constexpr,
     BLOCK: tl.constexpr, BLOCKS: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr,
 ):  # fmt: skip
     """One block of heads of one token, of q or of k or, with SILU, of v; neighbouring programs share the token's rows."""
-    block = tl.program_id(0) % BLOCKS
-    token = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    batch, place = token // tokens, token % tokens
+    block, batch = tl.program_id(0) % BLOCKS, tl.program_id(1).to(tl.int64)
+    place = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    token = batch * tokens + place
     row = qkv + batch * qkv_batch + place * qkv_token
     table = batch * table_batch + place * table_token
     q_blocks: tl.constexpr = (HEADS + BLOCK - 1) // BLOCK
     kv_blocks: tl.constexpr = (KV_HEADS + BLOCK - 1) // BLOCK
     if block < q_blocks:
         first = block * BLOCK
-        _forward_heads(
+        _turn_heads(
             row + first * DIM, q + token * (HEADS * DIM) + first * DIM, q_weight, cos + table, sin + table,
             HEADS - first, eps, DIM, HALF, HALF_P, REST, REST_P, BLOCK, NORM, SILU,
         )  # fmt: skip
     elif block < q_blocks + kv_blocks:
         first = (block - q_blocks) * BLOCK
-        _forward_heads(
+        _turn_heads(
             row + (HEADS + first) * DIM, k + token * (KV_HEADS * DIM) + first * DIM, k_weight, cos + table, sin + table,
             KV_HEADS - first, eps, DIM, HALF, HALF_P, REST, REST_P, BLOCK, NORM, SILU,
         )  # fmt: skip
@@ -166,7 +172,7 @@ def _forward(
 
 
 @triton.jit
-def _backward_heads(
+def _pull_heads(
     qkv, dz, dqkv, weight, cos, sin, partial, program, programs, count, tokens, heads, first,
     qkv_batch, qkv_token, dz_batch, dz_token, dz_head, table_batch, table_token, eps,
     ROW: tl.constexpr, DIM: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, REST: tl.constexpr, REST_P: tl.constexpr,
@@ -183,8 +189,7 @@ def _backward_heads(
         w_a, w_b = _weight(weight, j, HALF), _weight(weight + HALF, j, HALF)
         w_c, w_d = _weight(weight + 2 * HALF, e, REST), _weight(weight + 2 * HALF + REST, e, REST)
     for index in tl.range(program, count, programs, num_stages=STAGES):
-        token = tl.cast(index, tl.int64)
-        batch, place = token // tokens, token % tokens
+        token, batch, place = _place(index, tokens)
         x = qkv + batch * qkv_batch + place * qkv_token
         dz_row = dz + batch * dz_batch + place * dz_token
         dx = dqkv + token * ROW
@@ -237,7 +242,7 @@ def _backward_heads(
 
 
 @triton.jit
-def _backward(
+def _split_norm_rope_backward(
     qkv, dq, dk, dv, dqkv, q_weight, k_weight, cos, sin, partial, count, tokens,
     qkv_batch, qkv_token, dq_batch, dq_token, dq_head, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head,
     table_batch, table_token, eps,
@@ -254,14 +259,14 @@ def _backward(
     share = partial + (block * programs + program) * DIM
     if block < q_blocks:
         first = block * BLOCK
-        _backward_heads(
+        _pull_heads(
             qkv, dq + first * dq_head, dqkv, q_weight, cos, sin, share, program, programs, count, tokens, HEADS - first, first,
             qkv_batch, qkv_token, dq_batch, dq_token, dq_head, table_batch, table_token, eps,
             row, DIM, HALF, HALF_P, REST, REST_P, BLOCK, NORM, SILU, STAGES,
         )  # fmt: skip
     elif block < q_blocks + kv_blocks:
         first = (block - q_blocks) * BLOCK
-        _backward_heads(
+        _pull_heads(
             qkv, dk + first * dk_head, dqkv, k_weight, cos, sin, share, program, programs, count, tokens,
             KV_HEADS - first, HEADS + first,
             qkv_batch, qkv_token, dk_batch, dk_token, dk_head, table_batch, table_token, eps,
@@ -273,8 +278,7 @@ def _backward(
         live = _live(head, KV_HEADS - first, dim, DIM, DIM_P)
         at = (HEADS + KV_HEADS + first + head) * DIM + dim
         for index in tl.range(program, count, programs, num_stages=STAGES):
-            token = tl.cast(index, tl.int64)
-            batch, place = token // tokens, token % tokens
+            token, batch, place = _place(index, tokens)
             given = dv + batch * dv_batch + place * dv_token + (first + head) * dv_head + dim
             dx = tl.load(given, mask=live, other=0.0)
             if SILU:
@@ -305,7 +309,7 @@ def _split_norm_rope(
     out = [qkv_BTC.new_empty(batch, tokens, h, dim) for h in (heads, kv_heads, kv_heads)[: 3 if silu else 2]]
     config = heads_config(kv_heads, dim, backward=False)
     blocks = triton.cdiv(heads, config.block) + (2 if silu else 1) * triton.cdiv(kv_heads, config.block)
-    _forward[(batch * tokens * blocks,)](
+    _split_norm_rope_forward[(tokens * blocks, batch)](
         qkv_BTC, out[0], out[1], out[-1], q_weight_D, k_weight_D, cos, sin, tokens, *qkv_BTC.stride()[:2], *sizes[1], eps,
         *sizes[0], config.block, blocks, q_weight_D is not None, silu, num_warps=config.warps,
     )  # fmt: skip
@@ -327,7 +331,7 @@ def _gradients(
     blocks = q_blocks + 2 * kv_blocks
     programs = max(1, min(PROCESSORS * config.programs // blocks, batch * tokens))
     partial = torch.empty((q_blocks + kv_blocks) * programs, dim, dtype=torch.float32, device=qkv_BTC.device)
-    _backward[(programs * blocks,)](
+    _split_norm_rope_backward[(programs * blocks,)](
         qkv_BTC, dq, dk, dv, dqkv, q_weight_D, k_weight_D, cos, sin, partial, batch * tokens, tokens,
         *qkv_BTC.stride()[:2], *dq.stride()[:3], *dk.stride()[:3], *dv.stride()[:3], *sizes[1], eps,
         *sizes[0], config.block, blocks, q_weight_D is not None, silu, config.stages, num_warps=config.warps,

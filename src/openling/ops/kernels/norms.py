@@ -73,7 +73,7 @@ def rows_candidates(width: int, *, backward: bool) -> list[Rows]:
 
 
 @triton.jit
-def _rms_forward(
+def _rms_norm_forward(
     x, delta, weight, h, y, rows, x_row, delta_row, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr,
 ):  # fmt: skip
@@ -95,7 +95,7 @@ def _rms_forward(
 
 
 @triton.jit
-def _rms_backward(
+def _rms_norm_backward(
     x, dy, dh, weight, dx, ddelta, partial, rows, x_row, dy_row, dh_row, eps,
     WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, ADD: tl.constexpr, TWO: tl.constexpr,
     STAGES: tl.constexpr,
@@ -127,14 +127,14 @@ def _rms_backward(
     tl.store(partial + program * WIDTH + column, dw, mask=column < WIDTH)
 
 
-def _forward(x: Tensor, delta: Tensor | None, weight_C: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def _norm(x: Tensor, delta: Tensor | None, weight_C: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h = x + delta in x's dtype (x itself where there is no delta) and its norm in `dtype`."""
     x_NC, width = as_rows(x), x.shape[-1]
     delta_NC = x_NC if delta is None else as_rows(delta)
     y = torch.empty(x.shape, dtype=dtype, device=x.device)
     h = x if delta is None else torch.empty(x.shape, dtype=x.dtype, device=x.device)
     config = rows_config(width, backward=False)
-    _rms_forward[(triton.cdiv(x_NC.shape[0], config.rows),)](
+    _rms_norm_forward[(triton.cdiv(x_NC.shape[0], config.rows),)](
         x_NC, delta_NC, weight_C, h, y, x_NC.shape[0], x_NC.stride(0), delta_NC.stride(0), eps,
         width, triton.next_power_of_2(width), config.rows, delta is not None, num_warps=config.warps,
     )  # fmt: skip
@@ -144,17 +144,17 @@ def _forward(x: Tensor, delta: Tensor | None, weight_C: Tensor, eps: float, dtyp
 @torch.library.custom_op("openling::rms_norm", mutates_args=())
 def rms_norm(x: Tensor, weight_C: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
     """The norm of x [..., C] in `dtype`; any row stride."""
-    return _forward(x, None, weight_C, eps, dtype)[1]
+    return _norm(x, None, weight_C, eps, dtype)[1]
 
 
 @torch.library.custom_op("openling::add_rms_norm", mutates_args=())
 def add_rms_norm(h: Tensor, delta: Tensor, weight_M: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """h + delta [..., M] in h's dtype, and its norm in `dtype`."""
-    return _forward(h, delta, weight_M, eps, dtype)
+    return _norm(h, delta, weight_M, eps, dtype)
 
 
 @torch.library.custom_op("openling::rms_norm_backward", mutates_args=())
-def _backward(
+def _norm_backward(
     x: Tensor, weight_C: Tensor, dy: Tensor, dh: Tensor | None, eps: float, delta_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
     """dx in x's dtype, the same in `delta_dtype` where that differs (else empty), and dw."""
@@ -166,7 +166,7 @@ def _backward(
     config, rows = rows_config(width, backward=True), x_NC.shape[0]
     programs = max(1, min(PROCESSORS * config.programs, triton.cdiv(rows, config.rows)))
     partial = torch.empty(programs, width, dtype=torch.float32, device=x.device)
-    _rms_backward[(programs,)](
+    _rms_norm_backward[(programs,)](
         x_NC, dy_NC, dh_NC, weight_C, dx, ddelta, partial, rows, x_NC.stride(0), dy_NC.stride(0), dh_NC.stride(0), eps,
         width, triton.next_power_of_2(width), config.rows, dh is not None, two, config.stages, num_warps=config.warps,
     )  # fmt: skip
@@ -183,7 +183,7 @@ def _(h: Tensor, delta: Tensor, weight_M: Tensor, eps: float, dtype: torch.dtype
     return h.new_empty(h.shape), h.new_empty(h.shape, dtype=dtype)
 
 
-@_backward.register_fake
+@_norm_backward.register_fake
 def _(
     x: Tensor, weight_C: Tensor, dy: Tensor, dh: Tensor | None, eps: float, delta_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _keep_rms(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _rms_gradient(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
     x, weight = ctx.saved_tensors
-    dx, _, dw = _backward(x, weight, dy, None, ctx.eps, x.dtype)
+    dx, _, dw = _norm_backward(x, weight, dy, None, ctx.eps, x.dtype)
     return dx, dw, None, None
 
 
@@ -210,7 +210,7 @@ def _keep_add(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) 
 
 def _add_gradient(ctx: Any, dh: Tensor, dy: Tensor) -> tuple[Tensor | None, ...]:
     h, weight = ctx.saved_tensors
-    dx, ddelta, dw = _backward(h, weight, dy, dh, ctx.eps, ctx.delta_dtype)
+    dx, ddelta, dw = _norm_backward(h, weight, dy, dh, ctx.eps, ctx.delta_dtype)
     return dx, ddelta if ctx.delta_dtype != h.dtype else dx, dw, None, None
 
 
@@ -224,7 +224,7 @@ add_rms_norm.register_autograd(_add_gradient, setup_context=_keep_add)
 
 
 @triton.jit
-def _gated_forward(
+def _gated_norm_forward(
     x, gate, weight, out, rows, x_row, gate_row, eps,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
@@ -244,7 +244,7 @@ def _gated_forward(
 
 
 @triton.jit
-def _gated_backward(
+def _gated_norm_backward(
     x, gate, dout, weight, dx, dgate, partial, rows, x_row, gate_row, dout_row, eps,
     GROUPS: tl.constexpr, WIDTH: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -282,7 +282,7 @@ def gated_group_norm(x: Tensor, gate: Tensor, weight_C: Tensor, eps: float, grou
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     width, rows = channels // groups, x_NC.shape[0]
     config = rows_config(width, backward=False)
-    _gated_forward[(groups * triton.cdiv(rows, config.rows),)](
+    _gated_norm_forward[(groups * triton.cdiv(rows, config.rows),)](
         x_NC, gate_NC, weight_C, out, rows, x_NC.stride(0), gate_NC.stride(0), eps,
         groups, width, triton.next_power_of_2(width), config.rows, num_warps=config.warps,
     )  # fmt: skip
@@ -301,7 +301,7 @@ def _gated_gradients(
     config = rows_config(width, backward=True)
     programs = max(1, min(triton.cdiv(PROCESSORS * config.programs, groups), triton.cdiv(rows, config.rows)))
     partial = torch.empty(programs, channels, dtype=torch.float32, device=x.device)
-    _gated_backward[(groups * programs,)](
+    _gated_norm_backward[(groups * programs,)](
         x_NC, gate_NC, dout_NC, weight_C, dx, dgate, partial, rows,
         x_NC.stride(0), gate_NC.stride(0), dout_NC.stride(0), eps,
         groups, width, triton.next_power_of_2(width), config.rows, config.stages, num_warps=config.warps,

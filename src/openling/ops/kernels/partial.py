@@ -17,7 +17,7 @@ PROCESSORS = 132
 
 
 @triton.jit
-def _sum_rows(partial, out, border, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _norm_weight_sums(partial, out, border, rows, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """Program (i, s) sums column block i of part s of the rows: part 0 ends at `border`, part 1 begins there."""
     part = tl.program_id(1)
     begin, end = tl.where(part == 0, 0, border), tl.where(part == 0, border, rows)
@@ -35,7 +35,7 @@ def sum_partials(partial_PC: Tensor, dtype: torch.dtype, border: int | None = No
     rows, width = partial_PC.shape
     out = partial_PC.new_empty((width,) if border is None else (2, width), dtype=dtype)
     grid = (triton.cdiv(width, 16), 1 if border is None else 2)
-    _sum_rows[grid](partial_PC, out, rows if border is None else border, rows, width, 256, 16, num_warps=4)
+    _norm_weight_sums[grid](partial_PC, out, rows if border is None else border, rows, width, 256, 16, num_warps=4)
     return out
 
 

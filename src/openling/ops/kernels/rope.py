@@ -23,18 +23,23 @@ TILE = 4096
 
 
 @triton.jit
-def _rope(
-    x, out, cos, sin, rows, tokens, x_batch, x_token, x_head, table_batch, table_token,
+def _rows(tokens, HEADS: tl.constexpr, ROWS: tl.constexpr):
+    """ROWS heads of sequence program_id(1): mask, sequence, token's place, head, and place among all heads of all sequences."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    batch = tl.program_id(1).to(tl.int64)
+    return row < tokens * HEADS, batch, (row // HEADS).to(tl.int64), row % HEADS, batch * tokens * HEADS + row
+
+
+@triton.jit
+def _rope_turn(
+    x, out, cos, sin, tokens, x_batch, x_token, x_head, table_batch, table_token,
     HEADS: tl.constexpr, DIM: tl.constexpr, START: tl.constexpr, HALF: tl.constexpr, HALF_P: tl.constexpr, KEPT_P: tl.constexpr,
     INTERLEAVED: tl.constexpr, INVERSE: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Turns dims START ... START + 2 HALF of ROWS heads and copies the rest, which lies before them or behind."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    live = row < rows
-    token = row // HEADS
-    batch, place = token // tokens, token % tokens
-    source = x + batch * x_batch + place * x_token + (row % HEADS) * x_head
-    target = out + row * DIM
+    live, batch, place, head, target = _rows(tokens, HEADS, ROWS)
+    source = x + batch * x_batch + place * x_token + head * x_head
+    target = out + target * DIM
     kept: tl.constexpr = DIM - 2 * HALF
     if kept > 0:
         e = tl.arange(0, KEPT_P)[None, :] + (0 if START > 0 else 2 * HALF)
@@ -71,11 +76,11 @@ def rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool, start: int
     (batch, tokens, heads, dim), half = x_BTHD.shape, cos.shape[-1]
     assert start in (0, dim - 2 * half), f"rotated dims must be the first or the last, got start {start}"
     out = x_BTHD.new_empty(x_BTHD.shape)
-    rows, tile_rows = batch * tokens * heads, max(1, TILE // triton.next_power_of_2(dim))
-    _rope[(triton.cdiv(rows, tile_rows),)](
-        x_BTHD, out, cos, sin, rows, tokens, *x_BTHD.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
+    rows = max(1, TILE // triton.next_power_of_2(dim))
+    _rope_turn[(triton.cdiv(tokens * heads, rows), batch)](
+        x_BTHD, out, cos, sin, tokens, *x_BTHD.stride()[:3], cos.stride(0) if cos.shape[0] > 1 else 0, cos.stride(1),
         heads, dim, start, half, max(1, triton.next_power_of_2(half)), max(1, triton.next_power_of_2(dim - 2 * half)),
-        interleaved, inverse, tile_rows, num_warps=4,
+        interleaved, inverse, rows, num_warps=4,
     )  # fmt: skip
     return out
 
@@ -109,33 +114,31 @@ def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> T
 
 
 @triton.jit
-def _join_keys(
-    kv, shared, k, rows, tokens, kv_batch, kv_token, kv_head, shared_batch, shared_token,
+def _rope_join_keys(
+    kv, shared, k, tokens, kv_batch, kv_token, kv_head, shared_batch, shared_token,
     HEADS: tl.constexpr, NOPE: tl.constexpr, NOPE_P: tl.constexpr, ROPE: tl.constexpr, ROPE_P: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Keys of ROWS heads: their own n dims, then the row that all heads of a token share."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    token = row // HEADS
-    batch, place = token // tokens, token % tokens
-    target = k + row * (NOPE + ROPE)
+    there, batch, place, head, target = _rows(tokens, HEADS, ROWS)
+    target = k + target * (NOPE + ROPE)
     n, r = tl.arange(0, NOPE_P)[None, :], tl.arange(0, ROPE_P)[None, :]
-    live = (row < rows) & (n < NOPE) if NOPE != NOPE_P else row < rows
-    own = tl.load(kv + batch * kv_batch + place * kv_token + (row % HEADS) * kv_head + n, mask=live, other=0.0)
+    live = there & (n < NOPE) if NOPE != NOPE_P else there
+    own = tl.load(kv + batch * kv_batch + place * kv_token + head * kv_head + n, mask=live, other=0.0)
     tl.store(target + n, own, mask=live)
-    live = (row < rows) & (r < ROPE) if ROPE != ROPE_P else row < rows
+    live = there & (r < ROPE) if ROPE != ROPE_P else there
     turned = tl.load(shared + batch * shared_batch + place * shared_token + r, mask=live, other=0.0)
     tl.store(target + NOPE + r, turned.to(k.dtype.element_ty), mask=live)
 
 
 @triton.jit
-def _part_gradients(
+def _rope_part_gradients(
     dk, dv, dkv, dshared, tokens, dk_batch, dk_token, dk_head, dv_batch, dv_token, dv_head,
     HEADS: tl.constexpr, NOPE: tl.constexpr, NOPE_P: tl.constexpr, ROPE: tl.constexpr, ROPE_P: tl.constexpr,
     VALUE: tl.constexpr, VALUE_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One token: dkv of every head from dk and dv, and the shared row's gradient, summed over heads in a fixed order."""
-    token = tl.program_id(0).to(tl.int64)
-    batch, place = token // tokens, token % tokens
+    batch, place = tl.program_id(1).to(tl.int64), tl.program_id(0).to(tl.int64)
+    token = batch * tokens + place
     dk += batch * dk_batch + place * dk_token
     dv += batch * dv_batch + place * dv_token
     dkv += token * (HEADS * (NOPE + VALUE))
@@ -160,10 +163,10 @@ def _latent_keys(kv_BSHC: Tensor, shared_BSr: Tensor, nope: int) -> Tensor:
     kv_BSHC, shared_BSr = unit_stride(kv_BSHC), unit_stride(shared_BSr)
     (batch, tokens, heads, _), rotary = kv_BSHC.shape, shared_BSr.shape[-1]
     k = kv_BSHC.new_empty(batch, tokens, heads, nope + rotary)
-    rows, tile_rows = batch * tokens * heads, max(1, TILE // triton.next_power_of_2(nope + rotary))
-    _join_keys[(triton.cdiv(rows, tile_rows),)](
-        kv_BSHC, shared_BSr, k, rows, tokens, *kv_BSHC.stride()[:3], *shared_BSr.stride()[:2],
-        heads, nope, triton.next_power_of_2(nope), rotary, triton.next_power_of_2(rotary), tile_rows, num_warps=4,
+    rows = max(1, TILE // triton.next_power_of_2(nope + rotary))
+    _rope_join_keys[(triton.cdiv(tokens * heads, rows), batch)](
+        kv_BSHC, shared_BSr, k, tokens, *kv_BSHC.stride()[:3], *shared_BSr.stride()[:2],
+        heads, nope, triton.next_power_of_2(nope), rotary, triton.next_power_of_2(rotary), rows, num_warps=4,
     )  # fmt: skip
     return k
 
@@ -176,7 +179,7 @@ def _latent_gradients(dk: Tensor, dv: Tensor, nope: int, dtype: torch.dtype) -> 
     dkv = dk.new_empty(batch, tokens, heads, nope + value)
     dshared = dk.new_empty(batch, tokens, width - nope, dtype=dtype)
     pads = [triton.next_power_of_2(x) for x in (nope, width - nope, value)]
-    _part_gradients[(batch * tokens,)](
+    _rope_part_gradients[(tokens, batch)](
         dk, dv, dkv, dshared, tokens, *dk.stride()[:3], *dv.stride()[:3],
         heads, nope, pads[0], width - nope, pads[1], value, pads[2], min(16, triton.next_power_of_2(heads)), num_warps=4,
     )  # fmt: skip

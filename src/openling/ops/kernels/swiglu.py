@@ -21,7 +21,7 @@ TILE, LONGEST = 2048, 1024
 
 
 @triton.jit
-def _forward(gate, up, out, rows, gate_row, up_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+def _swiglu_forward(gate, up, out, rows, gate_row, up_row, WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
     """out = silu(gate) up for a tile of ROWS rows and COLUMNS columns."""
     pieces: tl.constexpr = (WIDTH + COLUMNS - 1) // COLUMNS
     first = (tl.program_id(0) // pieces).to(tl.int64) * ROWS
@@ -34,7 +34,7 @@ def _forward(gate, up, out, rows, gate_row, up_row, WIDTH: tl.constexpr, ROWS: t
 
 
 @triton.jit
-def _backward(
+def _swiglu_gradients(
     gate, up, dout, dgate, dup, rows, gate_row, up_row, dout_row, grad_row,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -65,7 +65,7 @@ def _out(gate: Tensor, up: Tensor) -> Tensor:
     out = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
     rows, width = gate_NF.shape
     programs, *tile = _tile(rows, width)
-    _forward[(programs,)](gate_NF, up_NF, out, rows, gate_NF.stride(0), up_NF.stride(0), width, *tile, num_warps=4)
+    _swiglu_forward[(programs,)](gate_NF, up_NF, out, rows, gate_NF.stride(0), up_NF.stride(0), width, *tile, num_warps=4)
     return out
 
 
@@ -74,7 +74,7 @@ def _gradients(gate: Tensor, up: Tensor, dout: Tensor, dgate_NF: Tensor, dup_NF:
     gate_NF, up_NF, dout_NF = as_rows(gate), as_rows(up), as_rows(dout)
     rows, width = gate_NF.shape
     programs, *tile = _tile(rows, width)
-    _backward[(programs,)](
+    _swiglu_gradients[(programs,)](
         gate_NF, up_NF, dout_NF, dgate_NF, dup_NF, rows,
         gate_NF.stride(0), up_NF.stride(0), dout_NF.stride(0), dgate_NF.stride(0), width, *tile, num_warps=4,
     )  # fmt: skip
