@@ -10,6 +10,8 @@ D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width; in MLA E 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,8 +21,8 @@ from openling.model.config import ModelConfig
 from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, softmax_attention
 from openling.ops.fused import add_rms_norm, gated_group_norm, latent_qkv, split_norm_rope, swiglu
 from openling.ops.lightning import lightning, log_decay_on
-from openling.ops.moe import combine_experts, route
-from openling.ops.norm import group_rms_norm, rms_norm
+from openling.ops.moe import count_tokens, moe, route, swiglu_experts
+from openling.ops.norm import group_rms_norm, rms_norm, stream_kernels
 from openling.ops.rope import apply_rope, rope_frequencies, rope_tables, yarn_mscale
 
 
@@ -358,7 +360,13 @@ class MLP(nn.Module):
 
 
 class SparseMoE(nn.Module):
-    """Routed experts plus, where the config has them, shared experts that see every token."""
+    """Routed experts plus, where the config has them, shared experts that see every token.
+
+    In training `tokens_E` counts the tokens per expert (on their device) until somebody sets it to None: what an update of the
+    router's bias needs. Activation checkpointing counts a layer's tokens twice.
+    """
+
+    tokens_E: Tensor | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -367,12 +375,25 @@ class SparseMoE(nn.Module):
         if config.num_shared_experts:
             self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
         self.has_shared = config.num_shared_experts > 0
+        self.tokens_E = None
 
     def forward(self, x_BTM: Tensor) -> Tensor:
         """[B, T, M] to [B, T, M]."""
-        x_NM = x_BTM.flatten(0, 1)
-        out = self.experts(x_NM, *self.gate(x_NM)).view_as(x_BTM)
+        out, counts_E = self.routed(x_BTM.flatten(0, 1))
+        if self.training and counts_E is not None:
+            self.tokens_E = counts_E if self.tokens_E is None else self.tokens_E + counts_E
+        out = out.view_as(x_BTM)
         return out + self.shared_experts(x_BTM) if self.has_shared else out
+
+    def routed(self, x_NM: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The routed experts' sum [N, M] and, in training, the tokens per expert [E]."""
+        gate, experts = self.gate, self.experts
+        if stream_kernels(x_NM)[0] is not None:
+            weights = (gate.weight, gate.expert_bias, experts.gate_proj, experts.up_proj, experts.down_proj)
+            return moe(x_NM, *weights, **gate.options())
+        weight_Nk, index_Nk = gate(x_NM)
+        counts_E = count_tokens(index_Nk, gate.weight.shape[0]) if self.training else None
+        return experts(x_NM, weight_Nk, index_Nk), counts_E
 
 
 class Router(nn.Module):
@@ -386,20 +407,21 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
         self.register_buffer("expert_bias", torch.zeros(config.num_experts) if config.moe_router_enable_expert_bias else None)
 
+    def options(self) -> dict[str, Any]:
+        """How this router chooses: the keywords of `route`."""
+        c = self.config
+        return {
+            "top_k": c.num_experts_per_tok,
+            "n_group": c.n_group,
+            "topk_group": c.topk_group,
+            "score_function": c.score_function,
+            "norm_topk_prob": c.norm_topk_prob,
+            "scaling_factor": c.routed_scaling_factor,
+        }
+
     def forward(self, x_NM: Tensor) -> tuple[Tensor, Tensor]:
         """Weights FP32 [N, k] and expert indices [N, k]."""
-        c = self.config
-        return route(
-            x_NM,
-            self.weight,
-            self.expert_bias,
-            top_k=c.num_experts_per_tok,
-            n_group=c.n_group,
-            topk_group=c.topk_group,
-            score_function=c.score_function,
-            norm_topk_prob=c.norm_topk_prob,
-            scaling_factor=c.routed_scaling_factor,
-        )
+        return route(x_NM, self.weight, self.expert_bias, **self.options())
 
 
 class Experts(nn.Module):
@@ -414,12 +436,7 @@ class Experts(nn.Module):
 
     def forward(self, x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, [N, M]."""
-
-        def run(expert: int, x: Tensor) -> Tensor:
-            inner = F.silu(F.linear(x, self.gate_proj[expert])) * F.linear(x, self.up_proj[expert])
-            return F.linear(inner, self.down_proj[expert])
-
-        return combine_experts(x_NM, weight_Nk, index_Nk, self.gate_proj.shape[0], run)
+        return swiglu_experts(x_NM, weight_Nk, index_Nk, self.gate_proj, self.up_proj, self.down_proj)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,9 @@
 """Mixture of experts: FP32 router with group-limited top-k, and the weighted sum of expert outputs.
 
-Legend: N tokens, E experts, G groups, k experts per token, M model width.
+`moe` is a layer's whole routed part, `route` and `swiglu_experts` its two halves. On GPUs they run as kernels
+(`kernels.moe_ops`), which compute in FP32 between half-precision products; FP32 activations under autocast are rounded first,
+for the router as well.
+Legend: N tokens, E experts, G groups, k experts per token, M model width, F expert width.
 Sources: Ling-V2 model code; group-limited "noaux_tc" selection as in DeepSeek-V3 (arXiv 2412.19437, section 2.1.2).
 """
 
@@ -9,7 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from openling.ops.norm import stream_kernels
 
 
 def route(
@@ -27,8 +33,13 @@ def route(
     """Weights float32 [N, k] and expert indices [N, k].
 
     Scores are FP32 sigmoid or softmax of x @ W^T. The bias shifts the selection only, never the weights. Each group is
-    scored by the sum of its two best biased scores; only the best `topk_group` groups compete.
+    scored by the sum of its two best biased scores; only the best `topk_group` groups compete. The kernels list a token's
+    experts from the best score down, equal ones by number; the plain form promises no order and decides ties as topk does.
     """
+    fast, half = stream_kernels(x_NM)
+    if fast is not None and x_NM.shape[0]:
+        how = (top_k, n_group, topk_group, score_function, norm_topk_prob, scaling_factor)
+        return fast.moe_route(x_NM.to(half), weight_EM, expert_bias_E, *how)[:2]
     with torch.autocast(x_NM.device.type, enabled=False):
         dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
         logits = x_NM.to(dtype) @ weight_EM.to(dtype).T
@@ -70,3 +81,53 @@ def combine_experts(
             out.index_add_(0, rows, y * gate[start : start + count, None])
             start += count
     return out.to(x_NM.dtype)
+
+
+def swiglu_experts(
+    x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor, gate_EFM: Tensor, up_EFM: Tensor, down_EMF: Tensor
+) -> Tensor:
+    """Weighted sum of down(silu(gate(x)) * up(x)) over the chosen experts [N, M]; gradients for all but the indices."""
+    fast, half = stream_kernels(x_NM)
+    if fast is not None and x_NM.shape[0]:
+        return fast.experts(x_NM.to(half), weight_Nk, index_Nk, gate_EFM, up_EFM, down_EMF)
+
+    def run(expert: int, x: Tensor) -> Tensor:
+        inner = F.silu(F.linear(x, gate_EFM[expert])) * F.linear(x, up_EFM[expert])
+        return F.linear(inner, down_EMF[expert])
+
+    return combine_experts(x_NM, weight_Nk, index_Nk, gate_EFM.shape[0], run)
+
+
+def moe(
+    x_NM: Tensor,
+    router_EM: Tensor,
+    expert_bias_E: Tensor | None,
+    gate_EFM: Tensor,
+    up_EFM: Tensor,
+    down_EMF: Tensor,
+    *,
+    top_k: int,
+    n_group: int = 1,
+    topk_group: int = 1,
+    score_function: str = "sigmoid",
+    norm_topk_prob: bool = True,
+    scaling_factor: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    """`swiglu_experts(x, *route(x))` [N, M], and how many tokens chose each expert [E] (integers on x's device).
+
+    The kernels add the tokens' gradients through the experts and through the router in one pass, and run a few tokens without
+    gradients as a stream of weights.
+    """
+    how = (top_k, n_group, topk_group, score_function, norm_topk_prob, scaling_factor)
+    fast, half = stream_kernels(x_NM)
+    if fast is not None and x_NM.shape[0]:
+        return fast.mixture(x_NM.to(half), router_EM, expert_bias_E, gate_EFM, up_EFM, down_EMF, *how)
+    names = ("top_k", "n_group", "topk_group", "score_function", "norm_topk_prob", "scaling_factor")
+    weight, index = route(x_NM, router_EM, expert_bias_E, **dict(zip(names, how, strict=True)))  # type: ignore[arg-type]
+    return swiglu_experts(x_NM, weight, index, gate_EFM, up_EFM, down_EMF), count_tokens(index, gate_EFM.shape[0])
+
+
+def count_tokens(index_Nk: Tensor, num_experts: int) -> Tensor:
+    """How many tokens chose each expert, [E]; without the synchronisation of bincount."""
+    counts = torch.zeros(num_experts, dtype=torch.int64, device=index_Nk.device)
+    return counts.scatter_add_(0, index_Nk.flatten(), torch.ones_like(index_Nk.flatten()))

@@ -6,6 +6,7 @@ Each matches a plain twin, named in its docstring, and is tested against it.
 from openling.ops.kernels.lightning import lightning_backward, lightning_forward
 from openling.ops.kernels.loss import head_losses
 from openling.ops.kernels.mla import mla_decode
+from openling.ops.kernels.moe_ops import experts, mixture, moe_route
 from openling.ops.kernels.norm_rope import split_norm_rope
 from openling.ops.kernels.norms import add_rms_norm, gated_group_norm, rms_norm
 from openling.ops.kernels.rope import apply_rope, latent_qkv
@@ -14,12 +15,15 @@ from openling.ops.kernels.swiglu import swiglu, swiglu_packed
 __all__ = [
     "add_rms_norm",
     "apply_rope",
+    "experts",
     "gated_group_norm",
     "head_losses",
     "latent_qkv",
     "lightning_backward",
     "lightning_forward",
+    "mixture",
     "mla_decode",
+    "moe_route",
     "rms_norm",
     "split_norm_rope",
     "swiglu",
