@@ -20,6 +20,7 @@ Legend: B rows, T new tokens of a row, S slots, H heads, D head dim, X = H * D, 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -144,11 +145,10 @@ def decode_step(
 
     cos and sin are FP32, a row per sequence since each is at its own position; a zero stride over B is fine.
     """
-    if not _kernels_serve(qkv_BX, layer, pool, cos_BR):
+    fast = _kernels(qkv_BX, layer, pool)
+    if fast is None:
         return decode_step_plain(qkv_BX, gate_BX, layer, pool, slots_B, cos_BR, sin_BR)
-    from openling.ops.kernels import lightning_decode as fast
-
-    return fast.decode_step(
+    return fast.lightning_decode_step(
         qkv_BX, gate_BX, pool.states, pool.arrivals, slots_B, cos_BR, sin_BR, layer.log_decay,
         layer.q_weight, layer.k_weight, layer.norm_weight, eps=layer.eps, groups=layer.groups, silu=layer.silu,
     )  # fmt: skip
@@ -172,11 +172,10 @@ def verify_step(
     """
     if not 1 <= qkv_BTX.shape[1] <= window.tokens:
         raise ValueError(f"a call brings 1 to {window.tokens} tokens, as the window was made for, not {qkv_BTX.shape[1]}")
-    if not _kernels_serve(qkv_BTX, layer, pool, cos_BTR):
+    fast = _kernels(qkv_BTX, layer, pool)
+    if fast is None:
         return verify_step_plain(qkv_BTX, gate_BTX, layer, pool, slots_B, pending, window, cos_BTR, sin_BTR)
-    from openling.ops.kernels import lightning_verify as fast
-
-    return fast.verify_step(
+    return fast.lightning_verify_step(
         qkv_BTX, gate_BTX, pool.states, pool.arrivals, slots_B, cos_BTR, sin_BTR,
         pending.keys, pending.values, window.start, window.count, layer.log_decay,
         layer.q_weight, layer.k_weight, layer.norm_weight,
@@ -186,24 +185,18 @@ def verify_step(
 
 def commit(layer: DecodeLayer, pool: StatePool, slots_B: Tensor, pending: PendingTokens, window: PendingWindow) -> None:
     """Fold what waits in these slots into their states; after the last layer, `window.clear` the slots."""
-    if kernels_for(pending.keys) is None or not _whole_heads(layer, pool):
+    fast = _kernels(pending.keys, layer, pool)
+    if fast is None:
         return commit_plain(layer, pool, slots_B, pending, window)
-    from openling.ops.kernels import lightning_verify as fast
-
-    return fast.commit(
-        pool.states, slots_B, pending.keys, pending.values, window.start, window.count,
-        layer.log_decay, room=window.room,
-    )  # fmt: skip
+    return fast.lightning_commit(
+        pool.states, slots_B, pending.keys, pending.values, window.start, window.count, layer.log_decay, room=window.room
+    )
 
 
-def _kernels_serve(x: Tensor, layer: DecodeLayer, pool: StatePool, cos: Tensor) -> bool:
-    return kernels_for(x) is not None and _whole_heads(layer, pool) and 2 * cos.shape[-1] <= pool.states.shape[-1]
-
-
-def _whole_heads(layer: DecodeLayer, pool: StatePool) -> bool:
-    """What the kernels ask of the shapes: groups of whole heads, a head dim that is a power of two."""
+def _kernels(x: Tensor, layer: DecodeLayer, pool: StatePool) -> ModuleType | None:
+    """The kernels where they serve: groups of whole heads, a head dim that is a power of two."""
     heads, dim = pool.states.shape[1:3]
-    return heads % layer.groups == 0 and 16 <= dim <= 256 and dim & (dim - 1) == 0
+    return kernels_for(x) if heads % layer.groups == 0 and dim in (16, 32, 64, 128, 256) else None
 
 
 # ---------------------------------------------------------------------------------------------------------------------

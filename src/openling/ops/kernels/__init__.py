@@ -4,6 +4,8 @@ Each matches a plain twin, named in its docstring, and is tested against it.
 """
 
 from openling.ops.kernels.lightning import lightning_backward, lightning_forward
+from openling.ops.kernels.lightning_decode import lightning_decode_step
+from openling.ops.kernels.lightning_verify import lightning_commit, lightning_verify_step
 from openling.ops.kernels.loss import head_losses
 from openling.ops.kernels.mla import mla_decode
 from openling.ops.kernels.moe_ops import experts, mixture, moe_route
@@ -20,7 +22,10 @@ __all__ = [
     "head_losses",
     "latent_qkv",
     "lightning_backward",
+    "lightning_commit",
+    "lightning_decode_step",
     "lightning_forward",
+    "lightning_verify_step",
     "mixture",
     "mla_decode",
     "moe_route",

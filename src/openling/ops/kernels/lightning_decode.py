@@ -11,7 +11,7 @@ order: all threads' stores to `partial` come before the CTA barrier; one thread 
 release semantics at GPU scope, so its release covers what the barrier ordered before it; the last program's add reads the
 value of a chain of such adds, so its acquire covers every earlier program's stores; the reduction that spreads the ticket is
 a CTA barrier, after which all threads may read. The state is written after the add is issued: the release does not have to
-wait for 16 KB of stores, and nobody in this launch reads them.
+wait for 32 KB of stores, and nobody in this launch reads them.
 
 Nothing here depends on the batch, neither tile sizes nor orders of summation: a row's result is bitwise the same in any batch.
 
@@ -229,7 +229,7 @@ def _step_kernel(
         )  # fmt: skip
 
 
-def decode_step(
+def lightning_decode_step(
     qkv_BX: Tensor,
     gate_BX: Tensor,
     states_SHDD: Tensor,

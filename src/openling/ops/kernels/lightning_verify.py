@@ -144,7 +144,7 @@ def _verify_kernel(
         )  # fmt: skip
 
 
-def verify_step(
+def lightning_verify_step(
     qkv_BTX: Tensor,
     gate_BTX: Tensor,
     states_SHDD: Tensor,
@@ -210,7 +210,7 @@ def _commit_kernel(
         tl.store(tile, state.to(states.dtype.element_ty), eviction_policy="evict_first")
 
 
-def commit(
+def lightning_commit(
     states_SHDD: Tensor,
     slots_B: Tensor,
     keys_SHCD: Tensor,
