@@ -36,10 +36,11 @@ class Walk(NamedTuple):
 def walk_config(vocabulary: int, *, teacher: bool) -> Walk:
     """One program fills a processor, so that the rows at work together (132 x 2 V bytes) stay close to what the L2 holds.
 
-    32 warps at 64 registers, or 16 at 128 where a teacher's sums are kept too.
+    32 warps at 64 registers, or 16 at 128 where a teacher's sums are kept too. Rows that are no multiple of 32 B are read value
+    by value, which takes registers as well.
     """
     columns = min(4096 if teacher else 8192, max(256, triton.next_power_of_2(vocabulary)))
-    lines = min(2 if teacher else 4, triton.next_power_of_2(triton.cdiv(vocabulary, columns)))
+    lines = min(2 if teacher or vocabulary % 16 else 4, triton.next_power_of_2(triton.cdiv(vocabulary, columns)))
     return Walk(lines, columns, columns // 256)
 
 
