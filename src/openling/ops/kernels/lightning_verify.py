@@ -40,11 +40,12 @@ NORM_TILE = 2048
 def verify_blocks(dim: int, tokens: int, room: int) -> Blocks:
     """Of a call with new tokens; the batch has no say. More tokens need registers that a smaller tile leaves.
 
-    The limits are the smallest without spills at D = 128: 128 registers let 4 programs live on an SM, 168 let 3.
+    At D = 128 the limits are without spills: 128 registers let 4 programs live on an SM, 168 let 3.
     """
-    columns = min(dim, 64 if tokens <= 2 else 32)
-    limit = 128 if tokens == 1 and room <= 6 else 168
-    return Blocks(columns, max(1, dim // 32), limit if tokens <= 2 and dim == 128 else None)
+    columns, registers = min(dim, 64 if tokens <= 2 else 32), None
+    if dim == 128 and tokens <= 2 and room <= 8:
+        registers = 128 if room <= (7 if tokens == 1 else 2) else 168
+    return Blocks(columns, max(1, dim // 32), registers)
 
 
 def commit_blocks(dim: int) -> Blocks:
