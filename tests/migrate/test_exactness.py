@@ -300,10 +300,10 @@ def test_absorbed_equals_expanded_after_a_conversion(dtype, tolerance):
     m, _ = full_rank_mla(
         c, source, x, dtype=dtype, balance="weighted", latent_norm="channel", query_weighted=True, low_rank_query=True
     )
-    call = context(c)
-    q_nope, q_rope = m.q_b_proj(m.q_a_proj(x)).unflatten(-1, (4, -1)).split((8, 8), dim=-1)
+    call = context(c, 5)
+    q = m.q_b_proj(m.q_a_proj(x)).unflatten(-1, (4, -1))
     latent, k_rope = m.kv_a_proj_with_mqa(x).split((m.rank, m.rope), dim=-1)
-    forms = [f(q_nope[:, -5:], q_rope[:, -5:], latent, k_rope, call) for f in (m.absorbed, m.expanded)]
+    forms = [f(q[:, -5:], latent, k_rope, call) for f in (m.absorbed, m.expanded)]
     assert relative(*forms) < tolerance
 
 
