@@ -39,7 +39,7 @@ def route(
     fast, half = stream_kernels(x_NM)
     if fast is not None and x_NM.shape[0]:
         how = (top_k, n_group, topk_group, score_function, norm_topk_prob, scaling_factor)
-        return fast.moe_route(x_NM.to(half), weight_EM, expert_bias_E, *how)[:2]
+        return fast.route(x_NM.to(half), weight_EM, expert_bias_E, *how)[:2]
     with torch.autocast(x_NM.device.type, enabled=False):
         dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
         logits = x_NM.to(dtype) @ weight_EM.to(dtype).T
@@ -112,11 +112,11 @@ def moe(
     score_function: str = "sigmoid",
     norm_topk_prob: bool = True,
     scaling_factor: float = 1.0,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`swiglu_experts(x, *route(x))` [N, M], and how many tokens chose each expert [E] (integers on x's device).
 
-    The kernels add the tokens' gradients through the experts and through the router in one pass, and run a few tokens without
-    gradients as a stream of weights.
+    The kernels add the tokens' gradients through the experts and through the router in one pass. A few tokens without gradients
+    run as a stream of weights, whose tokens are not counted.
     """
     how = (top_k, n_group, topk_group, score_function, norm_topk_prob, scaling_factor)
     fast, half = stream_kernels(x_NM)

@@ -8,7 +8,7 @@ from openling.ops.kernels.lightning_decode import lightning_decode_step
 from openling.ops.kernels.lightning_verify import lightning_commit, lightning_verify_step
 from openling.ops.kernels.loss import head_losses
 from openling.ops.kernels.mla import mla_decode
-from openling.ops.kernels.moe_ops import experts, mixture, moe_route
+from openling.ops.kernels.moe_ops import experts, mixture, route
 from openling.ops.kernels.norm_rope import split_norm_rope
 from openling.ops.kernels.norms import add_rms_norm, gated_group_norm, rms_norm
 from openling.ops.kernels.rope import apply_rope, latent_qkv
@@ -28,8 +28,8 @@ __all__ = [
     "lightning_verify_step",
     "mixture",
     "mla_decode",
-    "moe_route",
     "rms_norm",
+    "route",
     "split_norm_rope",
     "swiglu",
     "swiglu_packed",

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from openling.ops.kernels import moe_gemm
+from openling.ops.kernels.moe_decode import MOST_TOKENS, experts_few, list_few, route_few
 from openling.ops.kernels.moe_route import (
     RouteSpec,
     choose,
@@ -59,7 +60,7 @@ def product(name: str, x: Tensor, width: int) -> Any:
 
 
 @torch.library.custom_op("openling::moe_route", mutates_args=())
-def moe_route(
+def route(
     x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, n_group: int, topk_group: int, score_function: str, norm: bool,
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
@@ -70,7 +71,7 @@ def moe_route(
 
 
 @torch.library.custom_op("openling::moe_route_backward", mutates_args=())
-def moe_route_backward(
+def route_backward(
     dweight: Tensor, x: Tensor, router: Tensor, index: Tensor, logits: Tensor, score_function: str, norm: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and of the router's weight."""
@@ -79,7 +80,7 @@ def moe_route_backward(
     return dlogits[0] @ router.to(x.dtype), route_dweight(dlogits, x.contiguous(), router.dtype)
 
 
-@moe_route.register_fake
+@route.register_fake
 def _(
     x: Tensor, router: Tensor, bias: Tensor | None, top_k: int, n_group: int, topk_group: int, score_function: str, norm: bool,
     scaling: float,
@@ -88,7 +89,7 @@ def _(
     return weight, torch.empty_like(weight, dtype=torch.int64), x.new_empty((x.shape[0], router.shape[0]), dtype=torch.float32)
 
 
-@moe_route_backward.register_fake
+@route_backward.register_fake
 def _(
     dweight: Tensor, x: Tensor, router: Tensor, index: Tensor, logits: Tensor, score_function: str, norm: bool, scaling: float
 ) -> tuple[Tensor, Tensor]:
@@ -105,11 +106,11 @@ def _route_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 def _route_back(ctx: Any, dweight: Tensor | None, *unused: Tensor | None) -> tuple[Tensor | None, ...]:
     dx = drouter = None
     if dweight is not None:
-        dx, drouter = moe_route_backward(dweight, *ctx.saved_tensors, ctx.score_function, ctx.norm, ctx.scaling)
+        dx, drouter = route_backward(dweight, *ctx.saved_tensors, ctx.score_function, ctx.norm, ctx.scaling)
     return dx, drouter, None, None, None, None, None, None, None
 
 
-moe_route.register_autograd(_route_back, setup_context=_route_setup)
+route.register_autograd(_route_back, setup_context=_route_setup)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -232,19 +233,64 @@ moe_experts.register_autograd(_experts_back, setup_context=_experts_setup)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@torch.library.custom_op("openling::moe_few_chosen", mutates_args=())
+def moe_few_chosen(x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The experts' sum for a few tokens whose choice is given."""
+    x = x.contiguous()
+    return experts_few(x, list_few(weight, index, gate.shape[0]), gate, up, down)
+
+
+@moe_few_chosen.register_fake
+def _(x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
 def experts(x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     """Weighted sum of the chosen experts [N, M], with gradients for everything but `index`."""
     keep = _will_go_back(x, weight, gate, up, down)
+    if not keep and few(x, gate):
+        return moe_few_chosen(x, weight, index, gate, up, down)
     return moe_experts(x, weight, index, gate, up, down, None, None, "", False, 1.0, keep)[0]
+
+
+@torch.library.custom_op("openling::moe_few", mutates_args=())
+def moe_few(
+    x: Tensor, router: Tensor, bias: Tensor | None, gate: Tensor, up: Tensor, down: Tensor, top_k: int, n_group: int,
+    topk_group: int, score_function: str, norm: bool, scaling: float,
+) -> Tensor:  # fmt: skip
+    """The whole mixture for a few tokens without gradients: `kernels.moe_decode`."""
+    x = x.contiguous()
+    listed = route_few(x, router, bias, RouteSpec(top_k, n_group, topk_group, score_function, norm, scaling))
+    return experts_few(x, listed, gate, up, down)
+
+
+@moe_few.register_fake
+def _(
+    x: Tensor, router: Tensor, bias: Tensor | None, gate: Tensor, up: Tensor, down: Tensor, top_k: int, n_group: int,
+    topk_group: int, score_function: str, norm: bool, scaling: float,
+) -> Tensor:  # fmt: skip
+    return x.new_empty(x.shape)
+
+
+def few(x: Tensor, gate: Tensor) -> bool:
+    """Whether the stream of weights serves: few tokens, weights in their dtype, and no deterministic mode.
+
+    `torch.use_deterministic_algorithms` also asks that a token's result does not depend on how many others there are; the grouped
+    products have the same tiles for any number.
+    """
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return x.shape[0] <= MOST_TOKENS and gate.dtype == x.dtype and gate.is_contiguous() and not deterministic
 
 
 def mixture(
     x: Tensor, router: Tensor, bias: Tensor | None, gate: Tensor, up: Tensor, down: Tensor, *spec: Any
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """`ops.moe.moe`: the sum [N, M], and how many tokens chose each expert (int32 [E]). spec: the fields of `RouteSpec`."""
-    with torch.no_grad():
-        weight, index, logits = moe_route(x, router, bias, *spec)
     keep = _will_go_back(x, router, gate, up, down)
+    if not keep and few(x, gate):
+        return moe_few(x, router, bias, gate, up, down, *spec), None
+    with torch.no_grad():
+        weight, index, logits = route(x, router, bias, *spec)
     out, _, _, _, _, counts, *_ = moe_experts(
         x, weight, index, gate, up, down, router if keep else None, logits if keep else None, *spec[3:], keep
     )

@@ -91,9 +91,12 @@ class LogitsTile(NamedTuple):
 
 
 def logits_tile(tokens: int, experts: int) -> LogitsTile:
-    """Whole rows of up to 256 experts, so that tokens are read once; small tiles where there are few tokens."""
+    """Whole rows of up to 256 experts, so that tokens are read once; small tiles where there are few tokens.
+
+    In deterministic mode one tile for any number of tokens, so that a token's logits do not depend on it.
+    """
     width = min(256, max(16, triton.next_power_of_2(experts)))
-    if tokens <= 128 * 16:
+    if tokens <= 128 * 16 and not torch.are_deterministic_algorithms_enabled():
         return LogitsTile(64, min(32, width), 64, 4, 4)
     return LogitsTile(128, width, 64, 8 if width > 64 else 4, 4)
 
@@ -156,13 +159,15 @@ def _winner(key, number, NONE: tl.constexpr):
 
 
 @triton.jit
-def _choose_kernel(
-    logits_NE, bias_E, weight_Nk, index_Nk, N, E, scaling,
+def choose_block(
+    logits_NE, bias_E, n, N, E, scaling,
     TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, S: tl.constexpr, CHOICES: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens; scores lie as [tokens, groups, experts of the group], padded to powers of two."""
-    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    """Weights and expert numbers [TOKENS, CHOICES] of the tokens n; scores lie as [tokens, groups, experts of the group].
+
+    All extents are padded to powers of two. Choices from TOP_K on have weight 0 and number -1.
+    """
     n64 = n.to(tl.int64)
     size = E // GROUPS
     group, member = tl.arange(0, G), tl.arange(0, S)
@@ -197,6 +202,7 @@ def _choose_kernel(
     number = (slot // S) * size + slot % S
     column = tl.arange(0, CHOICES)
     weight = tl.zeros((TOKENS, CHOICES), tl.float32)
+    index = tl.full((TOKENS, CHOICES), -1, tl.int32)
     for j in tl.static_range(TOP_K):
         winner = _winner(key, number[None, :], G * S)
         key = tl.where(number[None, :] == winner[:, None], TAKEN, key)
@@ -204,11 +210,32 @@ def _choose_kernel(
         logit_j = tl.load(logits_NE + n64 * E + winner, mask=n < N, other=0.0)
         score = 1.0 / (1.0 + tl.exp(-logit_j)) if SIGMOID else tl.exp(logit_j - top) / total
         weight = tl.where(column[None, :] == j, score[:, None], weight)
-        tl.store(index_Nk + n64 * TOP_K + j, winner.to(index_Nk.dtype.element_ty), mask=n < N)
+        index = tl.where(column[None, :] == j, winner[:, None], index)
     if NORM and TOP_K > 1:
         weight /= (tl.sum(weight, 1) + 1e-20)[:, None]
-    at = weight_Nk + n64[:, None] * TOP_K + column[None, :]
-    tl.store(at, weight * scaling, mask=(n < N)[:, None] & (column < TOP_K)[None, :])
+    return weight * scaling, index
+
+
+@triton.jit
+def _choose_kernel(
+    logits_NE, bias_E, weight_Nk, index_Nk, N, E, scaling,
+    TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr,
+    BIASED: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, S: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    weight, index = choose_block(
+        logits_NE, bias_E, n, N, E, scaling, TOP_K, GROUPS, KEPT, SIGMOID, NORM, BIASED, TOKENS, G, S, CHOICES
+    )
+    column = tl.arange(0, CHOICES)
+    at = n.to(tl.int64)[:, None] * TOP_K + column[None, :]
+    mask = (n < N)[:, None] & (column < TOP_K)[None, :]
+    tl.store(weight_Nk + at, weight, mask=mask)
+    tl.store(index_Nk + at, index.to(index_Nk.dtype.element_ty), mask=mask)
+
+
+def padded_groups(experts: int, groups: int) -> tuple[int, int]:
+    """Groups and experts per group as powers of two."""
+    return triton.next_power_of_2(groups), max(2, triton.next_power_of_2(experts // groups))
 
 
 def choose(logits_NE: Tensor, bias_E: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
@@ -216,8 +243,7 @@ def choose(logits_NE: Tensor, bias_E: Tensor | None, spec: RouteSpec) -> tuple[T
     tokens, experts = logits_NE.shape
     weight = torch.empty(tokens, spec.top_k, dtype=torch.float32, device=logits_NE.device)
     index = torch.empty(tokens, spec.top_k, dtype=torch.int64, device=logits_NE.device)
-    groups = triton.next_power_of_2(spec.n_group)
-    members = max(2, triton.next_power_of_2(experts // spec.n_group))
+    groups, members = padded_groups(experts, spec.n_group)
     block = max(1, 2048 // (groups * members))
     if tokens:
         _choose_kernel[(triton.cdiv(tokens, block),)](
