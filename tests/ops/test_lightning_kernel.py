@@ -1,10 +1,9 @@
 """The Lightning kernels against the recurrence in FP64: outputs, states, every gradient.
 
 Tolerances. FP32 (Triton's interpreter on a CPU): sums of at most T + D terms of random signs, error growing with the square
-root of their count: 8 sqrt(T + D) 2^-24 of the largest value. BF16 (GPU): inputs are exact, but weights, states and faded
-values are rounded to 2^-9 before each product and the output once more. Four independent roundings of relative size at most
-2^-9 (uniform: RMS 2^-9 / sqrt(3)) bound the relative RMS error by 2 x 2^-9 / sqrt(3) = 2.3e-3; twice that allows for the
-unequal sizes of the parts.
+root of their count: 8 sqrt(T + D) 2^-24 of the largest value. BF16 (GPU): inputs are exact; weights, states and
+faded values are rounded before each product and the output once more. A BF16 rounding errs by 2^-8 at most, so by 2^-8 / sqrt(3)
+= 2.3e-3 in the mean at most; four independent ones in quadrature are twice that.
 """
 
 import math
