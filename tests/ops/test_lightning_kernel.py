@@ -103,6 +103,25 @@ def test_pieces_of_a_row_give_the_whole(cut_into_pieces, initial, cuts, decay):
     check(2 if cuts is None else 1, 300, 2, 64, 64, cu_seqlens=cuts, initial=initial, decay=decay)
 
 
+def test_batch_invariant_mode_does_not_cut(cut_into_pieces):
+    """A document alone and in company has the same bits: cuts depend on how much runs beside it."""
+    q, k, v, g, _, _, _, _ = problem(3, 300, 2, 64, 64)
+    low = [x.detach().to(DTYPE) for x in (q, k, v)]
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        together = lightning_forward(*low, g, None, None, 0.125, True)
+        alone = lightning_forward(*(x[1:2] for x in low), g, None, None, 0.125, True)
+        packed = [x.reshape(1, 900, 2, 64) for x in low]
+        cut = torch.tensor([0, 300, 600, 900], dtype=torch.int32, device=DEVICE)
+        in_a_row = lightning_forward(*packed, g, None, cut, 0.125, True)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert torch.equal(together[0][1:2], alone[0])
+    assert torch.equal(together[1][1:2], alone[1])
+    assert torch.equal(in_a_row[0][:, 300:600], alone[0])
+    assert torch.equal(in_a_row[1], together[1])
+
+
 def test_what_the_decay_erased_is_not_read(cut_into_pieces):
     """Rows behind the horizon of a piece may hold anything: at lam = 2^-4 a state remembers 8 tokens to 32 bits."""
     decay = -4 * math.log(2)

@@ -2,7 +2,8 @@
 
 The error of an output is bounded from the sizes of its own terms: out = sum of p c, so |error| <= e (sum of p |c| + |out|), where
 e is the rounding of the weights p (and of the output). In BF16 (8 bits) e = 2^-8; scores are FP32 sums of exact products, and
-10 % more pays for them. In FP32 (Triton's interpreter) e is about 2^-24 times the number of terms of a score; 2^-16 is ample for 200.
+10 % more pays for them. In FP32 (Triton's interpreter) e is about 2^-24 times the number of terms of a score; 2^-16 is ample
+for 200.
 """
 
 from itertools import product

@@ -28,6 +28,15 @@ def kernels_for(x: Tensor) -> ModuleType | None:
     return kernels
 
 
+def batch_invariant() -> bool:
+    """Whether a row's result must not depend on the rows around it, as RL needs between rollout and training.
+
+    `torch.use_deterministic_algorithms(True)` asks for it. Kernels whose tiles or cuts follow the batch then take fixed ones.
+    All of them repeat bit for bit on the same input in any mode.
+    """
+    return torch.are_deterministic_algorithms_enabled()
+
+
 @contextmanager
 def plain_twins() -> Iterator[None]:
     """Run plain twins inside this block, whatever the device: the reference side of tests and benchmarks."""

@@ -27,6 +27,7 @@ import triton.language as tl
 from torch import Tensor
 
 from openling.ops.kernels.lightning_pieces import Pieces, cut, incoming_states, piece_length
+from openling.ops.pick import batch_invariant
 
 LOG2_E = 1.4426950408889634
 CHUNK = 64
@@ -153,7 +154,9 @@ def _slots(device: torch.device) -> int:
 
 
 def _pieces(q: Tensor, v: Tensor, cu_seqlens: Tensor | None) -> Pieces | None:
-    """How long rows of few heads are cut; None where every document is one scan."""
+    """How long rows of few heads are cut; None where every document is one scan, as it always is in batch-invariant mode."""
+    if batch_invariant():
+        return None
     batch, tokens, heads = q.shape[:3]
     programs = heads * triton.cdiv(max(q.shape[3], v.shape[3]), 64)
     documents = batch if cu_seqlens is None else cu_seqlens.shape[0] - 1
