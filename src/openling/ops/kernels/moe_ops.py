@@ -136,7 +136,7 @@ def moe_experts(
     act, h = product("gate_up", x, width)(x, s, gate, up, keep=keep)
     rows = product("down", x, width)(act, s, down)
     out = sum_rows(rows, s.row_P, x.shape[0], weight)
-    return [out, h, *(casts if keep else [x.new_empty(0)] * 3), *s]
+    return [out, h, *(casts if keep else [x.new_empty(0) for _ in casts]), *s]
 
 
 def _cast(w: Tensor, dtype: torch.dtype) -> Tensor:
@@ -157,7 +157,7 @@ def moe_experts_backward(
     x, dout, width = x.contiguous(), dout.contiguous(), gate.shape[1]
     dh, weighted, parts = product("d_act", x, width)(dout, weight.contiguous(), s, down, h)
     dweight = gather_sum(parts, s.row_P, weight.shape)
-    dx = dgate = dup = ddown = drouter = x.new_empty(0)
+    dx, dgate, dup, ddown, drouter = (x.new_empty(0) for _ in range(5))  # an op may not return one tensor twice
     dlogits = None
     if router is not None and logits is not None:
         spec = RouteSpec(index.shape[1], 1, 1, score_function, norm, scaling)

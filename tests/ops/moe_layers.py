@@ -1,0 +1,68 @@
+"""Layers of experts for the kernels' tests: tensors, choices, and the twin in pieces, expert by expert."""
+
+import torch
+import torch.nn.functional as F
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def randn(*shape, seed=0, dtype=torch.float32):
+    generator = torch.Generator(DEVICE).manual_seed(hash((shape, seed)) % 2**31)
+    return torch.randn(*shape, generator=generator, device=DEVICE).to(dtype)
+
+
+def layer(tokens, model=48, width=32, experts=8, seed=0, dtype=torch.float32):
+    """x, router, bias, gate, up, down."""
+    shapes = (
+        (tokens, model),
+        (experts, model),
+        (experts,),
+        (experts, width, model),
+        (experts, width, model),
+        (experts, model, width),
+    )
+    scales = 1, model**-0.5, 0.1, model**-0.5, model**-0.5, width**-0.5
+    halves = (dtype, torch.float32, torch.float32, dtype, dtype, dtype)
+    return [
+        (randn(*shape, seed=seed + i) * scale).to(half)
+        for i, (shape, scale, half) in enumerate(zip(shapes, scales, halves, strict=True))
+    ]
+
+
+def options(spec):
+    return dict(zip(("top_k", "n_group", "topk_group", "score_function", "norm_topk_prob", "scaling_factor"), spec, strict=True))
+
+
+def weights_of(x, router, index, spec):
+    """The twin's weights for a choice that is given, in FP64."""
+    logits = x @ router.T
+    scores = logits.sigmoid() if spec.score_function == "sigmoid" else logits.softmax(-1)
+    weight = scores.gather(-1, index)
+    if spec.norm_topk_prob and spec.top_k > 1:
+        weight = weight / (weight.sum(-1, keepdim=True) + 1e-20)
+    return weight * spec.scaling_factor
+
+
+def summed(x, weight, index, gate, up, down):
+    """The experts' sum, expert by expert."""
+    out = torch.zeros_like(x)
+    for e in range(gate.shape[0]):
+        n, j = (index == e).nonzero(as_tuple=True)
+        y = F.linear(F.silu(F.linear(x[n], gate[e])) * F.linear(x[n], up[e]), down[e])
+        out = out.index_add(0, n, y * weight[n, j, None])
+    return out
+
+
+def worst(found, expected):
+    """Largest error relative to the largest value."""
+    return ((found.double() - expected.double()).abs().max() / expected.double().abs().max().clamp_min(1e-30)).item()
+
+
+def choices(tokens, top_k, experts, kind):
+    generator = torch.Generator().manual_seed(tokens)
+    if kind == "one":
+        return torch.full((tokens, 1), experts - 2, device=DEVICE)
+    scores = torch.rand(tokens, experts, generator=generator)
+    if kind == "skewed":
+        scores += torch.arange(experts) * 0.4
+    return scores.topk(top_k).indices.to(DEVICE)

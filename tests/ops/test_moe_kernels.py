@@ -1,0 +1,323 @@
+"""The experts' kernels in FP32 against their twins in FP64, small: in Triton's interpreter without a GPU. BF16: test_moe_gpu.py.
+
+FP32 tolerances: a sum of K products is off by at most K 2^-24 of the sum of magnitudes, and rarely by more than sqrt(K) 2^-24;
+with K <= 64 and a chain of four products 2e-6 of the largest value covers it tenfold.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from moe_layers import DEVICE, choices, layer, options, randn, summed, weights_of, worst  # noqa: E402
+
+from openling.ops.kernels import moe_decode, moe_gemm, moe_ops, moe_sort  # noqa: E402
+from openling.ops.kernels.moe_route import (  # noqa: E402
+    RouteSpec,
+    choose,
+    route_dlogits,
+    route_dweight,
+    route_logits,
+    split_terms,
+    weight_terms,
+)
+from openling.ops.moe import route as route_twin  # noqa: E402
+
+FP32 = 2e-6
+SPEC = RouteSpec(3, 2, 1, "sigmoid", True, 2.5)
+# The kernels compile for every dtype and option: on a GPU the BF16 tests cover the same code, and these would only take time.
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="test_moe_gpu.py tests these kernels in BF16")
+
+
+@pytest.fixture(autouse=True)
+def small_tiles(monkeypatch):
+    for name in moe_gemm.TILES:
+        monkeypatch.setitem(moe_gemm.TILES, name, moe_gemm.Tile(128, 32, 32, 4, 2))
+
+
+@pytest.fixture
+def poisoned(monkeypatch):
+    """Memory that nobody wrote is NaN, and 3 where it holds integers (a wild index would end the process)."""
+
+    def poison(make):
+        def made(*args, **kwargs):
+            out = make(*args, **kwargs)
+            return out.fill_(float("nan") if out.is_floating_point() else 3)
+
+        return made
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poison(getattr(owner, name)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Router
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def routed(x, router, bias, spec):
+    logits = route_logits(x, weight_terms(router, x.dtype))
+    return logits, *choose(logits, bias, spec)
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("tokens", "model", "experts", "spec", "biased"),
+    [
+        (37, 40, 16, RouteSpec(4, 4, 2, "sigmoid", True, 2.5), True),
+        (19, 24, 12, RouteSpec(3, 3, 2, "softmax", True, 2.5), True),
+        (5, 33, 6, RouteSpec(1, 1, 1, "sigmoid", True, 1.0), False),
+        (21, 16, 256, RouteSpec(8, 8, 4, "sigmoid", True, 2.5), True),
+        (9, 16, 10, RouteSpec(4, 2, 1, "softmax", False, 1.5), False),
+    ],
+)
+def test_router_and_its_gradients_equal_the_twin(tokens, model, experts, spec, biased, poisoned):
+    x, router, bias = layer(tokens, model, 4, experts)[:3]
+    bias = bias if biased else None
+    logits, weight, index = routed(x, router, bias, spec)
+    x64, router64 = x.double().requires_grad_(), router.double().requires_grad_()
+    expected, chosen = route_twin(x64, router64, None if bias is None else bias.double(), **options(spec))
+    order, other = index.sort().indices, chosen.sort().indices
+    assert torch.equal(index.gather(1, order), chosen.gather(1, other))
+    assert worst(weight.gather(1, order), expected.gather(1, other)) < FP32
+    dweight = randn(tokens, spec.top_k, seed=9)
+    expected.backward(torch.zeros_like(expected).scatter(1, other, dweight.gather(1, order).double()))
+    dlogits = route_dlogits(dweight, logits, index, spec, x.dtype)
+    assert worst(route_dweight(dlogits, x, x.dtype), router64.grad) < FP32
+    assert worst(dlogits.sum(0) @ router, x64.grad) < FP32
+
+
+def test_experts_come_in_descending_order_and_ties_go_to_the_lowest_number():
+    scores = torch.tensor([[0.0, 2.0, 2.0, 1.0, -1.0, 2.0, 0.0, 0.0], [0.5] * 8], device=DEVICE)
+    _, index = choose(scores, None, RouteSpec(5, 1, 1, "sigmoid", True, 1.0))
+    assert index.tolist() == [[1, 2, 5, 3, 0], [0, 1, 2, 3, 4]]
+    _, index = choose(scores, None, RouteSpec(3, 4, 2, "sigmoid", True, 1.0))
+    assert index.tolist() == [[1, 2, 3], [0, 1, 2]]  # groups (0, 2) (2, 1) (-1, 2) (0, 0); of equal ones the first two
+
+
+def test_bias_moves_the_choice_alone_and_losing_groups_never_win():
+    x, router, _ = layer(20, 16, 4, 8)[:3]
+    bias = torch.full((8,), -5.0, device=DEVICE)
+    bias[4:] -= 1.0
+    logits, weight, index = routed(x, router, bias, RouteSpec(3, 2, 1, "sigmoid", False, 1.0))
+    assert (index < 4).all()
+    assert worst(weight, logits.sigmoid().gather(1, index)) < FP32
+
+
+def test_infinite_bias_and_nan_scores():
+    logits = torch.zeros(2, 8, device=DEVICE)
+    logits[1, 2] = float("nan")
+    bias = torch.zeros(8, device=DEVICE)
+    bias[:3] = torch.tensor([float("-inf"), float("inf"), 0.5])
+    _, index = choose(logits, bias, RouteSpec(8, 1, 1, "sigmoid", True, 1.0))
+    # Minus infinity and NaN come last, each expert once.
+    assert index.tolist() == [[1, 2, 3, 4, 5, 6, 7, 0], [1, 3, 4, 5, 6, 7, 0, 2]]
+
+
+def test_three_bf16_terms_are_the_fp32_weight():
+    weight = randn(7, 50) * torch.logspace(-10, 3, 50, device=DEVICE)
+    terms = split_terms(weight, 3, torch.bfloat16)
+    assert ((terms.double().sum(0) - weight.double()) / weight.double()).abs().max() <= 2**-25
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sorting
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "kind"),
+    [(1, 1, 1, "even"), (5, 2, 3, "even"), (700, 2, 5, "skewed"), (300, 8, 16, "even"), (0, 2, 4, "even"), (900, 1, 4, "one")],
+)
+def test_sorted_rows_are_the_stable_order_in_segments(tokens, top_k, experts, kind, poisoned):
+    index = choices(tokens, top_k, experts, kind)
+    s = moe_sort.sort_tokens(index, experts)
+    flat = index.flatten()
+    counts = torch.zeros(experts, dtype=torch.int64, device=DEVICE).scatter_add_(0, flat, torch.ones_like(flat))
+    units = (counts + moe_sort.UNIT - 1) // moe_sort.UNIT
+    start = F.pad((units * moe_sort.UNIT).cumsum(0), (1, 0))
+    order = flat.argsort(stable=True)
+    rank = torch.arange(flat.numel(), device=DEVICE) - F.pad(counts.cumsum(0), (1, 0))[flat[order]]
+    row = torch.empty_like(flat).scatter_(0, order, start[flat[order]] + rank)
+    entry = torch.full((int(start[-1]),), -1, device=DEVICE).scatter_(0, row, torch.arange(flat.numel(), device=DEVICE))
+    assert torch.equal(s.counts_E.long(), counts) and torch.equal(s.start_E.long(), start)
+    assert torch.equal(s.row_P.long(), row)
+    assert int(start[-1]) <= s.entry_R.numel() and torch.equal(s.entry_R[: int(start[-1])].long(), entry)
+    tiles = [
+        [e, int(start[e]) + i * moe_sort.UNIT, min(2, int(units[e]) - i)]
+        for e in range(experts)
+        for i in range(0, int(units[e]), 2)
+    ]
+    assert int(s.tiles[0, 0]) == len(tiles) <= s.max_tiles
+    assert s.tiles[1 : 1 + len(tiles), :3].tolist() == tiles
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+LOADS = {
+    "a few tokens, empty experts": (3, 33, 16, 8, SPEC),
+    "several tiles": (150, 48, 32, 4, RouteSpec(2, 1, 1, "sigmoid", True, 2.5)),
+    "softmax": (70, 24, 48, 6, RouteSpec(2, 1, 1, "softmax", False, 1.0)),
+    "one expert takes everything": (140, 16, 16, 4, RouteSpec(1, 1, 1, "sigmoid", True, 1.0)),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("load", LOADS)
+@pytest.mark.parametrize("form", ["mixture", "route and experts"])
+def test_layer_and_all_gradients_equal_the_twin(load, form, poisoned):
+    tokens, model, width, experts, spec = LOADS[load]
+    x, router, bias, *weights = layer(tokens, model, width, experts)
+    if load.startswith("one"):
+        bias[2] = 100.0
+    leaves = [t.requires_grad_() for t in (x, router, *weights)]
+    if form == "mixture":
+        out, counts = moe_ops.mixture(x, router, bias, *weights, *spec)
+        index = moe_ops.route(x, router, bias, *spec)[1]
+        assert torch.equal(counts.cpu(), index.flatten().cpu().bincount(minlength=experts).int())
+    else:
+        weight, index, _ = moe_ops.route(x, router, bias, *spec)
+        out = moe_ops.experts(x, weight, index, *weights)
+    dout = randn(tokens, model, seed=7)
+    found = [out, *torch.autograd.grad(out, leaves, dout)]
+    copies = [t.detach().double().requires_grad_() for t in leaves]
+    expected = summed(copies[0], weights_of(copies[0], copies[1], index, spec), index, *copies[2:])
+    grads = torch.autograd.grad(expected, copies, dout.double())
+    for a, b in zip(found, [expected, *grads], strict=True):
+        assert worst(a, b) < FP32
+
+
+@interpreted
+def test_what_needs_no_gradient_gets_none():
+    x, router, bias, *weights = layer(20)
+    x.requires_grad_()
+    out, _ = moe_ops.mixture(x, router, bias, *weights, *SPEC)
+    (dx,) = torch.autograd.grad(out.sum(), (x,))
+    full = [t.clone().requires_grad_() for t in (x.detach(), router, *weights)]
+    out, _ = moe_ops.mixture(full[0], full[1], bias, *full[2:], *SPEC)
+    assert torch.equal(dx, torch.autograd.grad(out.sum(), full)[0])
+
+
+@interpreted
+def test_runs_are_bitwise_equal():
+    x, router, bias, *weights = layer(70)
+    runs = []
+    for _ in range(2):
+        leaves = [t.clone().requires_grad_() for t in (x, router, *weights)]
+        out, _ = moe_ops.mixture(leaves[0], leaves[1], bias, *leaves[2:], *SPEC)
+        runs.append([out, *torch.autograd.grad(out, leaves, x)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@interpreted
+def test_ops_are_registered_as_pytorch_asks():
+    x, router, bias, *weights = layer(4)
+    weight, index, logits = moe_ops.route(x, router, bias, *SPEC)
+    leaves = [t.requires_grad_() for t in (x, router, *weights)]
+    torch.library.opcheck(moe_ops.route, (x, router, bias, *SPEC))
+    # Without the comparison of outputs: the ends of the tables are not written.
+    tests = ("test_schema", "test_autograd_registration", "test_faketensor")
+    arguments = (x, weight, index, *weights, router, logits, *SPEC[3:], True)
+    torch.library.opcheck(moe_ops.moe_experts, arguments, test_utils=tests)
+    torch.library.opcheck(moe_ops.moe_few, (x.detach(), router.detach(), bias, *(w.detach() for w in weights), *SPEC))
+    assert all(leaf.requires_grad for leaf in leaves)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A few tokens
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("tokens", "model", "width", "experts", "spec"),
+    [
+        (1, 48, 32, 8, SPEC),
+        (5, 40, 24, 8, RouteSpec(2, 4, 2, "softmax", True, 2.5)),
+        (32, 33, 16, 6, RouteSpec(2, 1, 1, "sigmoid", True, 1.0)),
+    ],
+)
+def test_few_tokens_equal_the_twin_whatever_the_batch(tokens, model, width, experts, spec, poisoned):
+    x, router, bias, *weights = layer(tokens, model, width, experts)
+    listed = moe_decode.route_few(x, router, bias, spec)
+    out = moe_decode.experts_few(x, listed, *weights)
+    x64, router64 = x.double(), router.double()
+    chosen = route_twin(x64, router64, bias.double(), **options(spec))[1]
+    assert torch.equal(listed.index.sort().values, chosen.sort().values)
+    expected = summed(x64, weights_of(x64, router64, listed.index, spec), listed.index, *(w.double() for w in weights))
+    assert worst(out, expected) < FP32
+    lines = listed.plan[1 : 1 + int(listed.plan[0, 0])].tolist()
+    found = {line[0]: sorted(line[2 : 2 + line[1]]) for line in lines}
+    flat = listed.index.flatten().tolist()
+    assert found == {e: [p for p, other in enumerate(flat) if other == e] for e in set(flat)}
+    given = moe_decode.list_few(listed.weight, listed.index, experts)
+    assert torch.equal(moe_decode.experts_few(x, given, *weights), out)
+    for n in range(0, tokens, 3):
+        alone = x[n : n + 1]
+        assert torch.equal(
+            moe_decode.experts_few(alone, moe_decode.route_few(alone, router, bias, spec), *weights), out[n : n + 1]
+        )
+
+
+@interpreted
+def test_few_tokens_without_gradients_take_the_stream(monkeypatch):
+    x, router, bias, *weights = layer(4)
+    with torch.no_grad():
+        out, counts = moe_ops.mixture(x, router, bias, *weights, *SPEC)
+        assert counts is None
+        torch.use_deterministic_algorithms(True)
+        try:
+            rows, counts = moe_ops.mixture(x, router, bias, *weights, *SPEC)
+        finally:
+            torch.use_deterministic_algorithms(False)
+    assert counts is not None
+    assert worst(out, rows) < FP32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Hopper's forms, in Python
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize(
+    ("tokens", "top_k", "experts", "model", "width", "ring", "lead", "dtype", "processors"),
+    [
+        (75, 2, 2, 256, 256, 4, 0, torch.bfloat16, 2),
+        (135, 1, 2, 256, 256, 3, 1, torch.float32, 3),
+    ],
+)
+def test_hopper_products_equal_the_portable_ones(
+    tokens, top_k, experts, model, width, ring, lead, dtype, processors, monkeypatch
+):
+    """BF16 results of FP64 sums against FP32 ones on the same BF16 numbers: half a unit in the last place, 2^-8."""
+    import gluon_on_cpu as emulator
+
+    from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_parts
+    from openling.ops.kernels.moe_hopper_parts import Ring
+
+    x, _, _, gate, up, down = layer(tokens, model, width, experts, dtype=torch.bfloat16)
+    weight, dout = randn(tokens, top_k, seed=5).abs(), randn(tokens, model, seed=6, dtype=torch.bfloat16)
+    index = choices(tokens, top_k, experts, "even")
+    s = moe_sort.sort_tokens(index, experts)
+    ring = Ring(ring, lead)
+    with emulator.gluon_on_cpu(moe_hopper, moe_hopper_back, moe_hopper_parts):
+        monkeypatch.setattr(moe_hopper_parts, "processors", lambda device: processors)
+        act, h = moe_hopper.gate_up(x, s, gate, up, keep=True, ring=ring)
+        found = [act, h, moe_hopper.down(act, s, down, ring), *moe_hopper_back.d_act(dout, weight, s, down, h, Ring(3, lead))]
+        found += [moe_hopper.d_x(found[3], s, gate, up, ring), moe_hopper_back.d_down(dout, found[4], s, dtype, ring)]
+        found += moe_hopper_back.d_gate_up(found[3], x, s, dtype, ring)
+    act, h, _, dh, weighted, *_ = (t.float() for t in found)
+    x, gate, up, down, dout = (t.float() for t in (x, gate, up, down, dout))
+    expected = [*moe_gemm.gate_up(x, s, gate, up, keep=True), moe_gemm.down(act, s, down)]
+    expected += moe_gemm.d_act(dout, weight, s, down, h)
+    expected += [moe_gemm.d_x(dh, s, gate, up), moe_gemm.d_down(dout, weighted, s, torch.float32)]
+    expected += moe_gemm.d_gate_up(dh, x, s, torch.float32)
+    rows = int(s.start_E[-1])
+    found[5], expected[5] = found[5].sum(0)[:, None], expected[5].sum(0)[:, None]  # column blocks differ
+    for i, (a, b) in enumerate(zip(found, expected, strict=True)):
+        kept = slice(None) if i > 6 else slice(0, rows)
+        assert worst(a[kept], b[kept]) < (FP32 if a.dtype == torch.float32 else 2**-8 + FP32)
