@@ -1,0 +1,204 @@
+"""Times every form and tile of the experts' products at the goal's shape, then the rest of the layer and decoding.
+
+    python benchmarks/sweep_moe.py [--seconds 85] [--only gate_up,d_act,...]
+
+Prints, per product, microseconds and TFLOP/s of each candidate, best first, beside torch's grouped_mm on copies that exist
+already, and how far the first result of a form is from the portable one. Compiling takes most of the time. Write the winners into
+`FORMS` (kernels/moe_ops.py), `TILES` (moe_gemm.py), `RINGS` (moe_hopper_parts.py), `GATE_UP` and `DOWN` (moe_decode.py).
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable, Iterator
+from itertools import cycle
+from statistics import median
+
+import torch
+
+from openling.bench.cases_moe import CHOICE, Layer, Work, make_layer, make_work, products
+from openling.ops import kernels
+from openling.ops.kernels import moe_decode, moe_gemm, moe_hopper, moe_hopper_back, moe_hopper_parts, moe_ops, moe_route, moe_sort
+from openling.ops.moe import moe
+
+SPEC = moe_route.RouteSpec(score_function="sigmoid", norm_topk_prob=True, **CHOICE)
+TOTAL = ("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up")
+
+
+def microseconds(call: Callable[[], object], runs: int = 5) -> float:
+    """Median of single runs after two to warm up."""
+    for _ in range(2):
+        call()
+    times = []
+    for _ in range(runs):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(1e3 * start.elapsed_time(end))
+    return median(times)
+
+
+def in_graph(call: Callable[[], object], calls: int = 32) -> float:
+    """Microseconds per call, captured in one CUDA graph."""
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(calls):
+            call()
+    return microseconds(graph.replay) / calls
+
+
+def forms(name: str) -> Iterator[tuple[str, Callable[..., object]]]:
+    """Hopper's rings, then portable tiles; the chosen ones come first."""
+    hopper = getattr(moe_hopper, name, None) or getattr(moe_hopper_back, name)
+    rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates(name)]
+    for ring in dict.fromkeys(rings):
+        yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
+    portable = getattr(moe_gemm, name)
+    for tile in dict.fromkeys([moe_gemm.TILES[name], *moe_gemm.candidates(name)]):
+        yield f"portable {tile}", lambda *a, tile=tile, **k: portable(*a, **k, tile=tile)
+
+
+def first_tensors(result: object) -> list[torch.Tensor]:
+    """The results as a list."""
+    return [result] if isinstance(result, torch.Tensor) else list(result)  # type: ignore[call-overload]
+
+
+def sweep_product(name: str, layer: Layer, work: Work, clock: Callable[[], bool]) -> float:
+    """Prints all candidates of a product; the best time in µs."""
+    call, peer, flops = products(layer, work)[name]
+    rows = int(work.s.start_E[-1])
+    expected = [t.float() for t in first_tensors(call(getattr(moe_gemm, name)))]
+    print(f"\n{name}: grouped_mm {report(microseconds(peer), flops)}", flush=True)
+    found: list[tuple[float, str]] = []
+    seen = set()
+    for label, form in forms(name):
+        if clock():
+            print("  (time is up)")
+            break
+        try:
+            if (kind := label.split()[0]) not in seen:
+                seen.add(kind)
+                worst = 0.0
+                for a, b in zip(first_tensors(call(form)), expected, strict=True):
+                    if a.shape == b.shape and a.dtype != torch.float32:
+                        part = slice(rows) if a.shape[0] == work.s.entry_R.numel() else slice(None)
+                        worst = max(worst, ((a[part].float() - b[part]).norm() / b[part].norm()).item())
+                print(f"  {kind}: off by {worst:.1e} from the portable form", flush=True)
+            found.append((microseconds(lambda form=form: call(form)), label))
+        except Exception as error:
+            print(f"  {label}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
+    for us, label in sorted(found):
+        print(f"  {report(us, flops)}  {label}", flush=True)
+    return min(us for us, _ in found)
+
+
+def report(us: float, flops: int) -> str:
+    """Time and rate."""
+    return f"{us:8.0f} us {flops / us * 1e-6:5.0f} TFLOP/s"
+
+
+def rest_of_layer(layer: Layer) -> dict[str, float]:
+    """Router, sorting and sums, in µs."""
+    x, router = layer.x, layer.router
+    tokens = x.shape[0]
+    spec = moe_route.RouteSpec(
+        CHOICE["top_k"], CHOICE["n_group"], CHOICE["topk_group"], "sigmoid", True, CHOICE["scaling_factor"]
+    )
+    terms = moe_route.weight_terms(router, x.dtype)
+    logits = moe_route.route_logits(x, terms)
+    weight, index = moe_route.choose(logits, layer.bias, spec)
+    s = moe_sort.sort_tokens(index, router.shape[0])
+    rows = torch.randn(s.entry_R.numel(), x.shape[1], device=x.device, dtype=x.dtype)
+    dlogits = moe_route.route_dlogits(weight, logits, index, spec, x.dtype)
+    half = router.to(x.dtype)
+    timed = {
+        "terms": lambda: moe_route.weight_terms(router, x.dtype),
+        "choose": lambda: moe_route.choose(logits, layer.bias, spec),
+        "sort": lambda: moe_sort.sort_tokens(index, router.shape[0]),
+        "sum_rows": lambda: moe_sort.sum_rows(rows, s.row_P, tokens, weight),
+        "sum_rows_routed": lambda: moe_sort.sum_rows_routed(rows, s.row_P, dlogits[0], half),
+        "dlogits": lambda: moe_route.route_dlogits(weight, logits, index, spec, x.dtype),
+        "dweight": lambda: moe_route.route_dweight(dlogits, x, torch.float32),
+        "gather_sum": lambda: moe_sort.gather_sum(rows.new_zeros(2, rows.shape[0], dtype=torch.float32), s.row_P, weight.shape),
+    }
+    times = {name: microseconds(call) for name, call in timed.items()}
+    tiles = {
+        tile: microseconds(lambda tile=tile: moe_route.route_logits(x, terms, tile)) for tile in moe_route.logits_candidates()
+    }
+    for tile, us in tiles.items():
+        print(f"  logits {us:7.0f} us  {tile}", flush=True)
+    times["logits"] = tiles[moe_route.logits_tile(tokens, router.shape[0])]
+    print(
+        "  " + ", ".join(f"{name} {us:.0f}" for name, us in times.items()) + f" us: {sum(times.values()):.0f} in all", flush=True
+    )
+    return times
+
+
+def sweep_decode(layer: Layer, clock: Callable[[], bool]) -> None:
+    """Streams of weights for 1, 8 and 32 tokens: the whole in a graph, then each product with each tile."""
+    weights = (layer.gate, layer.up, layer.down)
+    for tokens in (1, 8, 32):
+        batches = [layer.x[i * tokens : (i + 1) * tokens] for i in range(max(2, 64 // tokens))]
+        lists = [moe_decode.route_few(x, layer.router, layer.bias, SPEC) for x in batches]
+        hit = sum(listed.index.unique().numel() for listed in lists) / len(lists)
+        of_all = 3 * hit * layer.gate[0].nbytes
+
+        def timed(call: Callable[..., object], items: list) -> float:
+            turn = cycle(items)
+            return in_graph(lambda: call(next(turn)))
+
+        us = timed(lambda x: moe(x, *layer.tensors[1:], **CHOICE), batches)
+        print(f"  {tokens} tokens, {hit:.0f} experts: {us:.1f} us, {of_all / us * 1e-6:.2f} TB/s", flush=True)
+        us = timed(lambda x: moe_decode.route_few(x, layer.router, layer.bias, SPEC), batches)
+        print(f"    router and plan {us:.1f} us", flush=True)
+        pairs = [*zip(batches, lists, strict=True)]
+        for tile in moe_decode.candidates():
+            if clock():
+                return
+            both = [
+                timed(lambda p, tiles=tiles: moe_decode.experts_few(*p, *weights, tiles=tiles), pairs)
+                for tiles in ((tile, moe_decode.DOWN), (moe_decode.GATE_UP, tile))
+            ]
+            print(f"    as gate_up {both[0]:6.1f} us, as down {both[1]:6.1f} us  {tile}", flush=True)
+
+
+def main() -> None:
+    """Sweep what was asked for, until the time is up."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=85)
+    parser.add_argument("--only", default=",".join((*TOTAL, "rest", "decode")))
+    chosen, seconds = (lambda a: (a.only.split(","), a.seconds))(parser.parse_args())
+    started = time.monotonic()
+
+    def over() -> bool:
+        return time.monotonic() - started > seconds
+
+    torch.manual_seed(0)
+    layer = make_layer(32768, 2048, 512, 256)
+    print(f"{torch.cuda.get_device_name()}, {layer.name()}; kernels: {kernels.__name__}")
+    wanted = dict(moe_ops.FORMS)
+    moe_ops.FORMS.update(dict.fromkeys(TOTAL, "portable"))  # the inputs must not come from what is to be judged
+    work = make_work(layer)
+    moe_ops.FORMS.update(wanted)
+    total = sum(sweep_product(name, layer, work, over) for name in TOTAL if name in chosen and not over())
+    del work
+    if "rest" in chosen and not over():
+        print("\nrest of the layer")
+        total += sum(rest_of_layer(layer).values())
+    if set(chosen) >= {*TOTAL, "rest"} and not over():
+        print(f"\nsum of the best {total:.0f} us: {3 * layer.flops / total * 1e-6:.0f} TFLOP/s (goal 517)")
+    if "decode" in chosen and not over():
+        print("\ndecoding")
+        sweep_decode(layer, over)
+    print(f"\n{time.monotonic() - started:.0f} s; products run as {moe_ops.FORMS}")
+
+
+if __name__ == "__main__":
+    main()
