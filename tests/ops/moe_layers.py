@@ -66,3 +66,18 @@ def choices(tokens, top_k, experts, kind):
     if kind == "skewed":
         scores += torch.arange(experts) * 0.4
     return scores.topk(top_k).indices.to(DEVICE)
+
+
+def block_fp8(weight):
+    """e4m3 values and FP32 scales per 128 x 128 of [E, rows, columns]."""
+    blocks = weight.float().unflatten(2, (-1, 128)).unflatten(1, (-1, 128))
+    scale = blocks.abs().amax((2, 4)) / 448
+    return (blocks / scale[:, :, None, :, None]).flatten(3).flatten(1, 2).to(torch.float8_e4m3fn), scale
+
+
+def rows_fp8(x):
+    """e4m3 values and FP32 scales per row and 128 columns, rounded to the nearest."""
+    blocks = x.float().unflatten(1, (-1, 128))
+    scale = blocks.abs().amax(2) / 448
+    scale = torch.where(scale > 0, scale, 1.0)
+    return (blocks / scale[..., None]).flatten(1).to(torch.float8_e4m3fn), scale

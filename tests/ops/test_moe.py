@@ -10,7 +10,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3MoE, 
 from transformers.models.mixtral.modeling_mixtral import MixtralTopKRouter
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeTopKRouter
 
-from openling.ops.moe import combine_experts, route
+from openling.ops.moe import block_fp8_experts, combine_experts, count_tokens, dequantize_blocks, moe, route, swiglu_experts
 
 
 def randn(*shape, seed=0):
@@ -235,3 +235,36 @@ def test_inner_tensors_follow_the_inputs_device():
     with torch.device("meta"):
         found, index = route(x, weight, bias, top_k=2, n_group=2, topk_group=1)
         combine_experts(x, found, index, 8, lambda e, rows: rows)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole layer
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_the_layer_is_router_and_experts_and_counts_its_tokens():
+    x, router, bias = randn(30, 6), randn(8, 6, seed=1), randn(8, seed=2)
+    gate, up, down = randn(8, 5, 6, seed=3), randn(8, 5, 6, seed=4), randn(8, 6, 5, seed=5)
+    options = {"top_k": 3, "n_group": 2, "topk_group": 1, "scaling_factor": 2.5}
+    out, counts = moe(x, router, bias, gate, up, down, **options)
+    weight, index = route(x, router, bias, **options)
+    assert torch.equal(out, swiglu_experts(x, weight, index, gate, up, down))
+    assert counts.tolist() == index.flatten().bincount(minlength=8).tolist() == count_tokens(index, 8).tolist()
+    rows = [
+        sum(weight[n, j] * (down[e] @ (F.silu(gate[e] @ x[n]) * (up[e] @ x[n]))) for j, e in enumerate(index[n]))
+        for n in range(30)
+    ]
+    assert torch.allclose(out, torch.stack(rows), rtol=0, atol=1e-12)
+
+
+def test_blocks_are_dequantised_to_the_edge():
+    weight = randn(2, 130, 200).to(torch.float8_e4m3fn)
+    scale = randn(2, 2, 2, seed=1).abs().float()
+    wide = dequantize_blocks(weight, scale, torch.float64)
+    for e, r, c in ((0, 0, 0), (1, 127, 127), (0, 128, 0), (1, 129, 199), (0, 5, 130)):
+        assert wide[e, r, c] == (weight[e, r, c].float() * scale[e, r // 128, c // 128]).double()
+    gate = up = (weight[:, :128, :128], scale[:, :1, :1])
+    x, index = randn(4, 128), torch.tensor([[0, 1]] * 4)
+    found = block_fp8_experts(x, torch.ones(4, 2), index, (gate[0], up[0], gate[0]), (gate[1], up[1], gate[1]))
+    expected = swiglu_experts(x, torch.ones(4, 2), index, *[dequantize_blocks(*gate, torch.float64)] * 3)
+    assert torch.equal(found, expected)

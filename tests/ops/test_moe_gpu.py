@@ -9,10 +9,11 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from moe_layers import choices, layer, options, randn, summed, weights_of
+from moe_layers import block_fp8, choices, layer, options, randn, rows_fp8, summed, weights_of
 
-from openling.ops.kernels import moe_decode, moe_ops, moe_sort
+from openling.ops.kernels import moe_decode, moe_fp8, moe_ops, moe_sort
 from openling.ops.kernels.moe_route import RouteSpec
+from openling.ops.moe import dequantize_blocks
 from openling.ops.moe import route as route_twin
 
 
@@ -174,3 +175,29 @@ def test_deterministic_mode_gives_a_token_the_same_result_in_any_batch():
                 assert torch.equal(moe_ops.mixture(x[:tokens], router, bias, *weights, *spec)[0], whole[:tokens])
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("tokens", [8, 3000])
+def test_block_fp8(tokens):
+    """Few tokens: the dequantised weights' result, with roundings of a and out.
+
+    Many: x and a are rounded to e4m3 as well, off by up to 2^-4 of a power of two, which is 2^-4 / sqrt(3) / 1.5 = 0.024 in the
+    mean square; x's error comes through both gate and up.
+    """
+    spec = RouteSpec(8, 8, 4, "sigmoid", True, 2.5)
+    x, router, bias, *weights = layer(tokens, 1024, 512, 64, dtype=torch.bfloat16)
+    pairs = [block_fp8(w) for w in weights]
+    wide = [dequantize_blocks(*pair, torch.float64) for pair in pairs]
+    weight, index, _ = moe_ops.route(x, router, bias, *spec)
+    out = moe_fp8.block_fp8_experts(x, weight, index, *(p[0] for p in pairs), *(p[1] for p in pairs))
+    expected = summed(x.double(), weight.double(), index, *wide)
+    assert off(out, expected) < (2**0.5 * 2**-9 if tokens <= moe_decode.MOST_TOKENS else 3**0.5 * 0.024)
+
+
+def test_rows_are_quantised_to_the_nearest():
+    x = randn(300, 1024, dtype=torch.bfloat16)
+    values, scales = moe_fp8.quantize_rows(x)
+    nearest, expected = rows_fp8(x)
+    assert torch.allclose(scales, expected, rtol=2**-22, atol=0)
+    # Numbers half way between two of e4m3 may go either way, because the division may be off by an FP32 rounding.
+    assert (values.float() != nearest.float()).double().mean() < 1e-4

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from moe_layers import DEVICE, choices, layer, options, randn, summed, weights_of, worst  # noqa: E402
+from moe_layers import DEVICE, block_fp8, choices, layer, options, randn, rows_fp8, summed, weights_of, worst  # noqa: E402
 
-from openling.ops.kernels import moe_decode, moe_gemm, moe_ops, moe_sort  # noqa: E402
+from openling.ops.kernels import moe_decode, moe_fp8, moe_gemm, moe_ops, moe_sort  # noqa: E402
 from openling.ops.kernels.moe_route import (  # noqa: E402
     RouteSpec,
     choose,
@@ -22,6 +22,7 @@ from openling.ops.kernels.moe_route import (  # noqa: E402
     split_terms,
     weight_terms,
 )
+from openling.ops.moe import dequantize_blocks  # noqa: E402
 from openling.ops.moe import route as route_twin  # noqa: E402
 
 FP32 = 2e-6
@@ -275,6 +276,38 @@ def test_few_tokens_without_gradients_take_the_stream(monkeypatch):
             torch.use_deterministic_algorithms(False)
     assert counts is not None
     assert worst(out, rows) < FP32
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Block FP8
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@interpreted
+@pytest.mark.parametrize("tokens", [5, 70])
+def test_block_fp8_products_are_those_of_the_dequantised_numbers(tokens, poisoned):
+    x, router, bias, *weights = layer(tokens, 256, 128, 4)
+    pairs = [block_fp8(w) for w in weights]
+    wide = [dequantize_blocks(*pair, torch.float64) for pair in pairs]
+    weight, index, _ = moe_ops.route(x, router, bias, *SPEC)
+    values, scales = [p[0] for p in pairs], tuple(p[1] for p in pairs)
+    if tokens <= moe_decode.MOST_TOKENS:
+        found = moe_fp8.block_fp8_experts(x, weight, index, *values, *scales)
+        assert worst(found, summed(x.double(), weight.double(), index, *wide)) < FP32
+        return
+    s = moe_sort.sort_tokens(index, 4)
+    x8 = rows_fp8(x)  # the interpreter cannot round to e4m3
+    assert torch.allclose(moe_fp8.quantize_rows(x)[1], x8[1], rtol=2**-22, atol=0)
+    turned = x8[0].double() * x8[1].double().repeat_interleave(128, 1)
+    act = moe_fp8.gate_up(x8, s, *values[:2], scales[:2], torch.float32)
+    expected = [moe_gemm.gate_up(turned.float(), s, *(w.float() for w in wide[:2]), keep=False)[0]]
+    act8 = rows_fp8(act)
+    rows = moe_fp8.down(act8, s, values[2], scales[2], torch.float32)
+    turned = act8[0].double() * act8[1].double().repeat_interleave(128, 1)
+    expected += [moe_gemm.down(turned.float(), s, wide[2].float())]
+    end = int(s.start_E[-1])
+    for a, b in zip((act, rows), expected, strict=True):
+        assert worst(a[:end], b[:end]) < 2 * FP32
 
 
 # ---------------------------------------------------------------------------------------------------------------------

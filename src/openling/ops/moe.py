@@ -98,6 +98,32 @@ def swiglu_experts(
     return combine_experts(x_NM, weight_Nk, index_Nk, gate_EFM.shape[0], run)
 
 
+def block_fp8_experts(
+    x_NM: Tensor,
+    weight_Nk: Tensor,
+    index_Nk: Tensor,
+    experts: tuple[Tensor, Tensor, Tensor],
+    scales: tuple[Tensor, Tensor, Tensor],
+) -> Tensor:
+    """`swiglu_experts` for gate, up and down in block FP8, without gradients.
+
+    experts: e4m3 [E, F, M], [E, F, M] and [E, M, F]; scales: FP32, one per 128 x 128 (the checkpoints' `weight_scale_inv`). On
+    GPUs more than a few tokens are quantised to e4m3 as well, per 128 columns; the plain form dequantises the weights.
+    """
+    fast, half = stream_kernels(x_NM)
+    if fast is not None and x_NM.shape[0]:
+        return fast.block_fp8_experts(x_NM.to(half), weight_Nk, index_Nk, *experts, *scales)
+    wide = [dequantize_blocks(w, scale, x_NM.dtype) for w, scale in zip(experts, scales, strict=True)]
+    return swiglu_experts(x_NM, weight_Nk, index_Nk, *wide)
+
+
+def dequantize_blocks(weight_ERC: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """weight times the scale of its 128 x 128 block, in `dtype`; blocks at the right and lower edge may be smaller."""
+    rows, columns = weight_ERC.shape[-2:]
+    full = scale.repeat_interleave(128, -2)[..., :rows, :].repeat_interleave(128, -1)[..., :columns]
+    return (weight_ERC.to(full.dtype) * full).to(dtype)
+
+
 def moe(
     x_NM: Tensor,
     router_EM: Tensor,

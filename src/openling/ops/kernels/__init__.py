@@ -8,6 +8,7 @@ from openling.ops.kernels.lightning_decode import lightning_decode_step
 from openling.ops.kernels.lightning_verify import lightning_commit, lightning_verify_step
 from openling.ops.kernels.loss import head_losses
 from openling.ops.kernels.mla import mla_decode
+from openling.ops.kernels.moe_fp8 import block_fp8_experts
 from openling.ops.kernels.moe_ops import experts, mixture, route
 from openling.ops.kernels.norm_rope import split_norm_rope
 from openling.ops.kernels.norms import add_rms_norm, gated_group_norm, rms_norm
@@ -17,6 +18,7 @@ from openling.ops.kernels.swiglu import swiglu, swiglu_packed
 __all__ = [
     "add_rms_norm",
     "apply_rope",
+    "block_fp8_experts",
     "experts",
     "gated_group_norm",
     "head_losses",

@@ -175,10 +175,10 @@ def _gate_up_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(F, ROWS)
     slot = tl.program_id(0) // blocks
-    if slot >= tl.load(plan):
-        return
     mine = plan + (1 + slot) * line
-    expert, count = tl.load(mine).to(tl.int64), tl.load(mine + 1)
+    listed, expert, count = tl.load(plan), tl.load(mine).to(tl.int64), tl.load(mine + 1)  # one latency, not three
+    if slot >= listed:
+        return
     first_row = (tl.program_id(0) % blocks) * ROWS
     f = first_row + tl.arange(0, ROWS)
     weight_at = (expert * F + f)[:, None] * M
@@ -193,10 +193,10 @@ def _gate_up_kernel(
         u_scale = 1.0
         for first in range(0, M, DEPTH):
             m = first + tl.arange(0, DEPTH)
-            x = tl.load(x_at + m[None, :], mask=(i < count)[:, None] & (m < M)[None, :], other=0.0)
             mask = (f < F)[:, None] & (m < M)[None, :]
             gate = tl.load(gate_EFM + weight_at + m[None, :], mask=mask, other=0.0)
             up = tl.load(up_EFM + weight_at + m[None, :], mask=mask, other=0.0)
+            x = tl.load(x_at + m[None, :], mask=(i < count)[:, None] & (m < M)[None, :], other=0.0)
             if SCALED:
                 g_scale = tl.load(gate_scale + scale_at + first // 128)
                 u_scale = tl.load(up_scale + scale_at + first // 128)
@@ -214,10 +214,10 @@ def _down_kernel(
 ):  # fmt: skip
     blocks = tl.cdiv(M, ROWS)
     slot = tl.program_id(0) // blocks
-    if slot >= tl.load(plan):
-        return
     mine = plan + (1 + slot) * line
-    expert, count = tl.load(mine).to(tl.int64), tl.load(mine + 1)
+    listed, expert, count = tl.load(plan), tl.load(mine).to(tl.int64), tl.load(mine + 1)  # one latency, not three
+    if slot >= listed:
+        return
     first_row = (tl.program_id(0) % blocks) * ROWS
     m = first_row + tl.arange(0, ROWS)
     weight_at = (expert * M + m)[:, None] * F
@@ -229,8 +229,8 @@ def _down_kernel(
         scale = 1.0
         for first in range(0, F, DEPTH):
             f = first + tl.arange(0, DEPTH)
-            act = tl.load(act_PF + entry[:, None] * F + f[None, :], mask=(i < count)[:, None] & (f < F)[None, :], other=0.0)
             down = tl.load(down_EMF + weight_at + f[None, :], mask=(m < M)[:, None] & (f < F)[None, :], other=0.0)
+            act = tl.load(act_PF + entry[:, None] * F + f[None, :], mask=(i < count)[:, None] & (f < F)[None, :], other=0.0)
             if SCALED:
                 scale = tl.load(down_scale + scale_at + first // 128)
             total = _product(down, act, scale, total, SCALED, PRECISION)

@@ -59,7 +59,7 @@ def precision_of(x: Tensor) -> str:
 
 
 @triton.jit
-def _tile(tiles, number, BLOCK: tl.constexpr, UNIT: tl.constexpr):
+def row_tile(tiles, number, BLOCK: tl.constexpr, UNIT: tl.constexpr):
     """Expert, first row and row numbers of a tile; whether each row belongs to it."""
     expert = tl.load(tiles + 4 * (1 + number)).to(tl.int64)
     first = tl.load(tiles + 4 * (1 + number) + 1)
@@ -78,7 +78,7 @@ def _gate_up_kernel(
     number = tl.program_id(0) // across
     if number >= tl.load(tiles):
         return
-    expert, row, live = _tile(tiles, number, ROWS, UNIT)
+    expert, row, live = row_tile(tiles, number, ROWS, UNIT)
     entry = tl.load(entry_R + row, mask=live, other=-1)
     x_at = x_NM + (entry // K).to(tl.int64)[:, None] * M
     f = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
@@ -124,7 +124,7 @@ def _rows_kernel(
     number = tl.program_id(0) // across
     if number >= tl.load(tiles):
         return
-    expert, row, live = _tile(tiles, number, ROWS, UNIT)
+    expert, row, live = row_tile(tiles, number, ROWS, UNIT)
     c = (tl.program_id(0) % across) * COLUMNS + tl.arange(0, COLUMNS)
     total = tl.zeros((ROWS, COLUMNS), tl.float32)
     for first in range(0, depth_a, DEPTH):
@@ -194,7 +194,7 @@ def _d_act_kernel(
     number = tl.program_id(0) // across
     if number >= tl.load(tiles):
         return
-    expert, row, live = _tile(tiles, number, ROWS, UNIT)
+    expert, row, live = row_tile(tiles, number, ROWS, UNIT)
     entry = tl.load(entry_R + row, mask=live, other=-1)
     dout_at = dout_NM + (entry // K).to(tl.int64)[:, None] * M
     block = tl.program_id(0) % across

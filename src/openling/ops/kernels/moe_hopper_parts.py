@@ -166,6 +166,7 @@ def init_barriers(full, empty, started, STAGES: gl.constexpr, GATHERED: gl.const
         mbarrier.init(full.index(i), count=1 + PRODUCER_THREADS if GATHERED else 1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(started, count=1)
+    fence_async_shared()
 
 
 @gluon.jit
