@@ -108,9 +108,7 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
     """Router, sorting and sums, in µs."""
     x, router = layer.x, layer.router
     tokens = x.shape[0]
-    spec = moe_route.RouteSpec(
-        CHOICE["top_k"], CHOICE["n_group"], CHOICE["topk_group"], "sigmoid", True, CHOICE["scaling_factor"]
-    )
+    spec = SPEC
     terms = moe_route.weight_terms(router, x.dtype)
     logits = moe_route.route_logits(x, terms)
     weight, index = moe_route.choose(logits, layer.bias, spec)
@@ -120,21 +118,32 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
     half = router.to(x.dtype)
     timed = {
         "terms": lambda: moe_route.weight_terms(router, x.dtype),
-        "choose": lambda: moe_route.choose(logits, layer.bias, spec),
         "sort": lambda: moe_sort.sort_tokens(index, router.shape[0]),
         "sum_rows": lambda: moe_sort.sum_rows(rows, s.row_P, tokens, weight),
-        "sum_rows_routed": lambda: moe_sort.sum_rows_routed(rows, s.row_P, dlogits[0], half),
         "dlogits": lambda: moe_route.route_dlogits(weight, logits, index, spec, x.dtype),
         "dweight": lambda: moe_route.route_dweight(dlogits, x, torch.float32),
         "gather_sum": lambda: moe_sort.gather_sum(rows.new_zeros(2, rows.shape[0], dtype=torch.float32), s.row_P, weight.shape),
     }
     times = {name: microseconds(call) for name, call in timed.items()}
-    tiles = {
-        tile: microseconds(lambda tile=tile: moe_route.route_logits(x, terms, tile)) for tile in moe_route.logits_candidates()
+    variants: dict[str, tuple[object, dict]] = {
+        "logits": (
+            moe_route.logits_tile(tokens, router.shape[0]),
+            {t: lambda t=t: moe_route.route_logits(x, terms, t) for t in moe_route.logits_candidates()},
+        ),
+        "choose": (
+            moe_route.CHOOSE,
+            {t: lambda t=t: moe_route.choose(logits, layer.bias, spec, t) for t in ((2048, 4), (1024, 1), (512, 1), (4096, 4))},
+        ),
+        "sum_rows_routed": (
+            moe_sort.SumTile(),
+            {t: lambda t=t: moe_sort.sum_rows_routed(rows, s.row_P, dlogits[0], half, t) for t in moe_sort.sum_candidates()},
+        ),
     }
-    for tile, us in tiles.items():
-        print(f"  logits {us:7.0f} us  {tile}", flush=True)
-    times["logits"] = tiles[moe_route.logits_tile(tokens, router.shape[0])]
+    for name, (chosen, calls) in variants.items():
+        found = {tile: microseconds(call) for tile, call in calls.items()}
+        for tile, us in found.items():
+            print(f"  {name} {us:7.0f} us  {tile}{' (chosen)' if tile == chosen else ''}", flush=True)
+        times[name] = found.get(chosen, min(found.values()))
     print(
         "  " + ", ".join(f"{name} {us:.0f}" for name, us in times.items()) + f" us: {sum(times.values()):.0f} in all", flush=True
     )

@@ -238,19 +238,25 @@ def padded_groups(experts: int, groups: int) -> tuple[int, int]:
     return triton.next_power_of_2(groups), max(2, triton.next_power_of_2(experts // groups))
 
 
-def choose(logits_NE: Tensor, bias_E: Tensor | None, spec: RouteSpec) -> tuple[Tensor, Tensor]:
+CHOOSE = (2048, 4)  # scores of a program, warps
+
+
+def choose(
+    logits_NE: Tensor, bias_E: Tensor | None, spec: RouteSpec, tile: tuple[int, int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Weights float32 [N, k] and expert numbers int64 [N, k]."""
+    scores, warps = tile or CHOOSE
     tokens, experts = logits_NE.shape
     weight = torch.empty(tokens, spec.top_k, dtype=torch.float32, device=logits_NE.device)
     index = torch.empty(tokens, spec.top_k, dtype=torch.int64, device=logits_NE.device)
     groups, members = padded_groups(experts, spec.n_group)
-    block = max(1, 2048 // (groups * members))
+    block = max(1, scores // (groups * members))
     if tokens:
         _choose_kernel[(triton.cdiv(tokens, block),)](
             logits_NE, logits_NE if bias_E is None else bias_E.float(), weight, index, tokens, experts, spec.scaling_factor,
             TOP_K=spec.top_k, GROUPS=spec.n_group, KEPT=spec.topk_group, SIGMOID=spec.score_function == "sigmoid",
             NORM=spec.norm_topk_prob, BIASED=bias_E is not None, TOKENS=block, G=groups, S=members,
-            CHOICES=triton.next_power_of_2(spec.top_k), num_warps=4,
+            CHOICES=triton.next_power_of_2(spec.top_k), num_warps=warps,
         )  # fmt: skip
     return weight, index
 

@@ -193,35 +193,50 @@ def _sum_routed_kernel(
     rows_RM, row_P, dlogit_NE, weight_EM, out_NM, N, M, E,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, block of columns): dlogit @ weight, then the k rows of each token on top."""
+    """Program (block of tokens, block of columns): the k rows of each token, and dlogit @ weight on top."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     n64 = n.to(tl.int64)
     live, inside = n < N, column < M
+    mask = live[:, None] & inside[None, :]
+    rows = tl.zeros((TOKENS, COLUMNS), tl.float32)
+    for j in tl.static_range(K):
+        row = tl.load(row_P + n64 * K + j, mask=live, other=0).to(tl.int64)
+        rows += tl.load(rows_RM + row[:, None] * M + column[None, :], mask=mask, other=0.0).to(tl.float32)
     total = tl.zeros((TOKENS, COLUMNS), tl.float32)
     for first in range(0, E, EXPERTS):
         e = first + tl.arange(0, EXPERTS)
         dlogit = tl.load(dlogit_NE + n64[:, None] * E + e[None, :], mask=live[:, None] & (e < E)[None, :], other=0.0)
         weight = tl.load(weight_EM + e[:, None] * M + column[None, :], mask=(e < E)[:, None] & inside[None, :], other=0.0)
         total = tl.dot(dlogit, weight, total, input_precision=PRECISION)
-    mask = live[:, None] & inside[None, :]
-    for j in tl.static_range(K):
-        row = tl.load(row_P + n64 * K + j, mask=live, other=0).to(tl.int64)
-        total += tl.load(rows_RM + row[:, None] * M + column[None, :], mask=mask, other=0.0).to(tl.float32)
-    tl.store(out_NM + n64[:, None] * M + column[None, :], total.to(out_NM.dtype.element_ty), mask=mask)
+    tl.store(out_NM + n64[:, None] * M + column[None, :], (rows + total).to(out_NM.dtype.element_ty), mask=mask)
 
 
-def sum_rows_routed(rows_RM: Tensor, row_P: Tensor, dlogit_NE: Tensor, weight_EM: Tensor) -> Tensor:
+class SumTile(NamedTuple):
+    """Tokens and columns of a program of `sum_rows_routed`, and its warps."""
+
+    tokens: int = 64
+    columns: int = 64
+    warps: int = 8
+
+
+def sum_candidates() -> list[SumTile]:
+    """Tiles worth measuring."""
+    return [SumTile(), SumTile(columns=128), SumTile(warps=4), SumTile(128)]
+
+
+def sum_rows_routed(rows_RM: Tensor, row_P: Tensor, dlogit_NE: Tensor, weight_EM: Tensor, tile: SumTile | None = None) -> Tensor:
     """Gradient of the tokens [N, M]: through the experts (the k rows) and through the router (dlogit @ weight), rounded once."""
     tokens, experts = dlogit_NE.shape
     width = rows_RM.shape[1]
     out = rows_RM.new_empty(tokens, width)
     top_k = row_P.numel() // max(tokens, 1)
     precision = "ieee" if rows_RM.dtype == torch.float32 else "tf32"
+    t = tile or SumTile()
     if tokens:
-        _sum_routed_kernel[(triton.cdiv(tokens, 64), triton.cdiv(width, 128))](
-            rows_RM, row_P, dlogit_NE, weight_EM, out, tokens, width, experts, top_k, 64, 128, 64, precision,
-            num_warps=8, num_stages=2,
+        _sum_routed_kernel[(triton.cdiv(tokens, t.tokens), triton.cdiv(width, t.columns))](
+            rows_RM, row_P, dlogit_NE, weight_EM, out, tokens, width, experts, top_k, t.tokens, t.columns, 64, precision,
+            num_warps=t.warps, num_stages=2,
         )  # fmt: skip
     return out
 
