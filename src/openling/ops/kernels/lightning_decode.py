@@ -14,6 +14,8 @@ a CTA barrier, after which all threads may read. The state is written after the 
 wait for 32 KB of stores, and nobody in this launch reads them.
 
 Nothing here depends on the batch, neither tile sizes nor orders of summation: a row's result is bitwise the same in any batch.
+The compiler may not fuse multiplications with additions (`enable_fp_fusion`), here and in the kernels that share these parts: it
+would choose otherwise in each of them, and k and with it the state would differ in the last bit by the way a token came.
 
 Legend: B rows (one token of one sequence each), S slots, H heads, D head dim, R rotated pairs, X = H * D.
 """
@@ -92,7 +94,8 @@ def load_token(
 
 
 @triton.jit
-def _add_pairs(a, b, c, d):
+def add_pairs(a, b, c, d):
+    """Combines two sums at once: one reduction, so half the barriers."""
     return a + c, b + d
 
 
@@ -111,7 +114,7 @@ def prepare(token, gains, dim, eps, D: tl.constexpr, PAIRS: tl.constexpr, NORM: 
     if SILU:
         q, q_other, k, k_other, v = _silu(q), _silu(q_other), _silu(k), _silu(k_other), _silu(v)
     if NORM:
-        q_squares, k_squares = tl.reduce((q * q, k * k), 0, _add_pairs)
+        q_squares, k_squares = tl.reduce((q * q, k * k), 0, add_pairs)
         q_scale, k_scale = tl.rsqrt(q_squares / D + eps), tl.rsqrt(k_squares / D + eps)
         q_gain, q_other_gain, k_gain, k_other_gain = gains
         q, q_other = q * q_scale * q_gain.to(tl.float32), q_other * q_scale * q_other_gain.to(tl.float32)
@@ -260,6 +263,7 @@ def lightning_decode_step(
         arrivals_SH, partial, out,
         qkv_BX.stride(0), gate_BX.stride(0), cos_BR.stride(0), states_SHDD.stride(0), eps,
         H=heads, D=dim, PAIRS=cos_BR.shape[-1], GROUPS=groups, WIDTH_PAD=triton.next_power_of_2(width // groups),
-        COLUMNS=columns, THREADS=32 * warps, NORM=q_weight_D is not None, SILU=silu, num_warps=warps, maxnreg=registers,
+        COLUMNS=columns, THREADS=32 * warps, NORM=q_weight_D is not None, SILU=silu,
+        num_warps=warps, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out

@@ -1,11 +1,15 @@
 """Lightning's decode of several tokens, and of tokens whose state update waits; twins in `openling.ops.lightning_decode`.
 
 Same plan as the decode step: a program owns COLUMNS columns of one head's state, asks for them first and prepares the tokens
-meanwhile; the last program of a group normalises and gates. The state is read once, stepped in registers through the waiting
-tokens, written if the ring is full, and stepped on through the new tokens without being written. The closed form of those
-outputs would need scores between all tokens, with a reduction over the CTA for each; stepping costs two multiply-adds per entry
-and token, little beside 8 bytes of memory traffic per entry. It also rounds as the decode step does: a state has the same bits
-whichever way its tokens came.
+meanwhile; the last program of a group normalises and gates. The state is read as it lies in memory; what came after it, waiting
+tokens and new ones alike, are the rows of one small tile of k and one of v:
+
+    o_i = D^-0.5 (exp(g (c + i + 1)) q_i S + sum over rows j <= c + i of exp(g (c + i - j)) (q_i . k_j) v_j)
+
+So a call that does not write the state does not compute it either: one product with the tile per new token and little else.
+If the ring is full, the waiting tokens are folded into the tile one by one, just as the decode step would have done it, and it
+is written: a state has the same bits whichever way its tokens came. This comes after the outputs, which the last program of
+the group waits for.
 
 New tokens go to the ring, their k by the first column block of a head. Other blocks may still be reading that ring then: it has
 rows enough that new tokens never land on waiting ones.
@@ -22,6 +26,7 @@ from torch import Tensor
 
 from openling.ops.kernels.lightning_decode import (
     Blocks,
+    add_pairs,
     count_in,
     fading,
     is_last,
@@ -29,7 +34,6 @@ from openling.ops.kernels.lightning_decode import (
     load_token,
     norm_and_gate,
     prepare,
-    read,
     stepped,
 )
 
@@ -40,12 +44,10 @@ NORM_TILE = 2048
 def verify_blocks(dim: int, tokens: int, room: int) -> Blocks:
     """Of a call with new tokens; the batch has no say. More tokens need registers that a smaller tile leaves.
 
-    At D = 128 the limits are without spills: 128 registers let 4 programs live on an SM, 168 let 3.
+    At D = 128 and 64 columns, 128 registers spill nothing and let 4 programs (128 KB of state) be under way on an SM.
     """
-    columns, registers = min(dim, 64 if tokens <= 2 else 32), None
-    if dim == 128 and tokens <= 2 and room <= 8:
-        registers = 128 if room <= (7 if tokens == 1 else 2) else 168
-    return Blocks(columns, max(1, dim // 32), registers)
+    wide = tokens <= 2 and room <= 8
+    return Blocks(min(dim, 64 if wide else 32), max(1, dim // 32), 128 if wide and dim == 128 else None)
 
 
 def commit_blocks(dim: int) -> Blocks:
@@ -55,29 +57,32 @@ def commit_blocks(dim: int) -> Blocks:
 
 def verify_candidates(dim: int) -> list[Blocks]:
     """What a sweep may try, for calls with new tokens and for commits."""
-    columns = [(16, None), (32, None), (32, 96), (64, None), (64, 128), (64, 168)]
+    columns = [(16, None), (32, None), (32, 80), (64, None), (64, 128), (64, 112)]
     return [Blocks(c, max(1, dim // 32), registers) for c, registers in columns if c <= dim]
 
 
 @triton.jit
-def _waiting(keys, values, start, count, dim, column, D: tl.constexpr, C: tl.constexpr, ROOM: tl.constexpr):
-    """k [D] and v [columns] of ROOM ring rows from `start` on, zeros behind the first `count`; the pointers are to one ring."""
-    rows = ()
-    for j in tl.static_range(ROOM):
+def _folded(state, keys, values, start, count, dim, column, fade, D: tl.constexpr, C: tl.constexpr):
+    """A tile of the state [D, columns] after the `count` tokens that wait in a ring from row `start` on.
+
+    A loop, not unrolled: loads for all rows at once would take registers from the calls that fold nothing.
+    """
+    for j in range(count):
         at = (start + j) % C * D
-        k = tl.load(keys + at + dim, mask=j < count, other=0.0)
-        v = tl.load(values + at + column, mask=j < count, other=0.0)
-        rows += ((k, v),)  # type: ignore[assignment]
-    return rows
+        k, v = tl.load(keys + at + dim), tl.load(values + at + column)
+        state = stepped(state, k.to(tl.float32), v.to(tl.float32), fade)
+    return state
 
 
 @triton.jit
-def _catch_up(state, rows, count, fade, ROOM: tl.constexpr):
-    """A tile of the state [D, columns] after the first `count` tokens of `rows`."""
-    for j in tl.static_range(ROOM):
-        k, v = rows[j]
-        state = stepped(state, k.to(tl.float32), v.to(tl.float32), tl.where(j < count, fade, 0.0))
-    return state
+def _sums(parts, rows, N: tl.constexpr):
+    """Sums over the first axis of x[:, None] * rows for each x of N parts. Two share the barriers of a reduction."""
+    out = ()
+    for i in tl.static_range(0, N - 1, 2):
+        out += tl.reduce((parts[i][:, None] * rows, parts[i + 1][:, None] * rows), 0, add_pairs)
+    if N % 2:
+        out += (tl.sum(parts[N - 1][:, None] * rows, axis=0),)  # type: ignore[assignment]
+    return out
 
 
 @triton.jit
@@ -87,10 +92,10 @@ def _verify_kernel(
     qkv_row, gate_row, table_row, state_row, eps,
     H: tl.constexpr, D: tl.constexpr, PAIRS: tl.constexpr, GROUPS: tl.constexpr, WIDTH_PAD: tl.constexpr,
     T: tl.constexpr, NORM_TOKENS: tl.constexpr,
-    ROOM: tl.constexpr, NEW: tl.constexpr,
+    ROOM: tl.constexpr, NEW: tl.constexpr, ROWS: tl.constexpr,
     COLUMNS: tl.constexpr, THREADS: tl.constexpr, NORM: tl.constexpr, SILU: tl.constexpr
 ):  # fmt: skip
-    """Programs as in the decode step. NEW = tokens that a call may bring, so C = ROOM + NEW."""
+    """Programs as in the decode step. NEW = tokens that a call may bring, so C = ROOM + NEW; ROWS >= ROOM + T."""
     X: tl.constexpr = H * D
     C: tl.constexpr = ROOM + NEW
     HEADS: tl.constexpr = H // GROUPS
@@ -100,43 +105,52 @@ def _verify_kernel(
     dim, column = tl.arange(0, D), block * COLUMNS + tl.arange(0, COLUMNS)
     at_out = b * T * X + head * D + column
     slot = tl.load(slots + b).to(tl.int64)
-    fade = fading(tl.load(log_decay + head))
+    g = tl.load(log_decay + head)
     if slot < 0:
         for i in tl.static_range(T):
             tl.store(out + at_out + i * X, tl.zeros((COLUMNS,), out.dtype.element_ty))
         return
 
+    start, count = tl.load(starts + slot), tl.load(counts + slot)
     tile = states + slot * state_row + head * D * D + dim[:, None] * D + column[None, :]
     state = tl.load(tile, eviction_policy="evict_first").to(tl.float32)
     tl.debug_barrier()  # else the compiler asks for the tile only after it has waited for what follows
-    start, count = tl.load(starts + slot), tl.load(counts + slot)
     gains = load_gains(q_weight, k_weight, dim, PAIRS, NORM)
     tokens = ()
     for i in tl.static_range(T):
         token = load_token(qkv, cos, sin, b * T + i, qkv_row, table_row, head, dim, column, H, D, PAIRS)
         tokens += (token,)  # type: ignore[assignment]
     ring = (slot * H + head) * C * D
-    waiting = _waiting(keys + ring, values + ring, start, count, dim, column, D, C, ROOM)
-    new = ()
+    row = tl.arange(0, ROWS)
+    at = (start + row) % C * D
+    waits = (row < count)[:, None]
+    row_keys = tl.load(keys + ring + at[:, None] + dim[None, :], mask=waits, other=0.0)
+    row_values = tl.load(values + ring + at[:, None] + column[None, :], mask=waits, other=0.0)
+    queries, scores = (), ()
     for i in tl.static_range(T):
         q, k, v = prepare(tokens[i], gains, dim, eps, D, PAIRS, NORM, SILU)
-        at = ring + (start + count + i) % C * D
+        new = ring + (start + count + i) % C * D
+        k, v = k.to(keys.dtype.element_ty), v.to(values.dtype.element_ty)  # exact: a ring has the type of qkv
         if block == 0:
-            tl.store(keys + at + dim, k.to(keys.dtype.element_ty))
-        tl.store(values + at + column, v.to(values.dtype.element_ty))
-        new += ((q, k, v),)  # type: ignore[assignment]
-
-    state = _catch_up(state, waiting, count, fade, ROOM)
-    if count + NEW > ROOM:
-        tl.store(tile, state.to(states.dtype.element_ty), eviction_policy="evict_first")
+            tl.store(keys + new + dim, k)
+        tl.store(values + new + column, v)
+        age = count + i - row
+        row_keys = tl.where((age == 0)[:, None], k[None, :], row_keys)
+        row_values = tl.where((age == 0)[:, None], v[None, :], row_values)
+        weight = tl.where(age >= 0, tl.exp(g * age), 0.0) * (D**-0.5)  # rows to come are zero; their exp may overflow
+        queries += (q * (tl.exp(g * (count + i + 1)) * (D**-0.5)),)  # type: ignore[assignment]
+        scores += (tl.sum(row_keys * q[None, :], axis=1) * weight,)  # type: ignore[assignment]
+    recent, old = _sums(scores, row_values, T), _sums(queries, state, T)
     for i in tl.static_range(T):
-        q, k, v = new[i]
-        state = stepped(state, k, v, fade)
-        tl.store(partial + at_out + i * X, read(state, q))
+        tl.store(partial + at_out + i * X, old[i] + recent[i])
+
     lane = tl.arange(0, THREADS)
     group = head // HEADS
     counter = arrivals + slot * H + group
     ticket = count_in(counter, lane)
+    if count + NEW > ROOM:
+        state = _folded(state, keys + ring, values + ring, start, count, dim, column, fading(g), D, C)
+        tl.store(tile, state.to(states.dtype.element_ty), eviction_policy="evict_first")
     if is_last(ticket, lane, HEADS * BLOCKS):
         tl.store(counter, 0)
         norm_and_gate(
@@ -184,8 +198,9 @@ def lightning_verify_step(
         qkv.stride(0), gate.stride(0), cos.stride(0), states_SHDD.stride(0), eps,
         H=heads, D=dim, PAIRS=cos.shape[-1], GROUPS=groups, WIDTH_PAD=group_pad,
         T=tokens, NORM_TOKENS=min(pad, max(1, NORM_TILE // group_pad)),
-        ROOM=room, NEW=ring - room,
-        COLUMNS=columns, THREADS=32 * warps, NORM=q_weight_D is not None, SILU=silu, num_warps=warps, maxnreg=registers,
+        ROOM=room, NEW=ring - room, ROWS=triton.next_power_of_2(room + tokens),
+        COLUMNS=columns, THREADS=32 * warps, NORM=q_weight_D is not None, SILU=silu,
+        num_warps=warps, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
     return out
 
@@ -193,7 +208,7 @@ def lightning_verify_step(
 @triton.jit
 def _commit_kernel(
     states, slots, keys, values, starts, counts, log_decay, state_row,
-    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, ROOM: tl.constexpr, COLUMNS: tl.constexpr
+    H: tl.constexpr, D: tl.constexpr, C: tl.constexpr, COLUMNS: tl.constexpr
 ):  # fmt: skip
     """Programs as in the decode step."""
     BLOCKS: tl.constexpr = D // COLUMNS
@@ -206,8 +221,8 @@ def _commit_kernel(
         tile = states + slot * state_row + head * D * D + dim[:, None] * D + column[None, :]
         state = tl.load(tile, eviction_policy="evict_first").to(tl.float32)
         ring, start = (slot * H + head) * C * D, tl.load(starts + slot)
-        waiting = _waiting(keys + ring, values + ring, start, count, dim, column, D, C, ROOM)
-        state = _catch_up(state, waiting, count, fading(tl.load(log_decay + head)), ROOM)
+        fade = fading(tl.load(log_decay + head))
+        state = _folded(state, keys + ring, values + ring, start, count, dim, column, fade, D, C)
         tl.store(tile, state.to(states.dtype.element_ty), eviction_policy="evict_first")
 
 
@@ -230,5 +245,5 @@ def lightning_commit(
         return
     _commit_kernel[(slots_B.shape[0] * heads * (dim // columns),)](
         states_SHDD, slots_B, keys_SHCD, values_SHCD, start_S, count_S, log_decay_H, states_SHDD.stride(0),
-        H=heads, D=dim, C=ring, ROOM=room, COLUMNS=columns, num_warps=warps, maxnreg=registers,
+        H=heads, D=dim, C=ring, COLUMNS=columns, num_warps=warps, maxnreg=registers, enable_fp_fusion=False,
     )  # fmt: skip
