@@ -64,6 +64,52 @@ def test_a_model_through_the_kernels_equals_the_plain_one(monkeypatch, changes):
         assert (grad - plain_grads[name]).abs().max() <= 1e-5 * plain_grads[name].abs().max(), name
 
 
+@pytest.mark.parametrize("silu", [False, True])
+def test_decoding_through_the_kernels_gives_the_plain_logits(monkeypatch, silu):
+    """Prefill of a padded batch, single tokens of which one is padding too, a batch that shrinks: limit as above."""
+    torch.manual_seed(0)
+    model = Ling(HYBRID.replace(linear_silu=silu))
+    model.init_weights()
+    model.to(DEVICE)
+    ids, mask = torch.randint(37, (3, 9), device=DEVICE), torch.ones(3, 9, dtype=torch.bool, device=DEVICE)
+    mask[1, :2] = mask[2, 5] = False
+
+    def decode() -> list[torch.Tensor]:
+        cache = model.new_cache()
+        logits = [model(ids[:, :4], cache=cache, attention_mask=mask[:, :4])[mask[:, :4]]]
+        for t in range(4, 9):
+            if t == 7:
+                cache.reorder(torch.tensor([2, 0], device=DEVICE))
+            rows = slice(None) if t < 7 else [2, 0]
+            states = cache.layers[1].state
+            logits.append(model(ids[rows, t : t + 1], cache=cache, attention_mask=mask[rows, t : t + 1])[mask[rows, t]])
+            in_place.append(cache.layers[1].state is states)
+            if in_place[-1]:
+                assert not cache.layers[1].counting[0].any()
+        return logits
+
+    in_place: list[bool] = []
+    with torch.inference_mode():
+        plain = decode()
+        for module in (fused, norm, rope):
+            monkeypatch.setattr(module, "kernels_for", lambda x: kernels)
+        found = decode()
+    assert in_place == 5 * [False] + 5 * [True]
+    for a, b in zip(found, plain, strict=True):
+        assert (a - b).abs().max() < 1e-5 * b.abs().max()
+
+
+def test_gradients_through_a_cache_do_not_meet_the_decode_kernel(monkeypatch):
+    model = Ling(HYBRID).to(DEVICE)
+    for module in (fused, norm, rope):
+        monkeypatch.setattr(module, "kernels_for", lambda x: kernels)
+    cache = model.new_cache()
+    for _ in range(2):
+        logits = model(torch.zeros(1, 1, dtype=torch.long, device=DEVICE), cache=cache)
+    assert cache.layers[1].counting is None
+    assert logits.requires_grad
+
+
 def every_op(x_BTC, weight_D, weight_C, h_BTM, q, kv, shared, tables):
     """A scalar through all kernels: two heads of 16 dims, C = 96."""
     a, b, v = kernels.split_norm_rope(x_BTC, (weight_D, weight_D * 2), tables, 2, 2, 1e-6, False)

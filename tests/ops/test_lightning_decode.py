@@ -18,8 +18,8 @@ from torch import Tensor
 from openling.model.cache import LayerCache
 from openling.model.config import ModelConfig
 from openling.model.ling import CallContext, LightningAttention, Rope
+from openling.ops import fused
 from openling.ops import kernels as fast
-from openling.ops import lightning_decode
 from openling.ops.lightning import lightning_recurrent, log_decay
 from openling.ops.lightning_decode import (
     DecodeLayer,
@@ -42,7 +42,7 @@ ENTRIES = (decode_step, verify_step, commit)
 @pytest.fixture
 def kernels(monkeypatch):
     """The entries run the kernels, whatever the device and the dtype."""
-    monkeypatch.setattr(lightning_decode, "kernels_for", lambda x: fast)
+    monkeypatch.setattr(fused, "kernels_for", lambda x: fast)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -50,11 +50,21 @@ class GrowingBuffer:
 
 @dataclass
 class LayerCache:
-    """One layer's memory; only the fields of its kind are used."""
+    """One layer's memory; only the fields of its kind are used. `counting` is what a kernel needs besides the state."""
 
     state: Tensor | None = None
+    counting: tuple[Tensor, Tensor] | None = None
     keys: GrowingBuffer = field(default_factory=GrowingBuffer)
     values: GrowingBuffer = field(default_factory=GrowingBuffer)
+
+    def step_memory(self, state_BHDD: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """What `lightning_step` updates and counts in: the state, int32 zeros [B, H], row numbers [B]."""
+        batch, heads = state_BHDD.shape[:2]
+        if self.counting is None or self.counting[1].shape[0] != batch:
+            counters = torch.zeros(batch, heads, dtype=torch.int32, device=state_BHDD.device)
+            self.counting = counters, torch.arange(batch, device=state_BHDD.device)
+        self.state = state_BHDD.contiguous()
+        return self.state, *self.counting
 
     @property
     def nbytes(self) -> int:

@@ -10,6 +10,7 @@ D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width; in MLA E 
 
 from __future__ import annotations
 
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,7 +20,15 @@ from torch import Tensor, nn
 from openling.model.cache import Cache, LayerCache
 from openling.model.config import ModelConfig
 from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, softmax_attention
-from openling.ops.fused import add_rms_norm, gated_group_norm, latent_qkv, split_norm_rope, swiglu
+from openling.ops.fused import (
+    add_rms_norm,
+    decode_kernels,
+    gated_group_norm,
+    latent_qkv,
+    lightning_step,
+    split_norm_rope,
+    swiglu,
+)
 from openling.ops.lightning import lightning, log_decay_on
 from openling.ops.moe import count_tokens, moe, route, swiglu_experts
 from openling.ops.norm import group_rms_norm, rms_norm, stream_kernels
@@ -248,8 +257,24 @@ class LightningAttention(nn.Module):
 
     def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * D]: normed, gated."""
-        out, norm = self.kernel(x_BTM, call, cache), self.g_norm
-        return gated_group_norm(out, self.g_proj(x_BTM), norm.weight, norm.eps, norm.groups)
+        norm = self.g_norm
+        if cache is not None and cache.state is not None and x_BTM.shape[1] == 1 and not torch.is_grad_enabled():
+            fast = decode_kernels(x_BTM, self.heads, self.dim, norm.groups)
+            if fast is not None:
+                return self.step(fast, x_BTM, call, cache.step_memory(cache.state))
+        return gated_group_norm(self.kernel(x_BTM, call, cache), self.g_proj(x_BTM), norm.weight, norm.eps, norm.groups)
+
+    def step(self, fast: ModuleType, x_B1M: Tensor, call: CallContext, memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:
+        """`mix` for one more token per sequence through a kernel, [B, 1, H * D]; the state is updated in place."""
+        qkv, gate, norm = self.query_key_value(x_B1M)[:, 0], self.g_proj(x_B1M)[:, 0], self.g_norm
+        if call.key_mask is not None:
+            qkv[:, -gate.shape[1] :] *= call.key_mask[:, -1:]
+        decay = log_decay_on(x_B1M.device, *self.decay_of)
+        out = lightning_step(
+            fast, qkv, gate, qk_norm_weights(self), call.tables.head, decay, norm.weight, memory,
+            eps=self.eps, groups=norm.groups, silu=self.silu,
+        )  # fmt: skip
+        return out[:, None]
 
     def kernel(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
         """The recurrence's own output, [B, T, H * D], before norm and gate."""

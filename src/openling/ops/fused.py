@@ -10,6 +10,8 @@ F feed-forward width, N tokens, r rotated dims, n MLA dims without rotation, E =
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -50,6 +52,38 @@ def gated_group_norm(x: Tensor, gate: Tensor, weight_C: Tensor, eps: float, grou
     if fast is not None:
         return fast.gated_group_norm(x, gate, weight_C, eps, groups)
     return group_rms_norm(x, weight_C, eps, groups) * torch.sigmoid(gate)
+
+
+def decode_kernels(x: Tensor, heads: int, dim: int, groups: int) -> ModuleType | None:
+    """The kernels where they decode Lightning tokens: groups of whole heads, a head dim that is a power of two."""
+    return kernels_for(x) if heads % groups == 0 and dim in (16, 32, 64, 128, 256) else None
+
+
+def lightning_step(
+    fast: ModuleType,
+    qkv_BC: Tensor,
+    gate_BX: Tensor,
+    norms: tuple[Tensor, Tensor] | None,
+    tables: tuple[Tensor, Tensor],
+    log_decay_H: Tensor,
+    weight_X: Tensor,
+    memory: tuple[Tensor, Tensor, Tensor],
+    *,
+    eps: float,
+    groups: int,
+    silu: bool,
+) -> Tensor:
+    """One new token of every sequence by `decode_kernels`: `split_norm_rope`, the recurrence and `gated_group_norm` in one.
+
+    memory: FP32 states [B, H, D, D], updated in place, int32 zeros [B, H] for the kernel to count in, and B row numbers.
+    X = H * D, C = 3X; the rest as in those three. There is no gradient. Returns [B, X].
+    """
+    cos, sin = (table[:, 0, 0].expand(gate_BX.shape[0], -1) for table in tables)
+    states, counters, rows = memory
+    return fast.lightning_decode_step(
+        qkv_BC, gate_BX, states, counters, rows, cos, sin, log_decay_H, *(norms or (None, None)), weight_X,
+        eps=eps, groups=groups, silu=silu,
+    )  # fmt: skip
 
 
 def add_rms_norm(h: Tensor, delta: Tensor, weight_M: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -26,9 +26,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openling.ops.fused import decode_kernels
 from openling.ops.lightning import _step, lightning_chunk
 from openling.ops.norm import group_rms_norm, rms_norm
-from openling.ops.pick import kernels_for
 from openling.ops.rope import apply_rope
 
 
@@ -194,9 +194,9 @@ def commit(layer: DecodeLayer, pool: StatePool, slots_B: Tensor, pending: Pendin
 
 
 def _kernels(x: Tensor, layer: DecodeLayer, pool: StatePool) -> ModuleType | None:
-    """The kernels where they serve: groups of whole heads, a head dim that is a power of two."""
+    """The kernels where they serve."""
     heads, dim = pool.states.shape[1:3]
-    return kernels_for(x) if heads % layer.groups == 0 and dim in (16, 32, 64, 128, 256) else None
+    return decode_kernels(x, heads, dim, layer.groups)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
