@@ -31,6 +31,7 @@ from openling.ops.kernels.moe_route import (
     weight_terms,
 )
 from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, sort_tokens, sum_rows, sum_rows_routed
+from openling.ops.pick import batch_invariant
 
 # Which form of a product runs where both can: "hopper" (`moe_hopper`, `moe_hopper_back`) or "portable" (`moe_gemm`).
 FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
@@ -273,13 +274,11 @@ def _(
 
 
 def few(x: Tensor, gate: Tensor) -> bool:
-    """Whether the stream of weights serves: few tokens, weights in their dtype, and no deterministic mode.
+    """Whether the stream of weights serves: few tokens, weights in their dtype, and no batch-invariant mode.
 
-    `torch.use_deterministic_algorithms` also asks that a token's result does not depend on how many others there are; the grouped
-    products have the same tiles for any number.
+    In that mode the grouped products run for any number of tokens: their tiles do not depend on it.
     """
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    return x.shape[0] <= MOST_TOKENS and gate.dtype == x.dtype and gate.is_contiguous() and not deterministic
+    return x.shape[0] <= MOST_TOKENS and gate.dtype == x.dtype and gate.is_contiguous() and not batch_invariant()
 
 
 def mixture(

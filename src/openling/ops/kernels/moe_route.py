@@ -24,6 +24,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from openling.ops.pick import batch_invariant
+
 
 class RouteSpec(NamedTuple):
     """How experts are chosen; the arguments of `ops.moe.route`."""
@@ -93,10 +95,10 @@ class LogitsTile(NamedTuple):
 def logits_tile(tokens: int, experts: int) -> LogitsTile:
     """Whole rows of up to 256 experts, so that tokens are read once; small tiles where there are few tokens.
 
-    In deterministic mode one tile for any number of tokens, so that a token's logits do not depend on it.
+    In batch-invariant mode one tile for any number of tokens, so that a token's logits do not depend on it.
     """
     width = min(256, max(16, triton.next_power_of_2(experts)))
-    if tokens <= 128 * 16 and not torch.are_deterministic_algorithms_enabled():
+    if tokens <= 128 * 16 and not batch_invariant():
         return LogitsTile(64, min(32, width), 64, 4, 4)
     return LogitsTile(128, width, 64, 8 if width > 64 else 4, 4)
 
