@@ -66,7 +66,7 @@ def test_a_model_through_the_kernels_equals_the_plain_one(monkeypatch, changes):
 
 @pytest.mark.parametrize("silu", [False, True])
 def test_decoding_through_the_kernels_gives_the_plain_logits(monkeypatch, silu):
-    """Prefill of a padded batch, single tokens of which one is padding too, a batch that shrinks: limit as above."""
+    """Prefill of a padded batch, single tokens of which one is padding too, a batch that grows: limit as above."""
     torch.manual_seed(0)
     model = Ling(HYBRID.replace(linear_silu=silu))
     model.init_weights()
@@ -79,8 +79,8 @@ def test_decoding_through_the_kernels_gives_the_plain_logits(monkeypatch, silu):
         logits = [model(ids[:, :4], cache=cache, attention_mask=mask[:, :4])[mask[:, :4]]]
         for t in range(4, 9):
             if t == 7:
-                cache.reorder(torch.tensor([2, 0], device=DEVICE))
-            rows = slice(None) if t < 7 else [2, 0]
+                cache.reorder(torch.tensor([2, 0, 2, 1], device=DEVICE))
+            rows = slice(None) if t < 7 else [2, 0, 2, 1]
             states = cache.layers[1].state
             logits.append(model(ids[rows, t : t + 1], cache=cache, attention_mask=mask[rows, t : t + 1])[mask[rows, t]])
             in_place.append(cache.layers[1].state is states)
