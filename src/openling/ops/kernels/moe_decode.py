@@ -74,39 +74,46 @@ def _logits_kernel(
 
 @triton.jit
 def _plan_kernel(
-    logits_NE, bias_E, weight_Nk, index_Nk, plan, N, E, scaling, line,
+    logits_NE, bias_E, weight_Nk, index_Nk, slot_E, plan, N, E, scaling, line,
     TOP_K: tl.constexpr, GROUPS: tl.constexpr, KEPT: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr,
     BIASED: tl.constexpr, GIVEN: tl.constexpr, TOKENS: tl.constexpr, G: tl.constexpr, S: tl.constexpr, CHOICES: tl.constexpr,
+    ENTRIES: tl.constexpr, PART: tl.constexpr,
 ):  # fmt: skip
     """plan: line 0 starts with the number of listed experts; line 1 + s: expert, number of its entries, the entries.
 
-    GIVEN: the choice is there already, and only the list is made.
+    GIVEN: the choice is there already, and only the list is made. slot_E: each listed expert's s, for the warps to share.
     """
-    n = tl.arange(0, TOKENS)
-    column = tl.arange(0, CHOICES)
-    at = n[:, None] * TOP_K + column[None, :]
-    mask = (n < N)[:, None] & (column < TOP_K)[None, :]
-    if GIVEN:
-        index = tl.load(index_Nk + at, mask=mask, other=-1).to(tl.int32)
-    else:
+    if not GIVEN:
+        n = tl.arange(0, TOKENS)
+        column = tl.arange(0, CHOICES)
         weight, index = choose_block(
             logits_NE, bias_E, n, N, E, scaling, TOP_K, GROUPS, KEPT, SIGMOID, NORM, BIASED, TOKENS, G, S, CHOICES
         )
+        at = n[:, None] * TOP_K + column[None, :]
+        mask = (n < N)[:, None] & (column < TOP_K)[None, :]
         tl.store(weight_Nk + at, weight, mask=mask)
         tl.store(index_Nk + at, index.to(index_Nk.dtype.element_ty), mask=mask)
-    expert = tl.reshape(tl.where(mask, index, -1), (TOKENS * CHOICES,))
-    number = tl.arange(0, TOKENS * CHOICES)
-    same = (expert[:, None] == expert[None, :]) & (expert >= 0)[:, None]
-    earlier = (same & (number[None, :] < number[:, None])).to(tl.int32)
-    rank = tl.sum(earlier, 1)
-    leads = ((rank == 0) & (expert >= 0)).to(tl.int32)
-    slot = tl.cumsum(leads, 0) - leads
-    mine = tl.sum(tl.where(same & (leads > 0)[None, :], slot[None, :], 0), 1)
-    entry = (number // CHOICES) * TOP_K + number % CHOICES
-    tl.store(plan, tl.sum(leads, 0))
-    tl.store(plan + (1 + mine) * line, expert, mask=leads > 0)
-    tl.store(plan + (1 + mine) * line + 1, tl.sum(same.to(tl.int32), 1), mask=leads > 0)
-    tl.store(plan + (1 + mine) * line + 2 + rank, entry, mask=expert >= 0)
+        tl.debug_barrier()
+    entry = tl.arange(0, ENTRIES)
+    live = entry < N * TOP_K
+    expert = tl.load(index_Nk + entry, mask=live, other=-1).to(tl.int32)
+    rank = tl.zeros((ENTRIES,), tl.int32)
+    count = tl.zeros((ENTRIES,), tl.int32)
+    for first in range(0, ENTRIES, PART):
+        other = first + tl.arange(0, PART)
+        others = tl.load(index_Nk + other, mask=other < N * TOP_K, other=-2).to(tl.int32)
+        same = expert[:, None] == others[None, :]
+        rank += tl.sum((same & (other[None, :] < entry[:, None])).to(tl.int32), 1)
+        count += tl.sum(same.to(tl.int32), 1)
+    leads = live & (rank == 0)
+    slot = tl.cumsum(leads.to(tl.int32), 0) - 1
+    tl.store(plan, tl.sum(leads.to(tl.int32), 0))
+    tl.store(plan + (1 + slot) * line, expert, mask=leads)
+    tl.store(plan + (1 + slot) * line + 1, count, mask=leads)
+    tl.store(slot_E + expert, slot, mask=leads)
+    tl.debug_barrier()
+    mine = tl.load(slot_E + expert, mask=live, other=0)
+    tl.store(plan + (1 + mine) * line + 2 + rank, entry, mask=live)
 
 
 class Listed(NamedTuple):
@@ -120,15 +127,16 @@ class Listed(NamedTuple):
 def _list(weight: Tensor, index: Tensor, experts: int, logits: Tensor | None, bias: Tensor | None, spec: RouteSpec) -> Listed:
     tokens, top_k = index.shape
     plan = torch.empty(1 + min(experts, tokens * top_k), 2 + tokens, dtype=torch.int32, device=index.device)
+    slot_E = torch.empty(experts, dtype=torch.int32, device=index.device)
     groups, members = padded_groups(experts, spec.n_group)
-    given = logits is None
-    unused = weight
+    given, unused = logits is None, weight
+    entries = triton.next_power_of_2(tokens * top_k)
     _plan_kernel[(1,)](
-        unused if logits is None else logits, unused if bias is None else bias.float(), weight, index, plan, tokens, experts,
-        spec.scaling_factor, plan.shape[1], TOP_K=top_k, GROUPS=spec.n_group, KEPT=spec.topk_group,
+        unused if logits is None else logits, unused if bias is None else bias.float(), weight, index, slot_E, plan, tokens,
+        experts, spec.scaling_factor, plan.shape[1], TOP_K=top_k, GROUPS=spec.n_group, KEPT=spec.topk_group,
         SIGMOID=spec.score_function == "sigmoid", NORM=spec.norm_topk_prob, BIASED=bias is not None, GIVEN=given,
         TOKENS=triton.next_power_of_2(tokens), G=groups, S=members, CHOICES=triton.next_power_of_2(top_k),
-        num_warps=8 if tokens <= 8 else 16,
+        ENTRIES=entries, PART=min(32, entries), num_warps=1 if tokens == 1 else 8 if tokens <= 8 else 16,
     )  # fmt: skip
     return Listed(weight, index, plan)
 
