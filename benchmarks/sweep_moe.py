@@ -156,7 +156,7 @@ def sweep_decode(layer: Layer, clock: Callable[[], bool]) -> None:
     for tokens in (1, 8, 32):
         batches = [layer.x[i * tokens : (i + 1) * tokens] for i in range(max(2, 64 // tokens))]
         lists = [moe_decode.route_few(x, layer.router, layer.bias, SPEC) for x in batches]
-        hit = sum(listed.index.unique().numel() for listed in lists) / len(lists)
+        hit = sum(listed.index_Nk.unique().numel() for listed in lists) / len(lists)
         of_all = 3 * hit * layer.gate[0].nbytes
 
         def timed(call: Callable[..., object], items: list) -> float:

@@ -247,14 +247,14 @@ def test_few_tokens_equal_the_twin_whatever_the_batch(tokens, model, width, expe
     out = moe_decode.experts_few(x, listed, *weights)
     x64, router64 = x.double(), router.double()
     chosen = route_twin(x64, router64, bias.double(), **options(spec))[1]
-    assert torch.equal(listed.index.sort().values, chosen.sort().values)
-    expected = summed(x64, weights_of(x64, router64, listed.index, spec), listed.index, *(w.double() for w in weights))
+    assert torch.equal(listed.index_Nk.sort().values, chosen.sort().values)
+    expected = summed(x64, weights_of(x64, router64, listed.index_Nk, spec), listed.index_Nk, *(w.double() for w in weights))
     assert worst(out, expected) < FP32
     lines = listed.plan[1 : 1 + int(listed.plan[0, 0])].tolist()
     found = {line[0]: sorted(line[2 : 2 + line[1]]) for line in lines}
-    flat = listed.index.flatten().tolist()
+    flat = listed.index_Nk.flatten().tolist()
     assert found == {e: [p for p, other in enumerate(flat) if other == e] for e in set(flat)}
-    given = moe_decode.list_few(listed.weight, listed.index, experts)
+    given = moe_decode.list_few(listed.weight_Nk, listed.index_Nk, experts)
     assert torch.equal(moe_decode.experts_few(x, given, *weights), out)
     for n in range(0, tokens, 3):
         alone = x[n : n + 1]

@@ -119,8 +119,8 @@ def _plan_kernel(
 class Listed(NamedTuple):
     """What a few tokens chose: weights FP32 and experts int64 [N, k], and the plan, int32 [1 + S, 2 + N]."""
 
-    weight: Tensor
-    index: Tensor
+    weight_Nk: Tensor
+    index_Nk: Tensor
     plan: Tensor
 
 
@@ -261,7 +261,7 @@ def experts_few(
 ) -> Tensor:  # fmt: skip
     """Weighted sum of the listed experts [N, M]; `scales`: of block-FP8 gate, up and down."""
     tokens, model = x_NM.shape
-    width, top_k = gate.shape[1], listed.index.shape[1]
+    width, top_k = gate.shape[1], listed.index_Nk.shape[1]
     for w in (gate, up, down):
         if not w.is_contiguous():
             raise ValueError(f"the experts' weights must be contiguous, got strides {w.stride()}")
@@ -284,5 +284,5 @@ def experts_few(
         SCALED=scaled, ROWS=second.rows, DEPTH=second.depth, **short, num_warps=second.warps, num_stages=second.stages,
     )  # fmt: skip
     block = min(512, triton.next_power_of_2(model))
-    _sum_kernel[(tokens, triton.cdiv(model, block))](each, listed.weight, out, model, top_k, block, num_warps=4)
+    _sum_kernel[(tokens, triton.cdiv(model, block))](each, listed.weight_Nk, out, model, top_k, block, num_warps=4)
     return out
