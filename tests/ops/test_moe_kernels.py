@@ -227,6 +227,22 @@ def test_ops_are_registered_as_pytorch_asks():
     assert all(leaf.requires_grad for leaf in leaves)
 
 
+@interpreted
+def test_the_layer_compiles_to_one_graph_and_equal_bits():
+    x, router, bias, *weights = layer(33)
+    leaves = [t.requires_grad_() for t in (x, router, *weights)]
+
+    def call(x, router, *weights):
+        out, counts = moe_ops.mixture(x, router, bias, *weights, *SPEC)
+        return out * 2, counts
+
+    results = []
+    for form in (call, torch.compile(call, backend="aot_eager", fullgraph=True)):
+        out, counts = form(*leaves)
+        results.append([out, counts, *torch.autograd.grad(out, leaves, x.detach())])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # A few tokens
 # ---------------------------------------------------------------------------------------------------------------------
