@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
+from openling.ops.cpu import blockwise_attention
 from openling.ops.pick import kernels_for
 
 # Choosing a backend costs a few microseconds: below this many pairs of a query and a key, torch's own choice stands.
 BIG_PAIRS = 512 * 512
-# Values narrower than keys leave the flash path on a CPU. Widened with zeros they are 4 times as fast at 2048 keys and as
-# fast at 128; training with fewer keys than this is slower so.
-PAD_KEYS = 256
+# New tokens from which blocks of matrix products are faster on a CPU than torch's kernels.
+BLOCKWISE_TOKENS = 64
 BY_PREFERENCE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # More new tokens than this are no decoding or verifying step: expanding the latents is then cheaper, and kernels end here.
 DECODE_TOKENS = 4
@@ -61,7 +61,7 @@ def softmax_attention(
         out = F.scaled_dot_product_attention(q_BTHD[:, 0].unflatten(1, (kv_heads, -1)), k, v, scale=scale)
         return out.flatten(1, 2).unsqueeze(1)
     mask: Tensor | None = None
-    if new != total and key_mask is None and q.is_cuda:
+    if new != total and key_mask is None and (q.is_cuda or new >= BLOCKWISE_TOKENS):
         mask = causal_lower_right(new, total)  # stands for a [T, S] mask that is never in memory
     elif new != total or key_mask is not None:
         mask = causal_mask(new, total, key_mask, q.device)
@@ -71,6 +71,8 @@ def softmax_attention(
 def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
     """Attention [B, H, T, V] in the form that `attention_backend` names; causal where there is no mask."""
     backend, width = attention_backend(q_BHTD, k_BKSD, v_BKSV, mask), v_BKSV.shape[-1]
+    if backend == "blockwise":
+        return blockwise_attention(q_BHTD, k_BKSD, v_BKSV, scale)
     if backend.endswith("padded values"):
         v_BKSV = F.pad(v_BKSV, (0, q_BHTD.shape[-1] - width))
 
@@ -87,15 +89,22 @@ def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None,
 
 
 def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None = None) -> str:
-    """How softmax attention over these runs: "cudnn", "flash" or "default" (torch chooses), with "padded values" or without."""
+    """How softmax attention over these runs: "cudnn", "flash" or "default" (torch chooses), with "padded values" or without.
+
+    "blockwise" is `ops.cpu.blockwise_attention`. A mask of another type than Tensor stands for the causal one of fewer queries
+    than keys.
+    """
     dim, width, new, keys = q_BHTD.shape[-1], v_BKSV.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
-    if not q_BHTD.is_cuda:
-        return "default, padded values" if width < dim and new > 1 and keys >= PAD_KEYS else "default"
-    if new * keys < BIG_PAIRS or q_BHTD.element_size() != 2:
+    if q_BHTD.device.type == "cpu":
+        if type(mask) is not Tensor and new >= BLOCKWISE_TOKENS:
+            return "blockwise"
+        # Values narrower than keys leave torch's flash kernel on a CPU; zeros keep them in it.
+        return "default, padded values" if width < dim and new >= BLOCKWISE_TOKENS else "default"
+    if not q_BHTD.is_cuda or new * keys < BIG_PAIRS or q_BHTD.element_size() != 2:
         return "default"
     if mask is None:
         return _cuda_backend(q_BHTD.device, dim, width)
-    # Only flash has a mask-free form of fewer queries than keys, and it wants equal dims.
+    # Of torch's kernels only flash does without a mask here, and it wants equal dims.
     flash = width <= dim and type(mask) is not Tensor
     return ("flash, padded values" if width < dim else "flash") if flash else "default"
 

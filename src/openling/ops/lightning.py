@@ -10,11 +10,15 @@ With `cu_seqlens` the batch holds one row of N packed documents and states are [
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import cache
+from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from openling.ops.cpu import matmul_dtype
 from openling.ops.pick import kernels_for
 
 CHUNK = 64
@@ -106,34 +110,90 @@ def lightning_chunk(
     scale: float | None = None,
     chunk: int = CHUNK,
 ) -> tuple[Tensor, Tensor]:
-    """The chunk form of `lightning_recurrent`: same arguments, same results, matrix products instead of a token loop.
+    """The chunk form of `lightning_recurrent`: same arguments, same results, matrix products instead of a token loop."""
+    scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
+    documents = _document_bounds(q_BTHD, cu_seqlens)
+    state_NHDD = _first_state(q_BTHD, len(documents), initial_state, v_BTHD.shape[-1])
+    layout = _ChunkLayout(documents, chunk, q_BTHD.device)
+    q, k, v = (layout.split(x.flatten(0, 1)) for x in (q_BTHD, k_BTHD, v_BTHD))  # [n, H, C, D]
+    out_nHCD, final_NHDD = _ChunkForm.apply(q, k, v, state_NHDD, log_decay_H, layout, scale)
+    return layout.join(out_nHCD).view_as(v_BTHD).to(q_BTHD.dtype), final_NHDD
 
-    Only pairwise differences of positions are exponentiated, and they are never positive: no decay can overflow.
+
+class _ChunkForm(torch.autograd.Function):
+    """Chunks q, k [n, H, C, D], v [n, H, C, E] and first states [N, H, D, E] to outputs [n, H, C, E] and last states.
+
+    With W_ij = scale lam^(i - j) for j up to i, c_i = scale lam^(i + 1), f_j = lam^(length - 1 - j), X * w scaling rows of X:
+
+        P = (Q K^T) W elementwise      O = P V + (Q S) * c      A = (K * f)^T V      S_next = lam^length S + A
+
+    Products of BF16 inputs run in BF16 where a CPU is faster so; the state and what is added to it are FP32 always.
     """
-    with torch.autocast(q_BTHD.device.type, enabled=False):
-        dtype = _compute_dtype(q_BTHD)
-        scale = q_BTHD.shape[-1] ** -0.5 if scale is None else scale
-        documents = _document_bounds(q_BTHD, cu_seqlens)
-        state_NHDD = _first_state(q_BTHD, len(documents), initial_state, v_BTHD.shape[-1])
-        layout = _ChunkLayout(documents, chunk, q_BTHD.device)
-        q, k, v = (layout.split(x.flatten(0, 1).to(dtype)) for x in (q_BTHD, k_BTHD, v_BTHD))  # [n, H, C, D]
-        g_H = log_decay_H.to(device=q.device, dtype=dtype)
 
-        position_C = torch.arange(chunk, device=q.device, dtype=dtype)
-        age_CC = position_C[:, None] - position_C[None, :]
-        within_HCC = torch.exp(g_H[:, None, None] * age_CC.clamp(min=0)).tril()
-        out = ((q @ k.transpose(-1, -2)) * within_HCC) @ v
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, first_NHDE: Tensor, log_decay_H: Tensor, layout: _ChunkLayout, scale: float
+    ) -> tuple[Tensor, Tensor]:
+        heads, wide = q.shape[1], first_NHDE.dtype
+        dtype = matmul_dtype(q.dtype) if q.dtype == k.dtype == v.dtype and not q.is_cuda else wide
+        with torch.autocast(q.device.type, enabled=False):
+            within_HCC, carried_HC1, fading_nHC1, kept_nH11 = _decays(log_decay_H, layout, scale, first_NHDE)
+            q, k, v = (_rows(x, dtype) for x in (q, k, v))  # [n * H, C, D]
+            score = torch.bmm(q, k.transpose(1, 2))
+            score.unflatten(0, (-1, heads)).mul_(within_HCC.to(dtype))
+            faded = k.unflatten(0, (-1, heads)) * fading_nHC1
+            added = torch.bmm(faded.flatten(0, 1).transpose(1, 2), v.to(wide))
+            before_nHDE, last_NHDE = _scan(layout, added.unflatten(0, (-1, heads)), kept_nH11, first_NHDE)
+            before = before_nHDE.to(dtype).flatten(0, 1)
+            out = torch.bmm(score, v).unflatten(0, (-1, heads))
+            out.addcmul_(torch.bmm(q, before).view_as(out), carried_HC1.to(dtype))
+        ctx.save_for_backward(q, k, v, score, before, within_HCC, carried_HC1, fading_nHC1, kept_nH11)
+        ctx.layout = layout
+        return out, last_NHDE
 
-        # What each chunk adds to the state: lam^(length - 1 - b); padded rows of k are zero, so the clamp is harmless.
-        remaining_nC = (layout.lengths_n[:, None].to(dtype) - 1 - position_C).clamp(min=0)
-        fading_nHC = torch.exp(g_H[:, None] * remaining_nC[:, None, :])
-        added_nHDD = (k * fading_nHC[..., None]).transpose(-1, -2) @ v
-        kept_nH = torch.exp(g_H * layout.lengths_n[:, None].to(dtype))
-        before_nHDD, final_NHDD = _scan(layout, added_nHDD, kept_nH, state_NHDD)
+    @staticmethod
+    def backward(ctx: Any, dout_nHCE: Tensor, dlast_NHDE: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, score, before, within_HCC, carried_HC1, fading_nHC1, kept_nH11 = ctx.saved_tensors
+        heads, dtype, wide = within_HCC.shape[0], q.dtype, kept_nH11.dtype
+        carried, fading = carried_HC1.to(dtype), fading_nHC1.to(dtype)
+        with torch.autocast(q.device.type, enabled=False):
+            dout = _rows(dout_nHCE, dtype)
+            dscore = torch.bmm(dout, v.transpose(1, 2))
+            dscore.unflatten(0, (-1, heads)).mul_(within_HCC.to(dtype))
+            dq, dk, dv = torch.bmm(dscore, k), torch.bmm(dscore.transpose(1, 2), q), torch.bmm(score.transpose(1, 2), dout)
+            dq, dk, dv, dout, k, v = (x.unflatten(0, (-1, heads)) for x in (dq, dk, dv, dout, k, v))
+            dq.addcmul_(torch.bmm(dout.flatten(0, 1), before.transpose(1, 2)).view_as(dq), carried)
+            read = torch.bmm(q.transpose(1, 2), (dout * carried).flatten(0, 1)).to(wide)
+            after_nHDE, dfirst_NHDE = _scan(ctx.layout, read.unflatten(0, (-1, heads)), kept_nH11, dlast_NHDE, reverse=True)
+            after = after_nHDE.to(dtype).flatten(0, 1)
+            dk.addcmul_(torch.bmm(v.flatten(0, 1), after.transpose(1, 2)).view_as(dk), fading)
+            dv += torch.bmm((k * fading).flatten(0, 1), after).view_as(dv)
+        return dq, dk, dv, dfirst_NHDE, None, None, None
 
-        carried_HC = torch.exp(g_H[:, None] * (position_C + 1))
-        out = out + (q * carried_HC[..., None]) @ before_nHDD
-        return layout.join(scale * out).view_as(v_BTHD).to(q_BTHD.dtype), final_NHDD
+
+def _rows(x_nHCD: Tensor, dtype: torch.dtype) -> Tensor:
+    """[n * H, C, D], packed: a batched product of anything else would make its own, slower copies."""
+    packed = (
+        x_nHCD if x_nHCD.dtype == dtype and x_nHCD.is_contiguous() else x_nHCD.new_empty(x_nHCD.shape, dtype=dtype).copy_(x_nHCD)
+    )
+    return packed.flatten(0, 1)
+
+
+def _decays(log_decay_H: Tensor, layout: _ChunkLayout, scale: float, like: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """W [H, C, C], c [H, C, 1], f [1 or n, H, C, 1] and lam^length [1 or n, H, 1, 1] of `_ChunkForm`.
+
+    Only differences of positions are exponentiated, and they are never positive: no decay can overflow.
+    """
+    g_H = log_decay_H.to(device=like.device, dtype=like.dtype)
+    position_C = torch.arange(layout.chunk, device=like.device, dtype=like.dtype)
+    age_CC = position_C[:, None] - position_C[None, :]
+    within_HCC = scale * torch.exp(g_H[:, None, None] * age_CC.clamp(min=0)).tril()
+    carried_HC1 = scale * torch.exp(g_H[:, None] * (position_C + 1))[..., None]
+    lengths_n1 = layout.lengths_n[: 1 if layout.dense else None, None].to(like.dtype)
+    # Rows behind a shorter chunk's end are zero in k, so what their clamped exponent gives does not matter.
+    remaining_nC = (lengths_n1 - 1 - position_C).clamp(min=0)
+    fading_nHC1 = torch.exp(g_H[:, None] * remaining_nC[:, None, :])[..., None]
+    return within_HCC, carried_HC1, fading_nHC1, torch.exp(g_H * lengths_n1)[..., None, None]
 
 
 class _ChunkLayout:
@@ -147,7 +207,18 @@ class _ChunkLayout:
         self.valid_nC = offset_C < self.lengths_n[:, None]
         self.token_nC = torch.where(self.valid_nC, starts_n[:, None] + offset_C, 0)
         self.dense = bool((self.lengths_n == chunk).all())
+        self.chunk = chunk
         self.chunks_of = [-(-(end - start) // chunk) for start, end in documents]
+
+    def runs(self) -> Iterator[tuple[slice, slice, int]]:
+        """Documents that advance together, their chunks, and how many each has: all of a batch at once, packed ones singly."""
+        if len(set(self.chunks_of)) == 1:
+            yield slice(None), slice(None), self.chunks_of[0]
+            return
+        start = 0
+        for i, count in enumerate(self.chunks_of):
+            yield slice(i, i + 1), slice(start, start + count), count
+            start += count
 
     def split(self, x_THD: Tensor) -> Tensor:
         """Tokens [B*T, H, D] to chunks [n, H, C, D]."""
@@ -163,25 +234,25 @@ class _ChunkLayout:
         return x_nCHD.flatten(0, 1) if self.dense else x_nCHD[self.valid_nC]
 
 
-def _scan(layout: _ChunkLayout, added_nHDD: Tensor, kept_nH: Tensor, state_NHDD: Tensor) -> tuple[Tensor, Tensor]:
-    """State before every chunk [n, H, D, D] and after every document [N, H, D, D]."""
-    if not layout.chunks_of or max(layout.chunks_of) == 0:
-        return added_nHDD, state_NHDD
-    kept_nH11 = kept_nH[..., None, None]
-    if min(layout.chunks_of) == max(layout.chunks_of):  # rows of one batch: all documents advance together
-        added, kept = (x.unflatten(0, (len(layout.chunks_of), -1)).unbind(1) for x in (added_nHDD, kept_nH11))
-        before = [state_NHDD]
-        for a, k in zip(added, kept, strict=True):
-            before.append(k * before[-1] + a)
-        return torch.stack(before[:-1], dim=1).flatten(0, 1), before[-1]
-    finals, starts = [], []
-    pieces = zip(added_nHDD.split(layout.chunks_of), kept_nH11.split(layout.chunks_of), state_NHDD, strict=True)
-    for added_cHDD, kept_cH11, state_HDD in pieces:
-        for a, k in zip(added_cHDD, kept_cH11, strict=True):
-            starts.append(state_HDD)
-            state_HDD = k * state_HDD + a
-        finals.append(state_HDD)
-    return torch.stack(starts), torch.stack(finals)
+def _scan(
+    layout: _ChunkLayout, added_nHDE: Tensor, kept_nH11: Tensor, first_NHDE: Tensor, *, reverse: bool = False
+) -> tuple[Tensor, Tensor]:
+    """State = kept * state + added, chunk by chunk of each document: the state before every chunk, and after the last.
+
+    `reverse`: from the last chunk to the first, as gradients of states run.
+    """
+    met_nHDE, last_NHDE = torch.empty_like(added_nHDE), first_NHDE.clone()
+    kept_nH11 = kept_nH11.expand(added_nHDE.shape[0], -1, -1, -1)
+    for documents, chunks, count in layout.runs():
+        if count:
+            added, kept, met = (x[chunks].unflatten(0, (-1, count)) for x in (added_nHDE, kept_nH11, met_nHDE))
+            order = list(range(count))[:: -1 if reverse else 1]
+            met[:, order[0]] = first_NHDE[documents]
+            for here, there in pairwise(order):
+                torch.addcmul(added[:, here], kept[:, here], met[:, here], out=met[:, there])
+            end = order[-1]
+            last_NHDE[documents] = torch.addcmul(added[:, end], kept[:, end], met[:, end])
+    return met_nHDE, last_NHDE
 
 
 def lightning(

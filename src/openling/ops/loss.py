@@ -21,8 +21,10 @@ from torch import Tensor
 
 from openling.ops.pick import kernels_for
 
-# Values of one chunk's logits: 32 MiB in FP32, of which three or four live at once. Smaller chunks reread the head too often.
-CHUNK_VALUES = 2**23
+# Values of one chunk's logits, one copy each of the student's and the teacher's. Smaller chunks reread the head too often.
+CHUNK_VALUES = 2**24
+# On a CPU a chunk is widened to FP32 and worked on a few tokens at a time, whose values stay in the core's cache.
+CACHED_VALUES = 2**18
 # With kernels 2 GiB of BF16, one copy each of the student's and the teacher's: matrix products of thousands of tokens.
 KERNEL_CHUNK_VALUES = 2**30
 
@@ -90,11 +92,6 @@ class _Call:
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
         self.sums = torch.zeros(3, dtype=self.wide, device=self.targets.device)
 
-    def logits(self, h_CM: Tensor, weight_VM: Tensor) -> tuple[Tensor, Tensor]:
-        """Wide logits [C, V] and their log-sum-exp [C, 1]."""
-        logits = (h_CM @ weight_VM.T).to(self.wide)
-        return logits, logits.logsumexp(-1, keepdim=True)
-
     def rows(self, h_NM: Tensor, vocabulary: int) -> list[slice]:
         """The tokens of each chunk. Kernels get chunks of equal size in whole tiles of a matrix product."""
         count, fast = h_NM.shape[0], kernels_for(h_NM)
@@ -107,30 +104,45 @@ class _Call:
     def chunk(self, h_CM: Tensor, weight_VM: Tensor, teacher: tuple[Tensor, Tensor] | None, targets_C: Tensor) -> Tensor | None:
         """Add a chunk to the sums; returns d (sum of losses) / d logits [C, V] in the compute dtype where it is needed."""
         fast, gradient = kernels_for(h_CM), self.grad_h or self.grad_weight
+        logits = h_CM @ weight_VM.T
+        t_logits = None if teacher is None else teacher[0] @ teacher[1].T
         if fast is not None:
-            logits = h_CM @ weight_VM.T
-            t_logits = None if teacher is None else teacher[0] @ teacher[1].T
             weights = (self.ce_weight, self.kl_weight)
             self.sums += fast.head_losses(logits, t_logits, targets_C, *weights, self.agreement, gradient).sum(0)
             return logits if gradient else None
-        logits, lse = self.logits(h_CM, weight_VM)
-        at = targets_C[:, None]
-        self.sums[0] += (lse - logits.gather(-1, at)).sum()
+        size = logits.shape[0] if logits.is_cuda else max(1, CACHED_VALUES // logits.shape[1])
+        for rows in (slice(i, i + size) for i in range(0, logits.shape[0], size)):
+            self.few(logits[rows], None if t_logits is None else t_logits[rows], targets_C[rows, None], gradient)
+        return logits if gradient else None
+
+    def few(self, logits_CV: Tensor, t_logits_CV: Tensor | None, targets_C1: Tensor, gradient: bool) -> None:
+        """Add a few tokens to the sums, and turn their logits into the gradient of (sum of losses) where it is needed."""
+        x = logits_CV.to(self.wide)
+        p, lse = _softmax(x)
+        self.sums[0] += (lse - x.gather(-1, targets_C1)).sum()
         t = None
-        if teacher is not None:
-            t_logits, t_lse = self.logits(*teacher)
+        if t_logits_CV is not None:
+            y = t_logits_CV.to(self.wide)
+            t, t_lse = _softmax(y)
             if self.agreement:
-                self.sums[2] += (t_logits.argmax(-1) == logits.argmax(-1)).sum()
-            t = (t_logits - t_lse).exp_()
+                self.sums[2] += (y.argmax(-1) == x.argmax(-1)).sum()
             # sum_v t = 1, so the two log-sum-exps leave the sum; equal logits give exactly 0.
-            self.sums[1] += (t * t_logits.sub_(logits)).sum() + (lse - t_lse).sum()
+            self.sums[1] += torch.linalg.vecdot(t, y - x).sum() + (lse - t_lse).sum()
         if not gradient:
-            return None
-        grad = logits.sub_(lse).exp_().mul_(self.ce_weight + (self.kl_weight if t is not None else 0.0))
-        grad.scatter_add_(-1, at, torch.full_like(at, -self.ce_weight, dtype=self.wide))
+            return
+        grad = p.mul_(self.ce_weight + (self.kl_weight if t is not None else 0.0))
+        grad.scatter_add_(-1, targets_C1, torch.full_like(targets_C1, -self.ce_weight, dtype=self.wide))
         if t is not None and self.kl_weight:
             grad.sub_(t, alpha=self.kl_weight)
-        return grad.to(self.dtype)
+        logits_CV.copy_(grad)
+
+
+def _softmax(x_CV: Tensor) -> tuple[Tensor, Tensor]:
+    """Softmax and log-sum-exp [C, 1] of every row, from one pass of exponentials."""
+    top = x_CV.amax(-1, keepdim=True)
+    weight = (x_CV - top).exp_()
+    total = weight.sum(-1, keepdim=True)
+    return weight.div_(total), total.log().add_(top)
 
 
 class _HeadLoss(torch.autograd.Function):

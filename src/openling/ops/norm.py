@@ -7,6 +7,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from openling.ops.cpu import norms_in_one_pass, root_mean_square_norm
 from openling.ops.pick import kernels_for
 
 
@@ -15,6 +16,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     fast, dtype = stream_kernels(x)
     if fast is not None:
         return fast.rms_norm(x, weight, eps, dtype)
+    if norms_in_one_pass(x):
+        return root_mean_square_norm(x, weight, eps)
     wide = x if x.dtype == torch.float64 else x.float()
     return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
 
@@ -24,6 +27,8 @@ def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor
 
     `groups` is what the checkpoints call `group_norm_size`: the number of groups, not their width.
     """
+    if norms_in_one_pass(x):
+        return root_mean_square_norm(x, weight, eps, groups)
     wide = (x if x.dtype == torch.float64 else x.float()).unflatten(-1, (groups, -1))
     normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
     return weight * normed.flatten(-2).to(x.dtype)
@@ -33,7 +38,7 @@ def stream_kernels(x: Tensor) -> tuple[ModuleType | None, torch.dtype]:
     """The kernels that norm x, if any, and the dtype of the normed values.
 
     Under autocast the residual stream is FP32 while every matrix product reads half precision. The kernels take such a stream
-    and write what the product reads; the plain form writes FP32 and leaves the rounding to autocast.
+    and write what the product reads, and so does the CPU; the plain form writes FP32 and leaves the rounding to autocast.
     """
     if x.is_cuda and x.dtype == torch.float32 and torch.is_autocast_enabled("cuda"):
         dtype = torch.get_autocast_dtype("cuda")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from openling.ops.cpu import rotate
 from openling.ops.pick import kernels_for
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -83,6 +84,8 @@ def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     fast = kernels_for(x_BTHD)
     if fast is not None:
         return fast.apply_rope(x_BTHD, cos, sin, interleaved)
+    if x_BTHD.device.type == "cpu":
+        return rotate(x_BTHD, cos, sin, interleaved)
     rotary = 2 * cos.shape[-1]
     dtype = torch.float64 if x_BTHD.dtype == torch.float64 else torch.float32
     turned, kept = x_BTHD[..., :rotary].to(dtype), x_BTHD[..., rotary:]

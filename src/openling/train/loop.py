@@ -67,9 +67,11 @@ def train(
         raise UserError("the batches are not of the configured shape", value=found, expected=expected)
     if config.kl and teacher is None:
         raise UserError("a KL loss needs a teacher", where="kl", value=config.kl, expected="a teacher, or kl = 0")
+    models = [model, teacher] if teacher is not None and config.kl else [model]
     with sole_writer(run), _only_gradients_of(model, select_parameters(model, parameters)) as chosen:
         _enter_run(run, config, list(chosen), resume)
-        return _Run(model, config, batches, chosen, teacher, run, silent=not progress).go()
+        with _cast_once(models, set(chosen.values()), config):
+            return _Run(model, config, batches, chosen, teacher, run, silent=not progress).go()
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
@@ -108,6 +110,24 @@ def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Ite
         for p, needed in before.items():
             p.requires_grad_(needed)
             p.grad = None
+
+
+@contextmanager
+def _cast_once(models: list[Ling], trained: set[nn.Parameter], config: TrainConfig) -> Iterator[None]:
+    """On a CPU, hold frozen matrices in BF16, as autocast would otherwise cast them again in every step; undone afterwards.
+
+    A head that is also the embedding stays: embeddings are read in FP32.
+    """
+    read = {m.weight for model in models for m in model.modules() if isinstance(m, nn.Embedding)}
+    matrices = {m.weight for model in models for m in model.modules() if isinstance(m, nn.Linear)}
+    wide = {p: p.data for p in matrices - read - trained if p.device.type == "cpu" and config.precision == "bf16"}
+    try:
+        for p, data in wide.items():
+            p.data = data.to(torch.bfloat16)
+        yield
+    finally:
+        for p, data in wide.items():
+            p.data = data
 
 
 @contextmanager
@@ -152,6 +172,8 @@ class _Run:
         self.model, self.config, self.batches, self.chosen, self.run = model, config, batches, chosen, run
         self.teacher = teacher if config.kl else None
         self.device = next(model.parameters()).device
+        self.head = self._head(model)
+        self.teacher_head = None if self.teacher is None else self._head(self.teacher)
         self.optimizer = adamw(list(chosen.values()), config)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         torch.manual_seed(config.seed)
@@ -228,20 +250,25 @@ class _Run:
     def _loss(self, ids_BT: Tensor) -> HeadLoss:
         """The loss of a part of the batch, in BF16 autocast where configured."""
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            teacher_h = teacher_weight = None
+            teacher_h = None
             if self.teacher is not None:
                 with torch.no_grad():
                     teacher_h = self.teacher.model(ids_BT)
-                teacher_weight = self.teacher.lm_head.weight
             return head_loss(
                 self.model.model(ids_BT),
-                self.model.lm_head.weight,
+                self.head,
                 ids_BT,
                 teacher_h_BTM=teacher_h,
-                teacher_weight_VM=teacher_weight,
+                teacher_weight_VM=self.teacher_head,
                 ce_weight=self.config.ce,
                 kl_weight=self.config.kl,
             )
+
+    def _head(self, model: Ling) -> Tensor:
+        """A model's head, cast once where it is frozen."""
+        weight = model.lm_head.weight
+        frozen = model is self.teacher or not weight.requires_grad
+        return weight.detach().to(torch.bfloat16) if frozen and self.config.precision == "bf16" else weight
 
     def _fail(self, row: dict[str, Any], ids_BT: Tensor) -> None:
         """Keep the batch and the culprits; weights, checkpoint and metrics stay as they were before the step."""

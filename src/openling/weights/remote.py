@@ -18,6 +18,7 @@ AUTO_MAP = {
 SOURCES = (
     "errors.py",
     "model/config.py",
+    "ops/cpu.py",
     "ops/lightning.py",
     "ops/norm.py",
     "ops/rope.py",
