@@ -60,6 +60,8 @@ def forms(name: str) -> Iterator[tuple[str, Callable[..., object]]]:
     rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates(name)]
     for ring in dict.fromkeys(rings):
         yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
+    if name == "down":
+        yield "torch grouped_mm on the segments", moe_gemm.down_torch
     portable = getattr(moe_gemm, name)
     for tile in dict.fromkeys([moe_gemm.TILES[name], *moe_gemm.candidates(name)]):
         yield f"portable {tile}", lambda *a, tile=tile, **k: portable(*a, **k, tile=tile)

@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from moe_layers import block_fp8, choices, layer, options, randn, rows_fp8, summed, weights_of
 
-from openling.ops.kernels import moe_decode, moe_fp8, moe_ops, moe_sort
+from openling.ops.kernels import moe_decode, moe_fp8, moe_gemm, moe_ops, moe_sort
 from openling.ops.kernels.moe_route import RouteSpec
 from openling.ops.moe import dequantize_blocks
 from openling.ops.moe import route as route_twin
@@ -109,6 +109,7 @@ def test_forms_agree_with_each_other_to_a_rounding(monkeypatch):
         outs = [act[:rows], h[:rows], run["down"](act, s, down)[:rows], dh[:rows], weighted[:rows], parts.sum(0)[:rows]]
         outs += [run["d_x"](dh, s, gate, up)[:rows], run["d_down"](dout, weighted, s, dtype), *run["d_gate_up"](dh, x, s, dtype)]
         results[form, dtype] = outs
+    assert off(moe_gemm.down_torch(act, s, down)[:rows], outs[2].double()) < 2**-9
     for dtype in (torch.bfloat16, torch.float32):
         for a, b in zip(results["hopper", dtype], results["portable", dtype], strict=True):
             assert off(a, b.double()) < 2**-9

@@ -33,7 +33,7 @@ from openling.ops.kernels.moe_route import (
 from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, sort_tokens, sum_rows, sum_rows_routed
 from openling.ops.pick import batch_invariant
 
-# Which form of a product runs where both can: "hopper" (`moe_hopper`, `moe_hopper_back`) or "portable" (`moe_gemm`).
+# Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down).
 FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
 
 
@@ -52,7 +52,7 @@ def product(name: str, x: Tensor, width: int) -> Any:
     modules = _hopper() if FORMS[name] == "hopper" else None
     if modules is not None and x.element_size() == 2 and x.shape[-1] % 256 == 0 and width % 256 == 0:
         return getattr(modules[0] if hasattr(modules[0], name) else modules[1], name)
-    return getattr(moe_gemm, name)
+    return getattr(moe_gemm, f"{name}_torch" if FORMS[name] == "torch" else name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
