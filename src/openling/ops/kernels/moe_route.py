@@ -240,7 +240,7 @@ def padded_groups(experts: int, groups: int) -> tuple[int, int]:
     return triton.next_power_of_2(groups), max(2, triton.next_power_of_2(experts // groups))
 
 
-CHOOSE = (2048, 4)  # scores of a program, warps
+CHOOSE = (1024, 1)  # scores of a program, warps: one warp needs no shared memory for its reductions
 
 
 def choose(
@@ -269,20 +269,18 @@ def choose(
 
 
 @triton.jit
-def _dlogits_kernel(
+def _dlogits_softmax_kernel(
     logits_NE, index_Nk, dweight_Nk, high_NE, low_NE, N, E, scaling,
-    TOP_K: tl.constexpr, SIGMOID: tl.constexpr, NORM: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
+    TOP_K: tl.constexpr, NORM: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr,
 ):  # fmt: skip
+    """Softmax: every logit of a token moves all of its scores."""
     n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     e = tl.arange(0, EXPERTS)
     n64 = n.to(tl.int64)
     mask = (n < N)[:, None] & (e < E)[None, :]
     logit = tl.load(logits_NE + n64[:, None] * E + e[None, :], mask=mask, other=float("-inf"))
-    if SIGMOID:
-        score = 1.0 / (1.0 + tl.exp(-logit))
-    else:
-        score = tl.exp(logit - tl.max(logit, 1)[:, None])
-        score /= tl.sum(score, 1)[:, None]
+    score = tl.exp(logit - tl.max(logit, 1)[:, None])
+    score /= tl.sum(score, 1)[:, None]
     # weight_j = scaling * s_j / total: ds_j = scaling * (dweight_j / total - sum_i dweight_i s_i / total^2).
     dscore = tl.zeros((TOKENS, EXPERTS), tl.float32)
     chosen = tl.zeros((TOKENS, EXPERTS), tl.float32)
@@ -296,14 +294,38 @@ def _dlogits_kernel(
         total = tl.sum(score * chosen, 1) + 1e-20
         pull = tl.sum(score * dscore, 1) / total
         dscore = (dscore - chosen * pull[:, None]) / total[:, None]
-    if SIGMOID:
-        dlogit = dscore * score * (1.0 - score)
-    else:
-        dlogit = score * (dscore - tl.sum(score * dscore, 1)[:, None])
+    dlogit = score * (dscore - tl.sum(score * dscore, 1)[:, None])
     at = n64[:, None] * E + e[None, :]
     high = dlogit.to(high_NE.dtype.element_ty)
     tl.store(high_NE + at, high, mask=mask)
     tl.store(low_NE + at, (dlogit - high.to(tl.float32)).to(low_NE.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dlogits_sigmoid_kernel(
+    logits_NE, index_Nk, dweight_Nk, high_NE, low_NE, N, E, scaling,
+    TOP_K: tl.constexpr, NORM: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr, CHOICES: tl.constexpr,
+):  # fmt: skip
+    """A sigmoid's gradient stays with its own logit: zeros everywhere, then the k chosen ones."""
+    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    e, j = tl.arange(0, EXPERTS), tl.arange(0, CHOICES)
+    row = n.to(tl.int64)[:, None]
+    everywhere = (n < N)[:, None] & (e < E)[None, :]
+    zeros = tl.zeros((TOKENS, EXPERTS), high_NE.dtype.element_ty)
+    tl.store(high_NE + row * E + e[None, :], zeros, mask=everywhere)
+    tl.store(low_NE + row * E + e[None, :], zeros, mask=everywhere)
+    mask = (n < N)[:, None] & (j < TOP_K)[None, :]
+    expert = tl.load(index_Nk + row * TOP_K + j[None, :], mask=mask, other=0).to(tl.int32)
+    dscore = tl.load(dweight_Nk + row * TOP_K + j[None, :], mask=mask, other=0.0) * scaling
+    score = 1.0 / (1.0 + tl.exp(-tl.load(logits_NE + row * E + expert, mask=mask, other=float("-inf"))))
+    if NORM and TOP_K > 1:
+        total = tl.sum(score, 1)[:, None] + 1e-20
+        dscore = (dscore - tl.sum(score * dscore, 1)[:, None] / total) / total
+    dlogit = dscore * score * (1.0 - score)
+    high = dlogit.to(high_NE.dtype.element_ty)
+    tl.debug_barrier()  # the zeros come first
+    tl.store(high_NE + row * E + expert, high, mask=mask)
+    tl.store(low_NE + row * E + expert, (dlogit - high.to(tl.float32)).to(low_NE.dtype.element_ty), mask=mask)
 
 
 def route_dlogits(dweight_Nk: Tensor, logits_NE: Tensor, index_Nk: Tensor, spec: RouteSpec, dtype: torch.dtype) -> Tensor:
@@ -311,11 +333,17 @@ def route_dlogits(dweight_Nk: Tensor, logits_NE: Tensor, index_Nk: Tensor, spec:
     tokens, experts = logits_NE.shape
     out = torch.empty((2, tokens, experts), dtype=dtype, device=logits_NE.device)
     padded = triton.next_power_of_2(experts)
-    block = max(1, 2048 // padded)
-    if tokens:
-        _dlogits_kernel[(triton.cdiv(tokens, block),)](
+    if tokens and spec.score_function == "sigmoid":
+        block = max(1, 8192 // padded)
+        _dlogits_sigmoid_kernel[(triton.cdiv(tokens, block),)](
             logits_NE, index_Nk, dweight_Nk.contiguous(), *out, tokens, experts, spec.scaling_factor,
-            spec.top_k, spec.score_function == "sigmoid", spec.norm_topk_prob, block, padded,
+            spec.top_k, spec.norm_topk_prob, block, padded, triton.next_power_of_2(spec.top_k), num_warps=4,
+        )  # fmt: skip
+    elif tokens:
+        block = max(1, 2048 // padded)
+        _dlogits_softmax_kernel[(triton.cdiv(tokens, block),)](
+            logits_NE, index_Nk, dweight_Nk.contiguous(), *out, tokens, experts, spec.scaling_factor,
+            spec.top_k, spec.norm_topk_prob, block, padded,
         )  # fmt: skip
     return out
 
