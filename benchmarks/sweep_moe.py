@@ -57,7 +57,7 @@ def in_graph(call: Callable[[], object], calls: int = 32) -> float:
 def forms(name: str) -> Iterator[tuple[str, Callable[..., object]]]:
     """Hopper's rings, then portable tiles; the chosen ones come first."""
     hopper = getattr(moe_hopper, name, None) or getattr(moe_hopper_back, name)
-    rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates(name)]
+    rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates()]
     for ring in dict.fromkeys(rings):
         yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
     if name == "down":

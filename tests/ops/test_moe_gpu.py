@@ -23,7 +23,13 @@ def off(found, expected):
 
 
 def test_router_equals_the_twin_in_fp32():
-    """Weights: FP32 rounding of scores, 2^-24, and of 2048 products, sqrt(2048) 2^-24 of logits around 1: 1e-5.
+    """Logits: products are exact, but Hopper adds 16 at a time to an FP32 accumulator and cuts off what does not fit, towards 0:
+    up to 2^-23 of the running sum for the result, and 17 addends at 2^-25 of the largest. Of three terms, smallest first, only
+    the last makes the sums large: 128 additions, at most 128 * 5.25 * 2^-23 of the largest sum. In the mean a cut is half of
+    2^-23, always against the sum, which is smaller before the end: below 128 * 2^-24. Sums that round, as in FP32 units, would be
+    off by sqrt(2048) 2^-24 / sqrt(3), a fifth of that.
+
+    Weights: sigmoid's slope is at most 1/4 and 2.5 / total is around 0.4: a tenth of the logits' largest error, below 1e-5.
 
     Choices may differ only where biased scores are that close. The tokens' gradient is rounded in dlogits, router and result; the
     router's comes from two BF16 terms, 2^-17. What counts as a rounding: `test_layer_equals_the_twin`.
@@ -34,7 +40,9 @@ def test_router_equals_the_twin_in_fp32():
     router.requires_grad_()
     weight, index, logits = moe_ops.route(x, router, bias, *spec)
     x64, router64 = x.detach().double().requires_grad_(), router.detach().double().requires_grad_()
-    assert (logits.double() - x64 @ router64.T).abs().max() < 1e-5
+    true = (x64 @ router64.T).detach()
+    assert (logits.double() - true).abs().max() < 128 * 5.25 * 2**-23 * true.abs().max()
+    assert off(logits.detach(), true) < 128 * 2**-24
     expected, chosen = route_twin(x64, router64, bias.double(), **options(spec))
     same = (index.sort().values == chosen.sort().values).all(-1)
     assert same.double().mean() > 0.999
@@ -53,8 +61,8 @@ def test_layer_equals_the_twin(form, tokens, monkeypatch):
     """A rounding to BF16 is off by up to 2^-8 of a power of two, evenly: 2^-8 / sqrt(3) in the mean square, of values around 1.5
     times a power of two. That is less than u = 2^-9, and independent roundings add up in squares.
 
-    Roundings on the way: out a, y, out (3); dx adds h, dh, the rows, dlogits, the router's weight (8); gate and up h, dh, the
-    gradient (4, and a in the router's share); down h, w a, the gradient (4); the router's weight h and, summed in FP32, a (3).
+    Roundings on the way: out a, y, out (3); dx adds h, p, dh, the rows, dlogits, the router's weight (9); gate and up h, p, dh,
+    the gradient (5, and a in the router's share); down h, w a, the gradient (4); the router's weight h, p and, in FP32, a (4).
     """
     for name in moe_ops.FORMS:
         monkeypatch.setitem(moe_ops.FORMS, name, form)
@@ -87,14 +95,17 @@ def test_layer_equals_the_twin(form, tokens, monkeypatch):
             square[1] += true.pow(2).sum().item()
     expected = total
     assert off(out, expected) < 3**0.5 * u
-    assert off(grads[0], dx) < 8**0.5 * u
-    assert off(grads[1], drouter) < 3**0.5 * u
-    for name, (error, size) in zip(("gate", "up", "down"), squares, strict=True):
-        assert (error / size) ** 0.5 < 4**0.5 * u, name
+    assert off(grads[0], dx) < 9**0.5 * u
+    assert off(grads[1], drouter) < 4**0.5 * u
+    for name, roundings, (error, size) in zip(("gate", "up", "down"), (5, 5, 4), squares, strict=True):
+        assert (error / size) ** 0.5 < roundings**0.5 * u, name
 
 
 def test_forms_agree_with_each_other_to_a_rounding(monkeypatch):
-    """The same FP32 sums in another order: after rounding, neighbouring BF16 numbers here and there."""
+    """The same FP32 sums in another order: after rounding, neighbouring BF16 numbers here and there.
+
+    Hopper's d_act rounds p, and then dh as the portable one does: what comes from p differs by up to three roundings.
+    """
     x, _, _, gate, up, down = layer(1000, 512, 256, 16, dtype=torch.bfloat16)
     weight, dout = randn(1000, 4, seed=5).abs(), randn(1000, 512, seed=6, dtype=torch.bfloat16)
     s = moe_sort.sort_tokens(choices(1000, 4, 16, "skewed"), 16)
@@ -111,8 +122,8 @@ def test_forms_agree_with_each_other_to_a_rounding(monkeypatch):
         results[form, dtype] = outs
     assert off(moe_gemm.down_torch(act, s, down)[:rows], outs[2].double()) < 2**-9
     for dtype in (torch.bfloat16, torch.float32):
-        for a, b in zip(results["hopper", dtype], results["portable", dtype], strict=True):
-            assert off(a, b.double()) < 2**-9
+        for i, (a, b) in enumerate(zip(results["hopper", dtype], results["portable", dtype], strict=True)):
+            assert off(a, b.double()) < (3**0.5 if i in (3, 5, 6, 8, 9) else 1) * 2**-9
 
 
 def test_runs_are_bitwise_equal_and_can_be_captured():
@@ -124,18 +135,16 @@ def test_runs_are_bitwise_equal_and_can_be_captured():
         out, counts = moe_ops.mixture(x, router, bias, *weights, *spec)
         return [out, counts, *torch.autograd.grad(out, leaves, x.detach())]
 
-    first = run()
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        run()
-    torch.cuda.current_stream().wait_stream(side)
+    with torch.cuda.stream(side):  # autograd's nodes of the leaves belong to the stream that makes them: not to the legacy one
+        first, second = run(), run()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
+    with torch.cuda.graph(graph, stream=side):
         captured = run()
     graph.replay()
     torch.cuda.synchronize()
-    for again in (run(), captured):
+    for again in (second, captured):
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 

@@ -22,6 +22,7 @@ from openling.ops.kernels.moe_route import (  # noqa: E402
     split_terms,
     weight_terms,
 )
+from openling.ops.kernels.moe_swiglu import swiglu_backward  # noqa: E402
 from openling.ops.moe import dequantize_blocks  # noqa: E402
 from openling.ops.moe import route as route_twin  # noqa: E402
 
@@ -342,7 +343,11 @@ def test_block_fp8_products_are_those_of_the_dequantised_numbers(tokens, poisone
 def test_hopper_products_equal_the_portable_ones(
     tokens, top_k, experts, model, width, ring, lead, dtype, processors, monkeypatch
 ):
-    """BF16 results of FP64 sums against FP32 ones on the same BF16 numbers: half a unit in the last place, 2^-8."""
+    """BF16 results of FP64 sums against FP32 ones on the same BF16 numbers: half a unit in the last place, 2^-8.
+
+    dh, w a and dw come from a kernel of Triton's: its interpreter cuts BF16 off instead of rounding, 2^-7, so FP32 tells more. dh
+    and dw have the rounding of p = dout D before: 2^-8 more, and 2^-8 of the sum of |p a|.
+    """
     import gluon_on_cpu as emulator
 
     from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_parts
@@ -356,7 +361,7 @@ def test_hopper_products_equal_the_portable_ones(
     with emulator.gluon_on_cpu(moe_hopper, moe_hopper_back, moe_hopper_parts):
         monkeypatch.setattr(moe_hopper_parts, "processors", lambda device: processors)
         act, h = moe_hopper.gate_up(x, s, gate, up, keep=True, ring=ring)
-        found = [act, h, moe_hopper.down(act, s, down, ring), *moe_hopper_back.d_act(dout, weight, s, down, h, Ring(3, lead))]
+        found = [act, h, moe_hopper.down(act, s, down, ring), *moe_hopper.d_act(dout, weight, s, down, h, ring)]
         found += [moe_hopper.d_x(found[3], s, gate, up, ring), moe_hopper_back.d_down(dout, found[4], s, dtype, ring)]
         found += moe_hopper_back.d_gate_up(found[3], x, s, dtype, ring)
     act, h, _, dh, weighted, *_ = (t.float() for t in found)
@@ -367,6 +372,14 @@ def test_hopper_products_equal_the_portable_ones(
     expected += moe_gemm.d_gate_up(dh, x, s, torch.float32)
     rows = int(s.start_E[-1])
     found[5], expected[5] = found[5].sum(0)[:, None], expected[5].sum(0)[:, None]  # column blocks differ
+    token = s.entry_R[:rows].clamp_min(0).long() // top_k
+    expert = torch.searchsorted(s.start_E[1:], torch.arange(rows, dtype=torch.int32), right=True)
+    p = torch.einsum("rm,rmf->rf", dout[token], down[expert]) * (s.entry_R[:rows] >= 0)[:, None]
+    exact = swiglu_backward(F.pad(p, (0, 0, 0, len(h) - rows)), weight, s, h)
+    for a, b in zip((exact[0], exact[1], exact[2].T), expected[3:6], strict=True):
+        assert worst(a[:rows], b[:rows]) < FP32
+    of_sum = (p * act[:rows]).abs().sum(1).max() / expected[5][:rows].abs().max()
+    limits = {3: 2**-7 + 2**-8, 4: 2**-7, 5: 2**-8 * of_sum.item()}
     for i, (a, b) in enumerate(zip(found, expected, strict=True)):
         kept = slice(None) if i > 6 else slice(0, rows)
-        assert worst(a[kept], b[kept]) < (FP32 if a.dtype == torch.float32 else 2**-8 + FP32)
+        assert worst(a[kept], b[kept]) < limits.get(i, 0.0 if a.dtype == torch.float32 else 2**-8) + FP32

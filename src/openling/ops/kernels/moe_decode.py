@@ -1,7 +1,8 @@
-"""A few tokens through the experts: a stream of the weights that are hit, in five launches.
+"""A few tokens through the experts: a stream of the weights that are hit, in five or six launches.
 
     logits    FP32 products without tensor cores, two experts per program, so that the router's weight comes from all processors
-    plan      one program chooses the experts (as `moe_route.choose`) and lists them once each, with the entries that chose them
+    choice    a warp per token (`moe_route.choose`); of one token in the plan's launch
+    plan      one program lists the chosen experts once each, with the entries that chose them
     gate_up   program (listed expert, block of F): its rows of gate and up are read once, against up to 16 tokens at a time
     down      program (listed expert, block of M): likewise, FP32 outputs per entry
     sum       each token adds its k outputs in the order of its choices
@@ -27,7 +28,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openling.ops.kernels.moe_route import RouteSpec, choose_block, padded_groups
+from openling.ops.kernels.moe_route import RouteSpec, choose, choose_block, padded_groups
 
 MOST_TOKENS = 32
 SCALE_BLOCK = 128
@@ -49,7 +50,7 @@ DOWN = Stream(rows=64)
 
 def candidates() -> list[Stream]:
     """Tiles worth measuring for either product."""
-    return [Stream(rows, depth, 4, stages) for rows in (16, 32, 64) for depth, stages in ((128, 4), (256, 3))]
+    return [Stream(), Stream(64), Stream(64, warps=8), Stream(64, 64, 4, 6), Stream(128, 64, 4, 5), Stream(32, 256, 4, 3)]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -94,6 +95,8 @@ def _plan_kernel(
         tl.store(weight_Nk + at, weight, mask=mask)
         tl.store(index_Nk + at, index.to(index_Nk.dtype.element_ty), mask=mask)
         tl.debug_barrier()
+    # Loaded as a plain vector: where the choice itself is reshaped to one, lanes that repeat a value lie between others, and
+    # Triton 3.6 adds up the wrong lanes of that (the number of experts came out as twice a half of them).
     entry = tl.arange(0, ENTRIES)
     live = entry < N * TOP_K
     expert = tl.load(index_Nk + entry, mask=live, other=-1).to(tl.int32)
@@ -150,6 +153,8 @@ def route_few(x_NM: Tensor, router_EM: Tensor, bias_E: Tensor | None, spec: Rout
     _logits_kernel[(triton.cdiv(experts, 2), triton.cdiv(tokens, block))](
         x_NM, router_EM.contiguous(), logits, tokens, width, experts, 2, block, 1024, num_warps=4
     )
+    if tokens > 1:  # a warp per token: one program would choose for all of them in turn
+        return list_few(*choose(logits, bias_E, spec, (1, 1)), experts)
     weight = torch.empty(tokens, spec.top_k, dtype=torch.float32, device=x_NM.device)
     return _list(weight, torch.empty_like(weight, dtype=torch.int64), experts, logits, bias_E, spec)
 
@@ -184,7 +189,8 @@ def _gate_up_kernel(
     blocks = tl.cdiv(F, ROWS)
     slot = tl.program_id(0) // blocks
     mine = plan + (1 + slot) * line
-    listed, expert, count = tl.load(plan), tl.load(mine).to(tl.int64), tl.load(mine + 1)  # one latency, not three
+    listed, expert, count = tl.load(plan), tl.load(mine).to(tl.int64), tl.load(mine + 1)
+    entry = tl.load(mine + 2 + tl.arange(0, TOKENS), mask=tl.arange(0, TOKENS) < line - 2, other=0)  # one latency for all four
     if slot >= listed:
         return
     first_row = (tl.program_id(0) % blocks) * ROWS
@@ -193,7 +199,6 @@ def _gate_up_kernel(
     scale_at = ((expert * (F // 128) + first_row // 128) * (M // 128)).to(tl.int64)
     for chunk in range(0, count, TOKENS):
         i = chunk + tl.arange(0, TOKENS)
-        entry = tl.load(mine + 2 + i, mask=i < count, other=0)
         x_at = x_NM + (entry // K)[:, None] * M
         g = tl.zeros((ROWS, TOKENS), tl.float32)
         u = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -213,6 +218,7 @@ def _gate_up_kernel(
         act = g / (1.0 + tl.exp(-g)) * u
         at = act_PF + entry[None, :] * F + f[:, None]
         tl.store(at, act.to(act_PF.dtype.element_ty), mask=(i < count)[None, :] & (f < F)[:, None])
+        entry = tl.load(mine + 2 + TOKENS + i, mask=TOKENS + i < count, other=0)
 
 
 @triton.jit
@@ -223,7 +229,8 @@ def _down_kernel(
     blocks = tl.cdiv(M, ROWS)
     slot = tl.program_id(0) // blocks
     mine = plan + (1 + slot) * line
-    listed, expert, count = tl.load(plan), tl.load(mine).to(tl.int64), tl.load(mine + 1)  # one latency, not three
+    listed, expert, count = tl.load(plan), tl.load(mine).to(tl.int64), tl.load(mine + 1)
+    entry = tl.load(mine + 2 + tl.arange(0, TOKENS), mask=tl.arange(0, TOKENS) < line - 2, other=0)  # one latency for all four
     if slot >= listed:
         return
     first_row = (tl.program_id(0) % blocks) * ROWS
@@ -232,7 +239,6 @@ def _down_kernel(
     scale_at = ((expert * (M // 128) + first_row // 128) * (F // 128)).to(tl.int64)
     for chunk in range(0, count, TOKENS):
         i = chunk + tl.arange(0, TOKENS)
-        entry = tl.load(mine + 2 + i, mask=i < count, other=0)
         total = tl.zeros((ROWS, TOKENS), tl.float32)
         scale = 1.0
         for first in range(0, F, DEPTH):
@@ -243,6 +249,7 @@ def _down_kernel(
                 scale = tl.load(down_scale + scale_at + first // 128)
             total = _product(down, act, scale, total, SCALED, PRECISION)
         tl.store(out_PM + entry[None, :] * M + m[:, None], total, mask=(i < count)[None, :] & (m < M)[:, None])
+        entry = tl.load(mine + 2 + TOKENS + i, mask=TOKENS + i < count, other=0)
 
 
 @triton.jit

@@ -1,4 +1,4 @@
-"""Grouped products over sorted rows for Hopper: gate_up with SwiGLU on the way out, down and d_x.
+"""Grouped products over sorted rows for Hopper: gate_up with SwiGLU on the way out, down, d_x and the product of d_act.
 
 Arguments and results are those of `kernels.moe_gemm`; how a program works: `kernels.moe_hopper_parts`.
 Shared memory: 4 stages 192 KB, 4 output buffers of 8 KB, of 227 KB. M and F must be multiples of 256.
@@ -13,6 +13,7 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from openling.ops.kernels.moe_hopper_parts import (
     COLUMNS,
+    D_ACT,
     D_X,
     DEPTH,
     DOWN,
@@ -31,6 +32,7 @@ from openling.ops.kernels.moe_hopper_parts import (
     top_k,
 )
 from openling.ops.kernels.moe_sort import Sorted
+from openling.ops.kernels.moe_swiglu import swiglu_backward
 
 
 @gluon.jit
@@ -38,7 +40,7 @@ def _consume_rows(
     shared,
     KIND: gl.constexpr, KEEP: gl.constexpr, GROUP: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
-    """Consumer of gate_up (SwiGLU on the way out), down and d_x."""
+    """Consumer of gate_up (SwiGLU on the way out), down, d_x and d_act."""
     a_bufs, b_bufs, out_bufs, full, empty, started, tiles, out_desc, h_desc, steps, F, across = shared
     total = gl.load(tiles) * across
     step = 0
@@ -49,8 +51,9 @@ def _consume_rows(
         row = gl.load(line + 1) + 64 * GROUP
         live = gl.load(line + 2) > GROUP
         acc, step = multiply(
-            a_bufs, b_bufs, full, empty, started, step, steps, live, GROUP, STAGES, LEAD, False, KIND != D_X, KIND == GATE_UP
-        )
+            a_bufs, b_bufs, full, empty, started, step, steps, live,
+            GROUP, STAGES, LEAD, False, (KIND == GATE_UP) | (KIND == DOWN), (KIND == GATE_UP) | (KIND == D_ACT),
+        )  # fmt: skip
         if live:
             c0, c1, c2, c3 = quarters(acc)
             if KIND == GATE_UP:
@@ -77,10 +80,10 @@ def rows_kernel(
     a, entry_R, tiles, b0, b1, out_desc, h_desc, depth, b_rows, border, across,
     KIND: gl.constexpr, K: gl.constexpr, KEEP: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
 ):  # fmt: skip
-    """gate_up, down or d_x. depth: the sum's length; b_rows: rows of one expert in the weights [E * rows, columns]."""
+    """gate_up, down, d_x or d_act. depth: the sum's length; b_rows: rows of one expert in the weights [E * rows, columns]."""
     dtype: gl.constexpr = b0.dtype
-    GATHERED: gl.constexpr = KIND == GATE_UP
-    B_SHAPE: gl.constexpr = [64, 256] if KIND == D_X else [256, 64]
+    GATHERED: gl.constexpr = (KIND == GATE_UP) | (KIND == D_ACT)
+    B_SHAPE: gl.constexpr = [64, 256] if (KIND == D_X) | (KIND == D_ACT) else [256, 64]
     layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
     a_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], layout)
     b_bufs = gl.allocate_shared_memory(dtype, [STAGES, B_SHAPE[0], B_SHAPE[1]], layout)
@@ -143,3 +146,22 @@ def d_x(dh_R2F: Tensor, s: Sorted, gate: Tensor, up: Tensor, ring: Ring | None =
         KIND=int(D_X), K=1, KEEP=False, STAGES=ring.stages, LEAD=ring.lead,
     )  # fmt: skip
     return out
+
+
+def d_act(
+    dout_NM: Tensor, weight_Nk: Tensor, s: Sorted, down_EMF: Tensor, h_R2F: Tensor, ring: Ring | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `moe_gemm.d_act`, in two launches: p = dout D, rounded, then back through SwiGLU.
+
+    In the output phase of one kernel, reading h and writing dh would hold the tensor cores up for as long as the product takes.
+    """
+    ring = ring or RINGS["d_act"]
+    _, model, width = down_EMF.shape
+    p = h_R2F.new_empty(s.entry_R.numel(), width)
+    p_desc, weight = described(p, 64, 64), described(down_EMF, 64, 256)
+    launch(
+        rows_kernel, s.max_tiles * (width // 256), p.device, dout_NM, s.entry_R, s.tiles, weight, weight, p_desc, p_desc,
+        model, model, model, width // 256,
+        KIND=int(D_ACT), K=top_k(s, dout_NM), KEEP=False, STAGES=ring.stages, LEAD=ring.lead,
+    )  # fmt: skip
+    return swiglu_backward(p, weight_Nk, s, h_R2F)

@@ -1,8 +1,7 @@
-"""Grouped products of the backward pass for Hopper: d_act, which goes back through SwiGLU, and the weights' gradients.
+"""Gradients of the experts' weights for Hopper: d_down and d_gate_up.
 
 Arguments and results are those of `kernels.moe_gemm`; how a program works: `kernels.moe_hopper_parts`.
-Shared memory: d_act has 3 stages (144 KB) and 10 buffers of 8 KB, because it reads h while it multiplies; d_down and d_gate_up
-4 stages (192 KB) and 4 output buffers. M and F must be multiples of 256.
+Shared memory: 4 stages (192 KB) and 4 output buffers of 8 KB. M and F must be multiples of 256.
 """
 
 from __future__ import annotations
@@ -11,13 +10,11 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import async_copy, fence_async_shared, mbarrier, tma
+from triton.experimental.gluon.language.nvidia.hopper import async_copy, mbarrier, tma
 
 from openling.ops.kernels.moe_hopper_parts import (
     B_BYTES,
-    CHUNK,
     COLUMNS,
-    D_ACT,
     DEPTH,
     GATHER,
     HALF_BYTES,
@@ -28,7 +25,6 @@ from openling.ops.kernels.moe_hopper_parts import (
     described,
     init_barriers,
     launch,
-    load_rows,
     multiply,
     put_chunk,
     quarters,
@@ -36,123 +32,6 @@ from openling.ops.kernels.moe_hopper_parts import (
     top_k,
 )
 from openling.ops.kernels.moe_sort import Sorted
-
-
-@gluon.jit
-def _order_h(h_desc, row, column, F, h_bufs, ready, GROUP: gl.constexpr, PARITY: gl.constexpr):
-    """Start reading a chunk of g and of u."""
-    bar = ready.index(2 * GROUP + PARITY)
-    mbarrier.expect(bar, 2 * HALF_BYTES)
-    tma.async_copy_global_to_shared(h_desc, [row, column], bar, h_bufs.index(4 * GROUP + 2 * PARITY))
-    tma.async_copy_global_to_shared(h_desc, [row, F + column], bar, h_bufs.index(4 * GROUP + 2 * PARITY + 1))
-
-
-@gluon.jit
-def _swiglu_backward(
-    p, w, row, column, F, h_bufs, weighted_bufs, ready, h_desc, dh_desc, weighted_desc,
-    GROUP: gl.constexpr, NUMBER: gl.constexpr,
-):  # fmt: skip
-    """Chunk NUMBER of p = dout D: writes dh over h's buffers and w a, returns the chunk's share of dw = p . a."""
-    PARITY: gl.constexpr = NUMBER % 2
-    mbarrier.wait(ready.index(2 * GROUP + PARITY), NUMBER // 2)
-    g_buf = h_bufs.index(4 * GROUP + 2 * PARITY)
-    u_buf = h_bufs.index(4 * GROUP + 2 * PARITY + 1)
-    g = g_buf.load(CHUNK).to(gl.float32)
-    u = u_buf.load(CHUNK).to(gl.float32)
-    sigmoid = 1.0 / (1.0 + gl.exp(-g))
-    act = g * sigmoid * u
-    dweight = gl.sum(p * act, 1)
-    dact = p * w[:, None]
-    if NUMBER > 0:
-        tma.store_wait(0)  # the chunk before has left its buffers
-        gl.thread_barrier()
-        if NUMBER < 3:
-            fence_async_shared()
-            _order_h(h_desc, row, column + 64, F, h_bufs, ready, GROUP, 1 - PARITY)
-    g_buf.store((dact * u * sigmoid * (1.0 + g * (1.0 - sigmoid))).to(h_desc.dtype))
-    u_buf.store((dact * g * sigmoid).to(h_desc.dtype))
-    weighted_bufs.index(GROUP).store((act * w[:, None]).to(h_desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(dh_desc, [row, column], g_buf)
-    tma.async_copy_shared_to_global(dh_desc, [row, F + column], u_buf)
-    tma.async_copy_shared_to_global(weighted_desc, [row, column], weighted_bufs.index(GROUP))
-    return dweight
-
-
-@gluon.jit
-def _consume_d_act(
-    shared, GROUP: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
-):  # fmt: skip
-    (
-        a_bufs, b_bufs, h_bufs, weighted_bufs, full, empty, ready, started, entry_R, weight_P, tiles, h_desc,
-        dh_desc, weighted_desc, dweight_CR, steps, F, rows, across,
-    ) = shared  # fmt: skip
-    total = gl.load(tiles) * across
-    local = gl.arange(0, 64, gl.SliceLayout(1, CHUNK))
-    step = 0
-    await_start(started, GROUP, LEAD)
-    for t in range(gl.program_id(0), total, gl.num_programs(0)):
-        line = tiles + 4 * (1 + t // across)
-        n = t % across
-        row = gl.load(line + 1) + 64 * GROUP
-        live = gl.load(line + 2) > GROUP
-        column = n * COLUMNS
-        if live:
-            tma.store_wait(0)  # the last tile has left the buffers
-            gl.thread_barrier()
-            fence_async_shared()
-            _order_h(h_desc, row, column, F, h_bufs, ready, GROUP, 0)
-            _order_h(h_desc, row, column + 64, F, h_bufs, ready, GROUP, 1)
-        acc, step = multiply(
-            a_bufs, b_bufs, full, empty, started, step, steps, live, GROUP, STAGES, LEAD, False, False, True
-        )  # fmt: skip
-        if live:
-            entry = gl.load(entry_R + row + local)
-            w = gl.load(weight_P + entry, mask=entry >= 0, other=0.0)
-            c0, c1, c2, c3 = quarters(acc)
-            rest = (F, h_bufs, weighted_bufs, ready, h_desc, dh_desc, weighted_desc)
-            dweight = _swiglu_backward(c0, w, row, column, *rest, GROUP, 0)
-            dweight += _swiglu_backward(c1, w, row, column + 64, *rest, GROUP, 1)
-            dweight += _swiglu_backward(c2, w, row, column + 128, *rest, GROUP, 2)
-            dweight += _swiglu_backward(c3, w, row, column + 192, *rest, GROUP, 3)
-            gl.store(dweight_CR + n.to(gl.int64) * rows + row + local, dweight)
-    release_start(started, step, GROUP, LEAD)
-    tma.store_wait(0)
-
-
-@gluon.jit
-def d_act_kernel(
-    dout_NM, entry_R, weight_P, tiles, down_desc, h_desc, dh_desc, weighted_desc, dweight_CR, M, F, rows, across,
-    K: gl.constexpr, STAGES: gl.constexpr, LEAD: gl.constexpr,
-):  # fmt: skip
-    """d_act. h_bufs: per warpgroup g and u of two chunks."""
-    dtype: gl.constexpr = down_desc.dtype
-    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    a_bufs = gl.allocate_shared_memory(dtype, [2 * STAGES, 64, 64], layout)
-    b_bufs = gl.allocate_shared_memory(dtype, [STAGES, 64, 256], layout)
-    h_bufs = gl.allocate_shared_memory(dtype, [8, 64, 64], layout)
-    weighted_bufs = gl.allocate_shared_memory(dtype, [2, 64, 64], layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [4, 1], mbarrier.MBarrierLayout())
-    started = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
-    init_barriers(full, empty, started, STAGES, True)
-    for i in gl.static_range(4):
-        mbarrier.init(ready.index(i), count=1)
-    load = (dout_NM, entry_R, tiles, down_desc, down_desc, a_bufs, b_bufs, full, empty, M, M, M, across)
-    shared = (
-        a_bufs, b_bufs, h_bufs, weighted_bufs, full, empty, ready, started, entry_R, weight_P, tiles, h_desc, dh_desc,
-        weighted_desc, dweight_CR, M // DEPTH, F, rows, across,
-    )  # fmt: skip
-    gl.warp_specialize(
-        [
-            (load_rows, (load, D_ACT, K, STAGES)),
-            (_consume_d_act, (shared, 0, STAGES, LEAD)),
-            (_consume_d_act, (shared, 1, STAGES, LEAD)),
-        ],
-        [4, 4],
-        [224, 224],
-    )
 
 
 @gluon.jit
@@ -255,23 +134,6 @@ def weights_kernel(
         [4, 4],
         [224, 224],
     )
-
-
-def d_act(
-    dout_NM: Tensor, weight_Nk: Tensor, s: Sorted, down_EMF: Tensor, h_R2F: Tensor, ring: Ring | None = None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `moe_gemm.d_act`."""
-    ring = ring or RINGS["d_act"]
-    _, model, width = down_EMF.shape
-    rows, across = s.entry_R.numel(), width // 256
-    dh, weighted = torch.empty_like(h_R2F), h_R2F.new_empty(rows, width)
-    parts = torch.empty(across, rows, dtype=torch.float32, device=dh.device)
-    launch(
-        d_act_kernel, s.max_tiles * across, dh.device, dout_NM, s.entry_R, weight_Nk, s.tiles, described(down_EMF, 64, 256),
-        described(h_R2F, 64, 64), described(dh, 64, 64), described(weighted, 64, 64), parts, model, width, rows, across,
-        K=weight_Nk.shape[1], STAGES=ring.stages, LEAD=ring.lead,
-    )  # fmt: skip
-    return dh, weighted, parts
 
 
 def _weights(tokens: Tensor, sorted_RC: Tensor, s: Sorted, out: tuple[Tensor, Tensor], *, gather_a: bool, ring: Ring) -> None:

@@ -51,12 +51,19 @@ class Ring(NamedTuple):
 
 
 # The chosen rings.
-RINGS = {"gate_up": Ring(), "down": Ring(), "d_act": Ring(3), "d_x": Ring(), "d_down": Ring(), "d_gate_up": Ring()}
+RINGS = {
+    "gate_up": Ring(3),
+    "down": Ring(4, 1),
+    "d_act": Ring(4, 1),
+    "d_x": Ring(4, 2),
+    "d_down": Ring(4, 1),
+    "d_gate_up": Ring(4, 2),
+}
 
 
-def candidates(name: str) -> list[Ring]:
+def candidates() -> list[Ring]:
     """Rings worth measuring for a product."""
-    return [Ring(3), Ring(3, 1)] if name == "d_act" else [Ring(), Ring(4, 1), Ring(4, 2), Ring(3)]
+    return [Ring(), Ring(4, 1), Ring(4, 2), Ring(3)]
 
 
 @gluon.jit

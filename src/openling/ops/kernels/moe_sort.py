@@ -120,12 +120,13 @@ def _place_kernel(
     at = b * BLOCK + mine
     live = at < entries
     expert = tl.load(index + at, mask=live, other=-1).to(tl.int32)
-    rank = tl.zeros((BLOCK,), tl.int32)
+    earlier = tl.zeros((BLOCK, PART), tl.int32)  # summed across the lanes once, not in every step
     for first in range(0, BLOCK, PART):
         other = first + tl.arange(0, PART)
         others = tl.load(index + b * BLOCK + other, mask=b * BLOCK + other < entries, other=-2).to(tl.int32)
         same = (expert[:, None] == others[None, :]) & (other[None, :] < mine[:, None])
-        rank += tl.sum(same.to(tl.int32), 1)
+        earlier += same.to(tl.int32)
+    rank = tl.sum(earlier, 1)
     base = tl.load(start_E + expert, mask=live, other=0) + tl.load(counts_BE + b * E + expert, mask=live, other=0)
     tl.store(row_P + at, base + rank, mask=live)
     tl.store(entry_R + base + rank, at, mask=live)
@@ -150,7 +151,7 @@ def sort_tokens(index_Nk: Tensor, experts: int) -> Sorted:
     programs = max(triton.cdiv(most, 32), triton.cdiv(experts, 4), 1)
     _plan_kernel[(programs,)](out.counts_E, out.start_E, out.tiles, out.entry_R, experts, most, UNIT, padded, 32, 4, num_warps=4)
     _place_kernel[(blocks,)](
-        index, counts_BE, out.start_E, out.row_P, out.entry_R, entries, experts, BLOCK_ENTRIES, 32, num_warps=8
+        index, counts_BE, out.start_E, out.row_P, out.entry_R, entries, experts, BLOCK_ENTRIES, 8, num_warps=8
     )
     return out
 
@@ -193,9 +194,12 @@ def _sum_routed_kernel(
     rows_RM, row_P, dlogit_NE, weight_EM, out_NM, N, M, E,
     K: tl.constexpr, TOKENS: tl.constexpr, COLUMNS: tl.constexpr, EXPERTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Program (block of tokens, block of columns): the k rows of each token, and dlogit @ weight on top."""
-    n = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    """Program (block of columns, block of tokens): the k rows of each token, and dlogit @ weight on top.
+
+    Columns come first in the grid, so that a row's pieces are read at about the same time: far apart they cost DRAM pages anew.
+    """
+    n = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
     n64 = n.to(tl.int64)
     live, inside = n < N, column < M
     mask = live[:, None] & inside[None, :]
@@ -222,7 +226,7 @@ class SumTile(NamedTuple):
 
 def sum_candidates() -> list[SumTile]:
     """Tiles worth measuring."""
-    return [SumTile(), SumTile(columns=128), SumTile(warps=4), SumTile(128)]
+    return [SumTile(), SumTile(columns=128), SumTile(32, 128, 4), SumTile(32, 128), SumTile(warps=4), SumTile(128)]
 
 
 def sum_rows_routed(rows_RM: Tensor, row_P: Tensor, dlogit_NE: Tensor, weight_EM: Tensor, tile: SumTile | None = None) -> Tensor:
@@ -234,7 +238,7 @@ def sum_rows_routed(rows_RM: Tensor, row_P: Tensor, dlogit_NE: Tensor, weight_EM
     precision = "ieee" if rows_RM.dtype == torch.float32 else "tf32"
     t = tile or SumTile()
     if tokens:
-        _sum_routed_kernel[(triton.cdiv(tokens, t.tokens), triton.cdiv(width, t.columns))](
+        _sum_routed_kernel[(triton.cdiv(width, t.columns), triton.cdiv(tokens, t.tokens))](
             rows_RM, row_P, dlogit_NE, weight_EM, out, tokens, width, experts, top_k, t.tokens, t.columns, 64, precision,
             num_warps=t.warps, num_stages=2,
         )  # fmt: skip
