@@ -19,7 +19,17 @@ import torch
 
 from openling.bench.cases_moe import CHOICE, Layer, Work, make_layer, make_work, products
 from openling.ops import kernels
-from openling.ops.kernels import moe_decode, moe_gemm, moe_hopper, moe_hopper_back, moe_hopper_parts, moe_ops, moe_route, moe_sort
+from openling.ops.kernels import (
+    moe_decode,
+    moe_gemm,
+    moe_hopper,
+    moe_hopper_act,
+    moe_hopper_back,
+    moe_hopper_parts,
+    moe_ops,
+    moe_route,
+    moe_sort,
+)
 from openling.ops.moe import moe
 
 SPEC = moe_route.RouteSpec(score_function="sigmoid", norm_topk_prob=True, **CHOICE)
@@ -60,6 +70,9 @@ def forms(name: str) -> Iterator[tuple[str, Callable[..., object]]]:
     rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates()]
     for ring in dict.fromkeys(rings):
         yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
+    if name == "d_act":
+        for ring in (moe_hopper_act.RING, moe_hopper_parts.Ring(4, 0)):
+            yield f"fused {ring}", lambda *a, ring=ring, **k: moe_hopper_act.d_act(*a, **k, ring=ring)
     if name == "down":
         yield "torch grouped_mm on the segments", moe_gemm.down_torch
     portable = getattr(moe_gemm, name)

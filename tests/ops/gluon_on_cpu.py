@@ -364,6 +364,7 @@ GL = SimpleNamespace(
     store=lambda pointer, value, mask=None: pointer.write(value, mask),
     arange=lambda start, end, layout=None: Value(torch.arange(start, end)),
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=torch.float64)),
+    where=lambda condition, a, b: Value(torch.where(*(torch.as_tensor(_raw(x)) for x in (condition, a, b)))),
     exp=lambda x: Value(x.data.exp()),
     sum=lambda x, axis: Value(x.data.sum(axis)),
 )

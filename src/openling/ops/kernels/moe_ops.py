@@ -33,25 +33,27 @@ from openling.ops.kernels.moe_route import (
 from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, sort_tokens, sum_rows, sum_rows_routed
 from openling.ops.pick import batch_invariant
 
-# Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down).
+# Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down),
+# "fused" (d_act in one kernel, `moe_hopper_act`).
 FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
 
 
 @cache
-def _hopper() -> tuple[ModuleType, ModuleType] | None:
+def _hopper() -> tuple[ModuleType, ModuleType, ModuleType] | None:
     """The products' forms for Hopper where this process can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return None
-    from openling.ops.kernels import moe_hopper, moe_hopper_back
+    from openling.ops.kernels import moe_hopper, moe_hopper_act, moe_hopper_back
 
-    return moe_hopper, moe_hopper_back
+    return moe_hopper, moe_hopper_back, moe_hopper_act
 
 
 def product(name: str, x: Tensor, width: int) -> Any:
     """The function that computes a product for tokens like x and experts of this width."""
-    modules = _hopper() if FORMS[name] == "hopper" else None
+    modules = _hopper() if FORMS[name] in ("hopper", "fused") else None
     if modules is not None and x.element_size() == 2 and x.shape[-1] % 256 == 0 and width % 256 == 0:
-        return getattr(modules[0] if hasattr(modules[0], name) else modules[1], name)
+        rows, back, act = modules
+        return getattr(act if FORMS[name] == "fused" else rows if hasattr(rows, name) else back, name)
     return getattr(moe_gemm, f"{name}_torch" if FORMS[name] == "torch" else name)
 
 
