@@ -95,9 +95,21 @@ def _turn(call: Call, mode: str, device: Device, effort: Effort) -> Callable[[],
         return lambda: _cpu_us(call, effort)
     torch.cuda.synchronize()
     if mode == "eager":
+        if _single_us(call) > 500 * effort.cuda_ms:  # long calls, one a turn: the bench would make eight of it
+            return lambda: _single_us(call)
         return lambda: _cuda_us(call, effort)
     replay, calls = _graph(call)
     return lambda: _cuda_us(replay, effort) / calls
+
+
+def _single_us(call: Call) -> float:
+    """One call between two events."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return 1000 * start.elapsed_time(end)
 
 
 def _cuda_us(call: Call, effort: Effort) -> float:
