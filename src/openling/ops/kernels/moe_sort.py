@@ -18,8 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 UNIT = 64
-BLOCK_ENTRIES = 512
-EXPERTS_PER_SCAN = 16
+BLOCK_ENTRIES = 128  # every entry is compared with its block: small blocks, though each writes a count per expert
 
 
 class Sorted(NamedTuple):
@@ -46,29 +45,27 @@ def max_rows(entries: int, experts: int) -> int:
 
 
 @triton.jit
-def _count_kernel(index, counts_BE, entries, E, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
+def _count_kernel(index, counts_EB, entries, E, B, BLOCK: tl.constexpr, EXPERTS: tl.constexpr):
     """Program b: how many entries of block b chose each expert."""
     b = tl.program_id(0)
     at = b * BLOCK + tl.arange(0, BLOCK)
     expert = tl.load(index + at, mask=at < entries, other=0).to(tl.int32)
     counts = tl.histogram(expert, EXPERTS, mask=at < entries)
-    column = tl.arange(0, EXPERTS)
-    tl.store(counts_BE + b * E + column, counts, mask=column < E)
+    e = tl.arange(0, EXPERTS)
+    tl.store(counts_EB + e * B + b, counts, mask=e < E)
 
 
 @triton.jit
-def _scan_kernel(counts_BE, counts_E, blocks, E, BLOCKS: tl.constexpr, EXPERTS: tl.constexpr):
-    """Counts of each block become the sums over earlier blocks, in place; the totals go to counts_E."""
-    column = tl.program_id(0) * EXPERTS + tl.arange(0, EXPERTS)
-    total = tl.zeros((EXPERTS,), tl.int32)
-    for first in range(0, blocks, BLOCKS):
+def _scan_kernel(counts_EB, counts_E, B, BLOCKS: tl.constexpr):
+    """Program e: expert e's counts become the sums over earlier blocks, in place; the total goes to counts_E."""
+    e = tl.program_id(0)
+    total = 0
+    for first in range(0, B, BLOCKS):
         b = first + tl.arange(0, BLOCKS)
-        at = b[:, None] * E + column[None, :]
-        live = (b < blocks)[:, None] & (column < E)[None, :]
-        counts = tl.load(counts_BE + at, mask=live, other=0)
-        tl.store(counts_BE + at, total[None, :] + tl.cumsum(counts, 0) - counts, mask=live)
+        counts = tl.load(counts_EB + e * B + b, mask=b < B, other=0)
+        tl.store(counts_EB + e * B + b, total + tl.cumsum(counts, 0) - counts, mask=b < B)
         total += tl.sum(counts, 0)
-    tl.store(counts_E + column, total, mask=column < E)
+    tl.store(counts_E + e, total)
 
 
 @triton.jit
@@ -111,9 +108,7 @@ def _plan_kernel(
 
 
 @triton.jit
-def _place_kernel(
-    index, counts_BE, start_E, row_P, entry_R, entries, E, BLOCK: tl.constexpr, PART: tl.constexpr
-):  # fmt: skip
+def _place_kernel(index, counts_EB, start_E, row_P, entry_R, entries, B, BLOCK: tl.constexpr, PART: tl.constexpr):
     """Program b gives every entry of block b its row: segment, entries of earlier blocks, rank within the block."""
     b = tl.program_id(0)
     mine = tl.arange(0, BLOCK)
@@ -127,7 +122,7 @@ def _place_kernel(
         same = (expert[:, None] == others[None, :]) & (other[None, :] < mine[:, None])
         earlier += same.to(tl.int32)
     rank = tl.sum(earlier, 1)
-    base = tl.load(start_E + expert, mask=live, other=0) + tl.load(counts_BE + b * E + expert, mask=live, other=0)
+    base = tl.load(start_E + expert, mask=live, other=0) + tl.load(counts_EB + expert * B + b, mask=live, other=0)
     tl.store(row_P + at, base + rank, mask=live)
     tl.store(entry_R + base + rank, at, mask=live)
 
@@ -143,15 +138,14 @@ def sort_tokens(index_Nk: Tensor, experts: int) -> Sorted:
         return torch.empty(shape, dtype=torch.int32, device=device)
 
     out = Sorted(ints(experts), ints(experts + 1), ints(entries), ints(max_rows(entries, experts)), ints(1 + most, 4))
-    counts_BE = ints(blocks, experts)
+    counts_EB = ints(experts, blocks)
     padded = max(2, triton.next_power_of_2(experts))
-    _count_kernel[(blocks,)](index, counts_BE, entries, experts, BLOCK_ENTRIES, padded, num_warps=4)
-    width = min(EXPERTS_PER_SCAN, padded)
-    _scan_kernel[(triton.cdiv(experts, width),)](counts_BE, out.counts_E, blocks, experts, 256, width, num_warps=8)
+    _count_kernel[(blocks,)](index, counts_EB, entries, experts, blocks, BLOCK_ENTRIES, padded, num_warps=4)
+    _scan_kernel[(experts,)](counts_EB, out.counts_E, blocks, 1024, num_warps=4)
     programs = max(triton.cdiv(most, 32), triton.cdiv(experts, 4), 1)
     _plan_kernel[(programs,)](out.counts_E, out.start_E, out.tiles, out.entry_R, experts, most, UNIT, padded, 32, 4, num_warps=4)
     _place_kernel[(blocks,)](
-        index, counts_BE, out.start_E, out.row_P, out.entry_R, entries, experts, BLOCK_ENTRIES, 8, num_warps=8
+        index, counts_EB, out.start_E, out.row_P, out.entry_R, entries, blocks, BLOCK_ENTRIES, 8, num_warps=4
     )
     return out
 
