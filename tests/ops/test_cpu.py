@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from openling.ops import cpu
 from openling.ops.attention import softmax_attention
-from openling.ops.cpu import blockwise_attention, matmul_dtype, root_mean_square_norm, rotate
+from openling.ops.cpu import blockwise_attention, matmul_dtype, packed_linears, root_mean_square_norm, rotate
 from openling.ops.lightning import lightning_chunk, lightning_recurrent, log_decay
 from openling.ops.norm import rms_norm
 from openling.ops.rope import apply_rope, rope_frequencies, rope_tables
@@ -138,6 +138,31 @@ def test_lightning_chunks_in_bf16(tokens):
     pairs = zip(torch.autograd.grad(out, leaves, pull.bfloat16()), torch.autograd.grad(expected, wide, pull), strict=True)
     for a, b in pairs:
         assert (a - b).norm() < 6e-3 * b.norm()
+
+
+@pytest.mark.usefixtures("bf16_pays")
+def test_packed_weights_give_the_same_products_and_are_gone_after_the_block(monkeypatch):
+    """One row by the packed copy, several by the weights themselves; each sum of 48 products rounds once to BF16."""
+    monkeypatch.setattr(cpu, "PACKED_BYTES", 0)
+    model = torch.nn.Sequential(torch.nn.Linear(48, 40), torch.nn.Linear(40, 32, bias=False)).bfloat16()
+    inputs = [randn(1, n, 48, seed=n, dtype=torch.bfloat16) for n in (1, 3)]
+    with torch.inference_mode():
+        plain = [model(x) for x in inputs]
+        wide = [(x.double() @ model[0].weight.T.double() + model[0].bias.double()) for x in inputs]
+        with packed_linears(model):
+            assert all(isinstance(m.__dict__["forward"], cpu._PackedLinear) for m in model)
+            packed = [model(x) for x in inputs]
+            first = model[0](inputs[0])
+    assert all("forward" not in m.__dict__ for m in model)
+    assert torch.equal(packed[1], plain[1])
+    assert (packed[0] - plain[0]).norm() < 2**-8 * plain[0].norm()
+    assert (first - wide[0]).abs().max() < 2**-8 * wide[0].abs().max()
+
+
+def test_small_or_wide_models_are_not_packed():
+    for model in (torch.nn.Linear(8, 8).bfloat16(), torch.nn.Linear(8, 8)):
+        with packed_linears(model):
+            assert "forward" not in model.__dict__
 
 
 # ---------------------------------------------------------------------------------------------------------------------

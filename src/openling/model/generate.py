@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,9 +18,12 @@ from openling.errors import UserError
 from openling.model.cache import Cache
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
+from openling.ops.cpu import packed_linears
 
 # Prompt tokens per forward pass: attention scores and activations of a long prompt never exist all at once.
 PREFILL_CHUNK = 512
+# New tokens that repay a second copy of a CPU's weights.
+PACKED_TOKENS = 32
 # What a decoder puts in place of bytes that are not (yet) a character.
 REPLACEMENT = "\ufffd"
 
@@ -92,18 +96,19 @@ def decode(
     generator = torch.Generator(input_ids_BT.device).manual_seed(sampling.seed)
     running = [True] * input_ids_BT.shape[0]
     logits_BV = prefill(model, input_ids_BT, cache, attention_mask)
-    for left in reversed(range(sampling.max_new_tokens)):
-        if seen is not None:
-            logits_BV = seen.penalise(logits_BV, sampling.repetition_penalty)
-        next_B = choose(logits_BV, sampling, generator)
-        if seen is not None:
-            seen.add(next_B)
-        tokens = next_B.tolist()
-        yield [token if on else None for token, on in zip(tokens, running, strict=True)]
-        running = [on and token not in stop_ids for token, on in zip(tokens, running, strict=True)]
-        if left == 0 or not any(running):
-            return
-        logits_BV = model(next_B[:, None], cache=cache)[:, -1]
+    with packed_linears(model) if len(running) == 1 and sampling.max_new_tokens >= PACKED_TOKENS else nullcontext():
+        for left in reversed(range(sampling.max_new_tokens)):
+            if seen is not None:
+                logits_BV = seen.penalise(logits_BV, sampling.repetition_penalty)
+            next_B = choose(logits_BV, sampling, generator)
+            if seen is not None:
+                seen.add(next_B)
+            tokens = next_B.tolist()
+            yield [token if on else None for token, on in zip(tokens, running, strict=True)]
+            running = [on and token not in stop_ids for token, on in zip(tokens, running, strict=True)]
+            if left == 0 or not any(running):
+                return
+            logits_BV = model(next_B[:, None], cache=cache)[:, -1]
 
 
 @torch.inference_mode()

@@ -165,7 +165,7 @@ def absorbed_attention(
     q_nope . (W_k c) = (W_k^T q_nope) . c, and sum p (W_v c) = W_v (sum p c): DeepSeek-V2, arXiv 2405.04434, section 2.1.2.
     `kv_b_HDR` is kv_b_proj per head, rows [nope | v].
     """
-    query_BTHR = torch.einsum("bthd,hdr->bthr", q_nope_BTHD, kv_b_HDR[:, :nope_dim])
+    query_BTHR = _per_head(q_nope_BTHD, kv_b_HDR[:, :nope_dim])
     new, total = q_nope_BTHD.shape[1], latent_BSR.shape[1]
     fast = _decode_kernels(query_BTHR, latent_BSR) if key_mask is None else None
     if fast is not None:
@@ -173,7 +173,7 @@ def absorbed_attention(
     else:
         mask = causal_mask(new, total, key_mask, latent_BSR.device) if new > 1 or key_mask is not None else None
         context_BTHR = latent_context(query_BTHR, q_rope_BTHr, latent_BSR, k_rope_BSr, mask, scale)
-    return torch.einsum("bthr,hdr->bthd", context_BTHR, kv_b_HDR[:, nope_dim:])
+    return _per_head(context_BTHR, kv_b_HDR[:, nope_dim:].transpose(1, 2))
 
 
 def paged_absorbed_attention(
@@ -197,7 +197,7 @@ def paged_absorbed_attention(
     bit for bit in any batch; 0 cuts them as suits the batch, and is faster for small ones.
     """
     rank = kv_b_HDR.shape[-1]
-    query_BTHR = torch.einsum("bthd,hdr->bthr", q_nope_BTHD, kv_b_HDR[:, :nope_dim])
+    query_BTHR = _per_head(q_nope_BTHD, kv_b_HDR[:, :nope_dim])
     fast = _decode_kernels(query_BTHR, pages_PSX)
     if fast is not None:
         rows = pages_PSX[..., :rank], pages_PSX[..., rank:]
@@ -211,20 +211,29 @@ def paged_absorbed_attention(
         mask = (key < seen_BT[..., None])[:, None]
         context_BTHR = latent_context(query_BTHR, q_rope_BTHr, rows_BSX[..., :rank], rows_BSX[..., rank:], mask, scale)
         context_BTHR = context_BTHR.masked_fill((seen_BT <= 0)[..., None, None], 0)
-    return torch.einsum("bthr,hdr->bthd", context_BTHR, kv_b_HDR[:, nope_dim:])
+    return _per_head(context_BTHR, kv_b_HDR[:, nope_dim:].transpose(1, 2))
 
 
 def latent_context(
     query_BTHR: Tensor, q_rope_BTHr: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, mask_B1TS: Tensor | None, scale: float
 ) -> Tensor:
     """Latents weighted by the softmax of the scores, [B, T, H, R]; the twin of `kernels.mla_decode`."""
-    score = torch.einsum("bthr,bsr->bhts", query_BTHR, latent_BSR) + torch.einsum("bthr,bsr->bhts", q_rope_BTHr, k_rope_BSr)
+    batch, new, heads, _ = query_BTHR.shape
+    q, q_rope = (x.reshape(batch, new * heads, -1) for x in (query_BTHR, q_rope_BTHr))
+    score = torch.baddbmm(torch.bmm(q_rope, k_rope_BSr.transpose(1, 2)), q, latent_BSR.transpose(1, 2))
     wide = torch.float64 if score.dtype == torch.float64 else torch.float32
     score = score.to(wide) * scale
     if mask_B1TS is not None:
-        score = score.masked_fill(~mask_B1TS, float("-inf"))
-    probability = score.softmax(-1).to(latent_BSR.dtype)
-    return torch.einsum("bhts,bsr->bthr", probability, latent_BSR)
+        score = score.unflatten(1, (new, heads)).masked_fill(~mask_B1TS.transpose(1, 2), float("-inf")).flatten(1, 2)
+    context = torch.bmm(score.softmax(-1).to(latent_BSR.dtype), latent_BSR)
+    return context.unflatten(1, (new, heads))
+
+
+def _per_head(x_BTHD: Tensor, w_HDE: Tensor) -> Tensor:
+    """Each head times its own matrix, [B, T, H, E]; one batched product over heads, none of them copied."""
+    batch, new, heads, dim = x_BTHD.shape
+    rows = x_BTHD.permute(2, 0, 1, 3).reshape(heads, batch * new, dim)
+    return torch.bmm(rows, w_HDE).unflatten(1, (batch, new)).permute(1, 2, 0, 3)
 
 
 def _decode_kernels(query_BTHR: Tensor, rows_BSX: Tensor) -> ModuleType | None:

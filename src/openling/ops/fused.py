@@ -40,10 +40,11 @@ def split_norm_rope(
     if fast is not None:
         return fast.split_norm_rope(qkv_BTC, norms, tables, heads, kv_heads, eps, silu)
     rows = (F.silu(qkv_BTC) if silu else qkv_BTC).unflatten(-1, (heads + 2 * kv_heads, -1))
-    q, k, v = rows.split((heads, kv_heads, kv_heads), dim=2)
+    both, v = rows.split((heads + kv_heads, kv_heads), dim=2)
     if norms is not None:
-        q, k = rms_norm(q, norms[0], eps), rms_norm(k, norms[1], eps)
-    return apply_rope(q, *tables), apply_rope(k, *tables), v
+        both = rms_norm(both, torch.cat([w.expand(n, -1) for w, n in zip(norms, (heads, kv_heads), strict=True)]), eps)
+    q, k = apply_rope(both, *tables).split((heads, kv_heads), dim=2)
+    return q, k, v
 
 
 def gated_group_norm(x: Tensor, gate: Tensor, weight_C: Tensor, eps: float, groups: int) -> Tensor:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from functools import cache
 from itertools import pairwise
 from typing import Any
@@ -285,11 +286,12 @@ def lightning(
 
 def _step(q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
     """One decode step for a whole batch: B1HD in, B1HD out."""
-    with torch.autocast(q.device.type, enabled=False):
+    device = q.device.type  # entering a context takes as long as a small product: only where it does something
+    with torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext():
         dtype = _compute_dtype(q)
         state_BHDD = _first_state(q, q.shape[0], state, v.shape[-1])
         q_BHD, k_BHD, v_BHD = (x[:, 0].to(dtype) for x in (q, k, v))
         decay = log_decay_H.to(device=q.device, dtype=dtype).exp()[:, None, None]
-        state_BHDD = decay * state_BHDD + k_BHD[..., :, None] * v_BHD[..., None, :]
+        state_BHDD = torch.addcmul(decay * state_BHDD, k_BHD[..., :, None], v_BHD[..., None, :])
         out = (q_BHD[..., None, :] @ state_BHDD) * q.shape[-1] ** -0.5
         return out.transpose(1, 2).to(q.dtype), state_BHDD

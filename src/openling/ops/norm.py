@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openling.ops.cpu import norms_in_one_pass, root_mean_square_norm
@@ -18,8 +19,7 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fast.rms_norm(x, weight, eps, dtype)
     if norms_in_one_pass(x):
         return root_mean_square_norm(x, weight, eps)
-    wide = x if x.dtype == torch.float64 else x.float()
-    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+    return weight * F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
 
 
 def group_rms_norm(x: Tensor, weight: Tensor, eps: float, groups: int) -> Tensor:
