@@ -26,6 +26,7 @@ from openling.ops.kernels import (
     moe_hopper_act,
     moe_hopper_back,
     moe_hopper_parts,
+    moe_hopper_router,
     moe_ops,
     moe_route,
     moe_sort,
@@ -154,11 +155,18 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
             {t: lambda t=t: moe_sort.sum_rows_routed(rows, s.row_P, dlogits[0], half, t) for t in moe_sort.sum_candidates()},
         ),
     }
+    for ring in (moe_hopper_router.LOGITS, moe_hopper_parts.Ring(4, 0), moe_hopper_parts.Ring(3, 0)):
+        variants["logits"][1][f"hopper {ring}"] = lambda ring=ring: moe_hopper_router.route_logits(x, terms, ring)
+    for ring in (moe_hopper_router.DWEIGHT, moe_hopper_parts.Ring(4, 0), moe_hopper_parts.Ring(3, 0)):
+        variants.setdefault("dweight", ("portable", {"portable": timed["dweight"]}))
+        variants["dweight"][1][f"hopper {ring}"] = lambda ring=ring: moe_hopper_router.route_dweight(
+            dlogits, x, torch.float32, ring
+        )
     for name, (chosen, calls) in variants.items():
         found = {tile: microseconds(call) for tile, call in calls.items()}
         for tile, us in found.items():
             print(f"  {name} {us:7.0f} us  {tile}{' (chosen)' if tile == chosen else ''}", flush=True)
-        times[name] = found.get(chosen, min(found.values()))
+        times[name] = min(found.values())
     print(
         "  " + ", ".join(f"{name} {us:.0f}" for name, us in times.items()) + f" us: {sum(times.values()):.0f} in all", flush=True
     )

@@ -365,6 +365,9 @@ GL = SimpleNamespace(
     arange=lambda start, end, layout=None: Value(torch.arange(start, end)),
     zeros=lambda shape, dtype, layout=None: Value(torch.zeros(shape, dtype=torch.float64)),
     where=lambda condition, a, b: Value(torch.where(*(torch.as_tensor(_raw(x)) for x in (condition, a, b)))),
+    minimum=lambda a, b: Value(torch.minimum(*(torch.as_tensor(_raw(x)) for x in (a, b)))),
+    maximum=lambda a, b: Value(torch.maximum(*(torch.as_tensor(_raw(x)) for x in (a, b)))),
+    cdiv=lambda a, b: Value(-(-torch.as_tensor(_raw(a)) // _raw(b))),
     exp=lambda x: Value(x.data.exp()),
     sum=lambda x, axis: Value(x.data.sum(axis)),
 )

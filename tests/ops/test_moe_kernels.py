@@ -406,3 +406,26 @@ def test_hoppers_fused_gradient_of_the_activations(tokens, top_k, ring, lead, pr
     for a, b, limit in zip(found[:2], expected[:2], (2**-8, 2**-8), strict=True):
         assert worst(a[:rows], b[:rows]) < limit + FP32
     assert worst(found[2].sum(0)[:rows], expected[2].sum(0)[:rows]) < FP32
+
+
+@interpreted
+@pytest.mark.parametrize(("tokens", "processors", "ring", "lead"), [(70, 2, 4, 1), (700, 3, 3, 0)])
+def test_hoppers_router_products(tokens, processors, ring, lead, monkeypatch):
+    """FP64 sums of exact products, written in FP32."""
+    import gluon_on_cpu as emulator
+
+    from openling.ops.kernels import moe_hopper_parts, moe_hopper_router
+
+    x = randn(tokens, 256, dtype=torch.bfloat16)
+    terms, dlogits = (
+        torch.stack((high, (wide - high.float()).bfloat16()))
+        for wide in (randn(256, 256, seed=1), randn(tokens, 256, seed=2))
+        for high in (wide.bfloat16(),)
+    )
+    with emulator.gluon_on_cpu(moe_hopper_router, moe_hopper_parts):
+        monkeypatch.setattr(moe_hopper_parts, "processors", lambda device: processors)
+        ring = moe_hopper_parts.Ring(ring, lead)
+        logits = moe_hopper_router.route_logits(x, terms, ring)
+        dweight = moe_hopper_router.route_dweight(dlogits, x, torch.float32, ring)
+    assert worst(logits, x.double() @ terms.double().sum(0).T) < FP32
+    assert worst(dweight, dlogits.double().sum(0).T @ x.double()) < FP32

@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from openling.ops.kernels import moe_gemm
+from openling.ops.kernels import moe_gemm, moe_route
 from openling.ops.kernels.moe_decode import MOST_TOKENS, experts_few, list_few, route_few
 from openling.ops.kernels.moe_route import (
     RouteSpec,
     choose,
     route_dlogits,
-    route_dweight,
-    route_logits,
     weight_terms,
 )
 from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, sort_tokens, sum_rows, sum_rows_routed
@@ -35,26 +33,37 @@ from openling.ops.pick import batch_invariant
 
 # Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down),
 # "fused" (d_act in one kernel, `moe_hopper_act`).
+ROUTER_FORM = "hopper"  # or "portable": `moe_hopper_router` or `moe_route`
+FEW_ROUTED = 2048
 FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
 
 
 @cache
-def _hopper() -> tuple[ModuleType, ModuleType, ModuleType] | None:
+def _hopper() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
     """The products' forms for Hopper where this process can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return None
-    from openling.ops.kernels import moe_hopper, moe_hopper_act, moe_hopper_back
+    from openling.ops.kernels import moe_hopper, moe_hopper_act, moe_hopper_back, moe_hopper_router
 
-    return moe_hopper, moe_hopper_back, moe_hopper_act
+    return moe_hopper, moe_hopper_back, moe_hopper_act, moe_hopper_router
 
 
 def product(name: str, x: Tensor, width: int) -> Any:
     """The function that computes a product for tokens like x and experts of this width."""
     modules = _hopper() if FORMS[name] in ("hopper", "fused") else None
     if modules is not None and x.element_size() == 2 and x.shape[-1] % 256 == 0 and width % 256 == 0:
-        rows, back, act = modules
+        rows, back, act, _ = modules
         return getattr(act if FORMS[name] == "fused" else rows if hasattr(rows, name) else back, name)
     return getattr(moe_gemm, f"{name}_torch" if FORMS[name] == "torch" else name)
+
+
+def router_products(x: Tensor, experts: int) -> ModuleType:
+    """Where `route_logits` and `route_dweight` are. Hopper's form has tiles of 128 tokens and 256 experts: not for few tokens."""
+    modules = _hopper() if ROUTER_FORM == "hopper" else None
+    many = x.shape[0] > FEW_ROUTED or batch_invariant()
+    if modules is not None and many and x.dtype == torch.bfloat16 and x.shape[-1] % 256 == 0 and experts % 256 == 0:
+        return modules[3]
+    return moe_route
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -68,7 +77,7 @@ def route(
     scaling: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Weights FP32 [N, k], experts int64 [N, k], logits FP32 [N, E]."""
-    logits = route_logits(x.contiguous(), weight_terms(router, x.dtype))
+    logits = router_products(x, router.shape[0]).route_logits(x.contiguous(), weight_terms(router, x.dtype))
     weight, index = choose(logits, bias, RouteSpec(top_k, n_group, topk_group, score_function, norm, scaling))
     return weight, index, logits
 
@@ -80,7 +89,8 @@ def route_backward(
     """Gradients of x and of the router's weight."""
     spec = RouteSpec(index.shape[1], 1, 1, score_function, norm, scaling)
     dlogits = route_dlogits(dweight, logits, index, spec, x.dtype)
-    return dlogits[0] @ router.to(x.dtype), route_dweight(dlogits, x.contiguous(), router.dtype)
+    drouter = router_products(x, router.shape[0]).route_dweight(dlogits, x.contiguous(), router.dtype)
+    return dlogits[0] @ router.to(x.dtype), drouter
 
 
 @route.register_fake
@@ -165,7 +175,7 @@ def moe_experts_backward(
     if router is not None and logits is not None:
         spec = RouteSpec(index.shape[1], 1, 1, score_function, norm, scaling)
         dlogits = route_dlogits(dweight, logits, index, spec, x.dtype)
-        drouter = route_dweight(dlogits, x, router.dtype)
+        drouter = router_products(x, router.shape[0]).route_dweight(dlogits, x, router.dtype)
     if needs_weights:
         ddown = product("d_down", x, width)(dout, weighted, s, dtype)
     del weighted
