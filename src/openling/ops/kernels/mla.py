@@ -19,7 +19,7 @@ Legend: B sequences, T new tokens, H heads, R latent rank, r rotated dims, P pag
 from __future__ import annotations
 
 from functools import cache
-from types import ModuleType
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -29,6 +29,8 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 MAX_NEW_TOKENS = 4
+# Kernels for Hopper GPUs, fastest first.
+HOPPER_FORMS = ("mla_hopper", "mla_warps")
 # A sequence may be this many tiles longer than an even share and still stay whole: about what a cut costs, which is reading
 # the queries again, writing a partial context of 128 KB and reading it back.
 WHOLE_SLACK = tl.constexpr(4)
@@ -208,11 +210,14 @@ def portable_candidates(rank: int) -> list[Config]:
 
 def run_decode(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, table: Tensor | None, lengths: Tensor | None, scale: float,
-    split_tokens: int = 0, *, config: Config | None = None, processors: int | None = None,
+    split_tokens: int = 0, *, config: Config | None = None, form: str | None = None, processors: int | None = None,
 ) -> Tensor:  # fmt: skip
-    """Context [B, T, H, R] of `mla_decode`; its arguments, and what tests and sweeps set: the kernel's tiles, the programs."""
+    """Context [B, T, H, R] of `mla_decode`; its arguments, and what tests and sweeps set.
+
+    config: tiles of the portable kernel, which then runs. form: one of HOPPER_FORMS. processors: programs at a time.
+    """
     check(q_latent, q_rope, latent, rope, table, lengths)
-    hopper = None if config else hopper_form(q_latent, latent, rope)
+    hopper = None if config else hopper_form(form, q_latent, latent, rope)
     config = config or portable_config(latent.shape[-1])
     tile, row_block = (hopper.TILE, hopper.ROWS) if hopper else (config.tile, config.rows)
     page = latent.shape[1]
@@ -279,19 +284,16 @@ def check(q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, table:
 
 
 @cache
-def _hopper_module() -> ModuleType | None:
-    """The Hopper kernel where this process can run it."""
-    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+def _on_hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+def hopper_form(name: str | None, q_latent: Tensor, latent: Tensor, rope: Tensor) -> Any:
+    """The module for Hopper that runs, the named one or the fastest that serves these tensors; None: the portable kernel does."""
+    if not (q_latent.is_cuda and _on_hopper()):
         return None
-    from openling.ops.kernels import mla_hopper
-
-    return mla_hopper
-
-
-def hopper_form(q_latent: Tensor, latent: Tensor, rope: Tensor) -> Any:
-    """`mla_hopper` where it serves these tensors, else None: the portable kernel runs."""
-    module = _hopper_module() if q_latent.is_cuda else None
-    return module if module is not None and module.serves(q_latent, latent, rope) else None
+    forms = (import_module(f"openling.ops.kernels.{form}") for form in ((name,) if name else HOPPER_FORMS))
+    return next((form for form in forms if form.serves(q_latent, latent, rope)), None)
 
 
 @cache

@@ -193,11 +193,11 @@ def serves(q_latent: Tensor, latent: Tensor, rope: Tensor) -> bool:
     return q_latent.element_size() == 2 and rank in (128, 256, 512) and turned in (32, 64) and flat and same
 
 
-def _descriptor(x_PSR: Tensor) -> TensorDescriptor:
-    """Tiles of x's rows, all pages in one column of rows."""
+def descriptor(x_PSR: Tensor, columns: int) -> TensorDescriptor:
+    """Tiles of x's rows, so many columns wide, all pages in one column of rows."""
     page, row = x_PSR.stride(0), x_PSR.stride(1)
     pages, rows, width = x_PSR.shape
-    block = [TILE, width]
+    block = [TILE, columns]
     bits = gl.bfloat16 if x_PSR.dtype == torch.bfloat16 else gl.float16
     layout = gl.NVMMASharedLayout.get_default_for(block, bits)
     return TensorDescriptor(x_PSR, [(pages - 1) * (page // row) + rows, width], [row, 1], block, layout)
@@ -210,7 +210,7 @@ def launch(
     """Fill `out` for whole sequences, `partial` and `log_sum` for pieces, as `kernels.mla.decode_kernel` does."""
     batch, new, heads, rank = q_latent.shape
     decode_kernel[(triton.cdiv(new * heads, ROWS), parts.programs)](
-        _descriptor(latent), _descriptor(rope), q_latent, q_rope, table, lengths, out, partial, log_sum,
+        descriptor(latent, rank), descriptor(rope, rope.shape[-1]), q_latent, q_rope, table, lengths, out, partial, log_sum,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0) // latent.stride(1),
         0 if table is None else table.stride(0), *out.stride()[:3], latent.shape[1], batch, parts.pieces, parts.piece_tiles,
         scale_log2, T=new, H=heads, R=rank, ROPE=rope.shape[-1], PAGE=latent.shape[1], ROWS=ROWS, TILE=TILE, BUFFERS=BUFFERS,
