@@ -27,6 +27,7 @@ from openling.ops.kernels import (
     moe_hopper_back,
     moe_hopper_parts,
     moe_hopper_router,
+    moe_hopper_tall,
     moe_ops,
     moe_route,
     moe_sort,
@@ -71,6 +72,7 @@ def forms(name: str) -> Iterator[tuple[str, Callable[..., object]]]:
     rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates()]
     for ring in dict.fromkeys(rings):
         yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
+    yield "tall", getattr(moe_hopper_tall, name)
     if name == "d_act":
         for ring in (moe_hopper_act.RING, moe_hopper_parts.Ring(4, 0)):
             yield f"fused {ring}", lambda *a, ring=ring, **k: moe_hopper_act.d_act(*a, **k, ring=ring)

@@ -209,9 +209,9 @@ class Barriers:
 
 
 class Products:
-    """Accumulators with matrix products in flight."""
+    """Accumulators with matrix products in flight, each with its place in the warps' order."""
 
-    def __init__(self, acc: torch.Tensor, flying: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    def __init__(self, acc: torch.Tensor, flying: list[tuple[int, torch.Tensor, torch.Tensor]]) -> None:
         self.acc, self.flying = acc, flying
 
 
@@ -263,18 +263,21 @@ def _gathers_arrive(barrier: Barrier, increment_count: bool = True) -> None:
 def _mma(a: Memory, b: Memory, acc: Any, is_async: bool) -> Products:
     assert is_async
     before = acc if isinstance(acc, Products) else Products(acc.data, [])
-    return Products(before.acc, [*before.flying, (a.data, b.data)])
+    _here.products += 1
+    return Products(before.acc, [*before.flying, (_here.products, a.data, b.data)])
 
 
-def _mma_wait(outstanding: int, deps: tuple[Any]) -> Any:
-    (dep,) = deps
-    if isinstance(dep, Value):
-        return dep
-    acc, flying = dep.acc, list(dep.flying)
-    while len(flying) > outstanding:
-        a, b = flying.pop(0)
-        acc = acc + a.double() @ b.double()
-    return Products(acc, flying) if flying else Value(acc)
+def _mma_wait(outstanding: int, deps: tuple[Any, ...]) -> Any:
+    results = []
+    for dep in deps:
+        flying = dep.flying if isinstance(dep, Products) else []
+        acc = dep.acc if isinstance(dep, Products) else dep.data
+        done = [product for product in flying if product[0] <= _here.products - outstanding]
+        for _, a, b in done:
+            acc = acc + a.double() @ b.double()
+        left = flying[len(done) :]
+        results.append(Products(acc, left) if left else Value(acc))
+    return results[0] if len(results) == 1 else tuple(results)
 
 
 def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], worker_warps: list[int], worker_registers: list[int]) -> None:
@@ -301,7 +304,7 @@ def _specialize(parts: list[tuple[Any, tuple[Any, ...]]], worker_warps: list[int
 
 
 def _enter(program: tuple[int, int], warps: int) -> None:
-    _here.program, _here.warps, _here.stores, _here.gathers = program, warps, [], []
+    _here.program, _here.warps, _here.stores, _here.gathers, _here.products = program, warps, [], [], 0
 
 
 def _allocate(dtype: Any, shape: list[int], layout: Any) -> Any:

@@ -28,33 +28,34 @@ from openling.ops.kernels.moe_route import (
     route_dlogits,
     weight_terms,
 )
-from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, sort_tokens, sum_rows, sum_rows_routed
+from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, max_tiles, sort_tokens, sum_rows, sum_rows_routed
 from openling.ops.pick import batch_invariant
 
 # Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down),
-# "fused" (d_act in one kernel, `moe_hopper_act`).
+# "fused" (d_act in one kernel, `moe_hopper_act`), "tall" (tiles of 192 rows, `moe_hopper_tall`).
 ROUTER_FORM = "hopper"  # or "portable": `moe_hopper_router` or `moe_route`
 FEW_ROUTED = 2048
 FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
 
 
 @cache
-def _hopper() -> tuple[ModuleType, ModuleType, ModuleType, ModuleType] | None:
+def _hopper() -> tuple[ModuleType, ...] | None:
     """The products' forms for Hopper where this process can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return None
-    from openling.ops.kernels import moe_hopper, moe_hopper_act, moe_hopper_back, moe_hopper_router
+    from openling.ops.kernels import moe_hopper, moe_hopper_act, moe_hopper_back, moe_hopper_router, moe_hopper_tall
 
-    return moe_hopper, moe_hopper_back, moe_hopper_act, moe_hopper_router
+    return moe_hopper, moe_hopper_back, moe_hopper_act, moe_hopper_router, moe_hopper_tall
 
 
 def product(name: str, x: Tensor, width: int) -> Any:
     """The function that computes a product for tokens like x and experts of this width."""
-    modules = _hopper() if FORMS[name] in ("hopper", "fused") else None
+    form = FORMS[name]
+    modules = _hopper() if form in ("hopper", "fused", "tall") else None
     if modules is not None and x.element_size() == 2 and x.shape[-1] % 256 == 0 and width % 256 == 0:
-        rows, back, act, _ = modules
-        return getattr(act if FORMS[name] == "fused" else rows if hasattr(rows, name) else back, name)
-    return getattr(moe_gemm, f"{name}_torch" if FORMS[name] == "torch" else name)
+        rows, back, act, _, tall = modules
+        return getattr({"fused": act, "tall": tall}.get(form, rows if hasattr(rows, name) else back), name)
+    return getattr(moe_gemm, f"{name}_torch" if form == "torch" else name)
 
 
 def router_products(x: Tensor, experts: int) -> ModuleType:
@@ -136,7 +137,7 @@ def moe_experts(
     x: Tensor, weight: Tensor, index: Tensor, gate: Tensor, up: Tensor, down: Tensor, router: Tensor | None,
     logits: Tensor | None, score_function: str, norm: bool, scaling: float, keep: bool,
 ) -> list[Tensor]:  # fmt: skip
-    """[out [N, M], h [R, 2F], casts of gate, up and down (empty where they need none), and the five fields of `Sorted`].
+    """[out [N, M], h [R, 2F], casts of gate, up and down (empty where they need none), and the fields of `Sorted`].
 
     router, logits and what follows: given where backward is to go on through the router instead of returning dweight.
     keep: whether backward will come; h is empty without it.
@@ -199,7 +200,8 @@ def _(
     entries, experts, width = index.numel(), gate.shape[0], gate.shape[1]
     rows = max_rows(entries, experts)
     casts = [x.new_empty(w.shape if keep and w.dtype != x.dtype else 0) for w in (gate, up, down)]
-    shapes = ((experts,), (experts + 1,), (entries,), (rows,), (1 + entries // 128 + min(experts, entries), 4))
+    tables = ((1 + max_tiles(entries, experts, units), 4) for units in (2, 3))
+    shapes = ((experts,), (experts + 1,), (entries,), (rows,), *tables)
     ints = [x.new_empty(shape, dtype=torch.int32) for shape in shapes]
     return [x.new_empty(x.shape), x.new_empty((rows if keep else 0, 2 * width)), *casts, *ints]
 
@@ -228,10 +230,10 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _experts_back(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     if grads[0] is None:
         return (None,) * 12
-    *tensors, h, counts, start, row, entry, tiles = ctx.saved_tensors
+    tensors, saved = ctx.saved_tensors[:-7], list(ctx.saved_tensors[-7:])
     needs = ctx.needs_input_grad
     dx, dweight, dgate, dup, ddown, drouter = moe_experts_backward(
-        grads[0], *tensors, [h, counts, start, row, entry, tiles], ctx.dtype, ctx.score_function, ctx.norm, ctx.scaling,
+        grads[0], *tensors, saved, ctx.dtype, ctx.score_function, ctx.norm, ctx.scaling,
         needs[0], any(needs[3:6]),
     )  # fmt: skip
     found = dx, dweight, None, dgate, dup, ddown, drouter
