@@ -137,10 +137,10 @@ def router_kernel(
             [224, 224],
         )
     else:
-        load = (a_desc, b_desc, a_bufs, b_bufs, full, empty, N, E, across, share, tiles)
+        shares = (a_desc, b_desc, a_bufs, b_bufs, full, empty, N, E, across, share, tiles)
         gl.warp_specialize(
             [
-                (_load_dweight, (load, STAGES)),
+                (_load_dweight, (shares, STAGES)),
                 (_consume, (shared, True, False, 0, STAGES, LEAD)),
                 (_consume, (shared, True, False, 1, STAGES, LEAD)),
             ],
