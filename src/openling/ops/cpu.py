@@ -94,11 +94,11 @@ def blockwise_attention(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, scale: f
     before its softmax, which the flash kernel avoids: 4e-3 of the output instead of 2e-3, for a third of its time.
     """
     batch, heads, new, dim = q_BHTD.shape
-    kv_heads, dtype = k_BKSD.shape[1], matmul_dtype(q_BHTD.dtype)
+    kv_heads, dtype = k_BKSD.shape[1], matmul_dtype(autocast_dtype(q_BHTD))
     q = q_BHTD.to(dtype).reshape(batch * kv_heads, heads // kv_heads, new, dim)
     k, v = (x.to(dtype).reshape(batch * kv_heads, *x.shape[2:]) for x in (k_BKSD, v_BKSV))
     out: Tensor = _Blockwise.apply(q, k, v, scale)
-    return out.view(batch, heads, new, v.shape[-1]).to(q_BHTD.dtype)
+    return out.view(batch, heads, new, v.shape[-1]).to(autocast_dtype(q_BHTD))
 
 
 class _Blockwise(torch.autograd.Function):

@@ -29,6 +29,8 @@ from torch import Tensor
 
 LOG2_E = 1.4426950408889634
 MAX_NEW_TOKENS = 4
+# Arguments that change from token to token: no variant of a kernel is compiled for a multiple of 16.
+VARYING = ("length", "batch", "pieces", "piece_tiles")
 # Kernels for Hopper GPUs, fastest first.
 HOPPER_FORMS = ("mla_hopper", "mla_warps")
 # A sequence may be this many tiles longer than an even share and still stay whole: about what a cut costs, which is reading
@@ -56,7 +58,7 @@ def _cut(lengths, length, batch, programs, TILE: tl.constexpr, SEQUENCES: tl.con
     return row, tiles, tl.cumsum(tiles, 0), share, whole
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def decode_kernel(
     q_latent, q_rope, latent, rope, table, lengths, out, partial, log_sum,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, latent_page, latent_row, rope_page, rope_row, table_b, out_b, out_t, out_h,
@@ -136,7 +138,7 @@ def decode_kernel(
             tl.store(log_sum + slot, top + tl.log2(total), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=VARYING)
 def merge_kernel(
     partial, log_sum, out, lengths, length, batch, programs, pieces, piece_tiles, out_b, out_t, out_h,
     T: tl.constexpr, H: tl.constexpr, R: tl.constexpr, TILE: tl.constexpr, SEQUENCES: tl.constexpr, FIXED: tl.constexpr,
@@ -262,7 +264,7 @@ def _launch_portable(
         q_latent, q_rope, latent, rope, table, lengths, out, partial, log_sum, *q_latent.stride()[:3], *q_rope.stride()[:3],
         *latent.stride()[:2], *rope.stride()[:2], 0 if table is None else table.stride(0), *out.stride()[:3],
         latent.shape[1], batch, parts.pieces, parts.piece_tiles, scale_log2,
-        T=new, H=heads, R=rank, ROPE=turned, PAGE=latent.shape[1], ROWS=config.rows, TILE=config.tile,
+        T=new, H=heads, R=rank, ROPE=turned, PAGE=0 if table is None else latent.shape[1], ROWS=config.rows, TILE=config.tile,
         R_PAD=triton.next_power_of_2(rank), ROPE_PAD=max(16, triton.next_power_of_2(turned)),
         SEQUENCES=triton.next_power_of_2(batch), FIXED=fixed, STAGES=config.stages,
         PRECISION="ieee" if q_latent.dtype == torch.float32 else "tf32", num_warps=config.warps,

@@ -31,6 +31,7 @@ TILE = 64
 WARPS = 8
 BUFFERS = 2
 WHOLE_SLACK = gl.constexpr(4)  # as in `kernels.mla`: the merge makes the same cut
+VARYING = ("length", "batch", "pieces", "piece_tiles")
 
 
 @gluon.jit
@@ -74,7 +75,7 @@ def _clear_rows(tile, live, LAYOUT: gl.constexpr):
     fence_async_shared()
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=VARYING)
 def decode_kernel(
     latent_desc, rope_desc, q_latent, q_rope, table, lengths, out, partial, log_sum,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, page_rows, table_b, out_b, out_t, out_h, length, batch, pieces, piece_tiles, scale_log2,
@@ -213,6 +214,6 @@ def launch(
         descriptor(latent, rank), descriptor(rope, rope.shape[-1]), q_latent, q_rope, table, lengths, out, partial, log_sum,
         *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0) // latent.stride(1),
         0 if table is None else table.stride(0), *out.stride()[:3], latent.shape[1], batch, parts.pieces, parts.piece_tiles,
-        scale_log2, T=new, H=heads, R=rank, ROPE=rope.shape[-1], PAGE=latent.shape[1], ROWS=ROWS, TILE=TILE, BUFFERS=BUFFERS,
-        SEQUENCES=max(32, triton.next_power_of_2(batch)), FIXED=fixed, num_warps=WARPS,
+        scale_log2, T=new, H=heads, R=rank, ROPE=rope.shape[-1], PAGE=0 if table is None else latent.shape[1], ROWS=ROWS,
+        TILE=TILE, BUFFERS=BUFFERS, SEQUENCES=max(32, triton.next_power_of_2(batch)), FIXED=fixed, num_warps=WARPS,
     )  # fmt: skip

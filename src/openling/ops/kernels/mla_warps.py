@@ -35,6 +35,7 @@ ROWS = 64
 TILE = 64
 WARPS = 4  # of the left group; the others are added to them
 WHOLE_SLACK = gl.constexpr(4)  # as in `kernels.mla`: the merge makes the same cut
+VARYING = ("length", "batch", "pieces", "piece_tiles")
 SCORE_PRODUCTS = gl.constexpr(3)  # that `_scores` starts
 
 
@@ -298,7 +299,7 @@ def _producer(
         begin += count
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=VARYING)
 def decode_kernel(
     latent_desc, rope_desc, q_latent, q_rope, table, lengths, out, partial, log_sum,
     ql_b, ql_t, ql_h, qr_b, qr_t, qr_h, page_rows, table_b, out_b, out_t, out_h, length, batch, pieces, piece_tiles, scale_log2,
@@ -361,6 +362,6 @@ def launch(
         mla_hopper.descriptor(latent, rank // 2), mla_hopper.descriptor(rope, rope.shape[-1]), q_latent, q_rope, table, lengths,
         out, partial, log_sum, *q_latent.stride()[:3], *q_rope.stride()[:3], latent.stride(0) // latent.stride(1),
         0 if table is None else table.stride(0), *out.stride()[:3], latent.shape[1], batch, parts.pieces, parts.piece_tiles,
-        scale_log2, T=new, H=heads, R=rank, ROPE=rope.shape[-1], PAGE=latent.shape[1],
+        scale_log2, T=new, H=heads, R=rank, ROPE=rope.shape[-1], PAGE=0 if table is None else latent.shape[1],
         SEQUENCES=max(32, triton.next_power_of_2(batch)), FIXED=fixed, num_warps=WARPS,
     )  # fmt: skip
