@@ -1,6 +1,6 @@
 """Times every form and tile of the experts' products at the goal's shape, then the rest of the layer and decoding.
 
-    python benchmarks/sweep_moe.py [--seconds 85] [--only gate_up,d_act,...]
+    python benchmarks/sweep_moe.py [--seconds 85] [--only gate_up,d_act,...] [--all]
 
 Prints, per product, microseconds and TFLOP/s of each candidate, best first, beside torch's grouped_mm on copies that exist
 already, and how far the first result of a form is from the portable one. Compiling takes most of the time. Write the winners into
@@ -66,21 +66,24 @@ def in_graph(call: Callable[[], object], calls: int = 32) -> float:
     return microseconds(graph.replay) / calls
 
 
-def forms(name: str) -> Iterator[tuple[str, Callable[..., object]]]:
-    """Hopper's rings, then portable tiles; the chosen ones come first."""
-    hopper = getattr(moe_hopper, name, None) or getattr(moe_hopper_back, name)
-    rings = [moe_hopper_parts.RINGS[name], *moe_hopper_parts.candidates()]
-    for ring in dict.fromkeys(rings):
-        yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
-    yield "tall", getattr(moe_hopper_tall, name)
+def forms(name: str, *, every: bool) -> Iterator[tuple[str, Callable[..., object]]]:
+    """The chosen ring and tile of each form, then, where every candidate is wanted, the others."""
+    hopper, tall = getattr(moe_hopper, name, None) or getattr(moe_hopper_back, name), getattr(moe_hopper_tall, name)
+    portable = getattr(moe_gemm, name)
+    yield f"hopper {moe_hopper_parts.RINGS[name]}", hopper
+    yield "tall", tall
     if name == "d_act":
-        for ring in (moe_hopper_act.RING, moe_hopper_parts.Ring(4, 0)):
-            yield f"fused {ring}", lambda *a, ring=ring, **k: moe_hopper_act.d_act(*a, **k, ring=ring)
+        yield f"fused {moe_hopper_act.RING}", moe_hopper_act.d_act
     if name == "down":
         yield "torch grouped_mm on the segments", moe_gemm.down_torch
-    portable = getattr(moe_gemm, name)
-    for tile in dict.fromkeys([moe_gemm.TILES[name], *moe_gemm.candidates(name)]):
-        yield f"portable {tile}", lambda *a, tile=tile, **k: portable(*a, **k, tile=tile)
+    yield f"portable {moe_gemm.TILES[name]}", portable
+    if every:
+        for ring in moe_hopper_parts.candidates():
+            yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
+            if name == "d_act":
+                yield f"fused {ring}", lambda *a, ring=ring, **k: moe_hopper_act.d_act(*a, **k, ring=ring)
+        for tile in moe_gemm.candidates(name):
+            yield f"portable {tile}", lambda *a, tile=tile, **k: portable(*a, **k, tile=tile)
 
 
 def first_tensors(result: object) -> list[torch.Tensor]:
@@ -88,7 +91,7 @@ def first_tensors(result: object) -> list[torch.Tensor]:
     return [result] if isinstance(result, torch.Tensor) else list(result)  # type: ignore[call-overload]
 
 
-def sweep_product(name: str, layer: Layer, work: Work, clock: Callable[[], bool]) -> float:
+def sweep_product(name: str, layer: Layer, work: Work, clock: Callable[[], bool], *, every: bool) -> float:
     """Prints all candidates of a product; the best time in µs."""
     call, peer, flops = products(layer, work)[name]
     rows = int(work.s.start_E[-1])
@@ -96,7 +99,7 @@ def sweep_product(name: str, layer: Layer, work: Work, clock: Callable[[], bool]
     print(f"\n{name}: grouped_mm {report(microseconds(peer), flops)}", flush=True)
     found: list[tuple[float, str]] = []
     seen = set()
-    for label, form in forms(name):
+    for label, form in forms(name, every=every):
         if clock():
             print("  (time is up)")
             break
@@ -142,7 +145,7 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
         "dweight": lambda: moe_route.route_dweight(dlogits, x, torch.float32),
         "gather_sum": lambda: moe_sort.gather_sum(rows.new_zeros(2, rows.shape[0], dtype=torch.float32), s.row_P, weight.shape),
     }
-    times = {name: microseconds(call) for name, call in timed.items()}
+    times = {name: in_graph(call, 4) for name, call in timed.items()}  # eager, the small ones would show the host
     variants: dict[str, tuple[object, dict]] = {
         "logits": (
             moe_route.logits_tile(tokens, router.shape[0]),
@@ -165,7 +168,7 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
             dlogits, x, torch.float32, ring
         )
     for name, (chosen, calls) in variants.items():
-        found = {tile: microseconds(call) for tile, call in calls.items()}
+        found = {tile: in_graph(call, 4) for tile, call in calls.items()}
         for tile, us in found.items():
             print(f"  {name} {us:7.0f} us  {tile}{' (chosen)' if tile == chosen else ''}", flush=True)
         times[name] = min(found.values())
@@ -208,11 +211,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--only", default=",".join((*TOTAL, "rest", "decode")))
-    chosen, seconds = (lambda a: (a.only.split(","), a.seconds))(parser.parse_args())
+    parser.add_argument("--all", action="store_true", help="every ring and tile of the products, not only the chosen ones")
+    args = parser.parse_args()
+    chosen = args.only.split(",")
     started = time.monotonic()
 
     def over() -> bool:
-        return time.monotonic() - started > seconds
+        return time.monotonic() - started > args.seconds
 
     torch.manual_seed(0)
     layer = make_layer(32768, 2048, 512, 256)
@@ -221,7 +226,7 @@ def main() -> None:
     moe_ops.FORMS.update(dict.fromkeys(TOTAL, "portable"))  # the inputs must not come from what is to be judged
     work = make_work(layer)
     moe_ops.FORMS.update(wanted)
-    total = sum(sweep_product(name, layer, work, over) for name in TOTAL if name in chosen and not over())
+    total = sum(sweep_product(name, layer, work, over, every=args.all) for name in TOTAL if name in chosen and not over())
     del work
     if "rest" in chosen and not over():
         print("\nrest of the layer")
