@@ -19,8 +19,9 @@ from openling.model.config import LayerKind, ModelConfig
 from openling.model.ling import Backbone, CallContext
 
 LAYERS = 8
-HYBRID: tuple[LayerKind, ...] = ("lightning",) * 7 + ("mla",)
-GQA: tuple[LayerKind, ...] = ("gqa",) * LAYERS
+LIGHTNING: LayerKind = "lightning"
+MLA: LayerKind = "mla"
+GQA: LayerKind = "gqa"
 WIDTH = 2048
 # Kernel names, or parts of them, by the op they belong to; the first that fits counts.
 OPS = (
@@ -38,7 +39,7 @@ def cases(quick: bool) -> Iterator[Case]:
 
 
 def _case(batch: int, tokens: int, ratio: float | None) -> Case:
-    hybrid, teacher = _stack(HYBRID), _stack(GQA)
+    hybrid, teacher = _stack((LIGHTNING,) * 7 + (MLA,)), _stack((GQA,) * LAYERS)
     x = torch.randn(batch, tokens, WIDTH, device="cuda", dtype=torch.bfloat16)
     ours = partial(_step, hybrid, x)
     mixing = batch * tokens * 16 * (7 * 3.5 * (4 * 64 * 128 + 4 * 128 * 128) + 3.5 * tokens * (192 + 128))
