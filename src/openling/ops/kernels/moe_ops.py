@@ -33,7 +33,7 @@ from openling.ops.pick import batch_invariant
 
 # Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down),
 # "fused" (d_act in one kernel, `moe_hopper_act`), "tall" (tiles of 192 rows, `moe_hopper_tall`).
-# The router's products: "portable" (`moe_route`) or "hopper" (`moe_hopper_router`), which took 246 us for 212 where it was measured.
+# The router's products: "portable" (`moe_route`) or "hopper" (`moe_hopper_router`), which took 246 us against 212.
 ROUTER_FORM = "portable"
 FEW_ROUTED = 2048
 FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
