@@ -76,4 +76,6 @@ def write_results(path: Path, command: str, rows: list[dict[str, Any]], **measur
     here = {"command": command, "hardware": hardware(), "versions": versions(), "commit": commit(), "date": now()}
     record = here | measured | {"rows": full}
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    partial = path.with_name(path.name + ".partial")  # a run may be killed at any row; what stands there is always whole
+    partial.write_text(json.dumps(record, indent=1) + "\n")
+    partial.replace(path)

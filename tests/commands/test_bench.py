@@ -46,7 +46,6 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
     monkeypatch.setattr(kernels, "machine_rates", lambda *_: Rates(copy=1e10, matmul=1e11))
     monkeypatch.setattr(kernels, "FULL", FAST)
     monkeypatch.setattr(kernels, "QUICK", FAST)
-    monkeypatch.setattr(kernels, "find_spec", lambda name: sys.modules.get(name))
 
     def run(*words: str, **modules: Callable[[bool], Iterator[Case]]) -> tuple[int, dict[str, object]]:
         for name, cases in modules.items():
@@ -196,3 +195,11 @@ def test_graph_and_eager_agree_on_a_long_call() -> None:
         for mode in ("eager", "graph")
     ]
     assert 0.8 < times[0] / times[1] < 1.25
+
+
+@pytest.mark.parametrize("where", ["file/below.json", "."])
+def test_where_nothing_can_be_written_is_said_before_measuring(where, tmp_path, monkeypatch, capsys):
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr(kernels, "_run_module", lambda *_: pytest.fail("measured"))
+    assert main(["bench", "kernels", "--json", str(tmp_path / where)]) == 2
+    assert "--json" in capsys.readouterr().err

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -99,8 +98,7 @@ class Run:
 def bench_kernels(*, quick: bool, op: str | None, path: Path | None, command: str, table: RowTable) -> int:
     """Measure, print and write; exit code 1 if a case failed, 0 otherwise (a missed goal is a result)."""
     path = path or default_path(quick, op)
-    if path.is_dir():
-        raise UserError("the results need a file, and this is a folder", where="--json", value=path)
+    _check_writable(path)
     run = Run(quick, op, path, command, table)
     for name, device in MODULES.items():
         if device == "cpu" or torch.cuda.is_available():
@@ -118,6 +116,20 @@ def bench_kernels(*, quick: bool, op: str | None, path: Path | None, command: st
     return 1 if run.broken or any(row.error for row in run.rows) else 0
 
 
+def _check_writable(path: Path) -> None:
+    """Before anything is measured: minutes of figures must not be lost to a path."""
+    if path.is_dir():
+        raise UserError("the results need a file, and this is a folder", where="--json", value=path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a"):
+            pass
+        if path.stat().st_size == 0:
+            path.unlink()
+    except OSError as error:
+        raise UserError(f"the results cannot be written there: {error.strerror}", where="--json", value=path) from error
+
+
 def default_path(quick: bool, op: str | None) -> Path:
     """benchmarks/results/kernels/ of a source checkout, else the current folder; named after the device and what was left out."""
     root = Path(__file__).resolve().parents[3]
@@ -128,8 +140,6 @@ def default_path(quick: bool, op: str | None) -> Path:
 
 
 def _run_module(run: Run, name: str, device: Device) -> None:
-    if find_spec(f"openling.bench.{name}") is None:
-        return
     if run.over():
         run.left_out.append(name)
         return
