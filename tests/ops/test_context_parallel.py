@@ -174,6 +174,7 @@ def all_cases(rank: int, world: int, rendezvous: str) -> None:
         no_gradients_wanted(rank, world)
         gather_runs_beside_the_local_attention(rank, world, counted)
         refusals(rank, world)
+        dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()
 
