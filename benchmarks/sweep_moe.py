@@ -23,7 +23,6 @@ from openling.ops.kernels import (
     moe_decode,
     moe_gemm,
     moe_hopper,
-    moe_hopper_act,
     moe_hopper_back,
     moe_hopper_parts,
     moe_hopper_router,
@@ -72,16 +71,12 @@ def forms(name: str, *, every: bool) -> Iterator[tuple[str, Callable[..., object
     portable = getattr(moe_gemm, name)
     yield f"hopper {moe_hopper_parts.RINGS[name]}", hopper
     yield "tall", tall
-    if name == "d_act":
-        yield f"fused {moe_hopper_act.RING}", moe_hopper_act.d_act
     if name == "down":
         yield "torch grouped_mm on the segments", moe_gemm.down_torch
     yield f"portable {moe_gemm.TILES[name]}", portable
     if every:
         for ring in moe_hopper_parts.candidates():
             yield f"hopper {ring}", lambda *a, ring=ring, **k: hopper(*a, **k, ring=ring)
-            if name == "d_act":
-                yield f"fused {ring}", lambda *a, ring=ring, **k: moe_hopper_act.d_act(*a, **k, ring=ring)
         for tile in moe_gemm.candidates(name):
             yield f"portable {tile}", lambda *a, tile=tile, **k: portable(*a, **k, tile=tile)
 

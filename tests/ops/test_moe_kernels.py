@@ -388,29 +388,6 @@ def test_hopper_products_equal_the_portable_ones(tokens, top_k, experts, model, 
 
 
 @interpreted
-@pytest.mark.parametrize(("tokens", "top_k", "ring", "lead", "processors"), [(75, 2, 4, 1, 2), (135, 1, 3, 0, 3)])
-def test_hoppers_fused_gradient_of_the_activations(tokens, top_k, ring, lead, processors, monkeypatch):
-    """As above, where p stays in registers: one rounding each of dh and w a."""
-    import gluon_on_cpu as emulator
-
-    from openling.ops.kernels import moe_hopper_act, moe_hopper_parts
-
-    down = layer(tokens, 256, 256, 2, dtype=torch.bfloat16)[5]
-    weight, dout = randn(tokens, top_k, seed=5).abs(), randn(tokens, 256, seed=6, dtype=torch.bfloat16)
-    s = moe_sort.sort_tokens(choices(tokens, top_k, 2, "even"), 2)
-    rows = int(s.start_E[-1])
-    h = torch.full((s.entry_R.numel(), 512), float("nan"), dtype=torch.bfloat16)
-    h[:rows] = randn(rows, 512, seed=8)
-    with emulator.gluon_on_cpu(moe_hopper_act, moe_hopper_parts):
-        monkeypatch.setattr(moe_hopper_parts, "processors", lambda device: processors)
-        found = moe_hopper_act.d_act(dout, weight, s, down, h, moe_hopper_parts.Ring(ring, lead))
-    expected = moe_gemm.d_act(dout.float(), weight, s, down.float(), h.float())
-    for a, b, limit in zip(found[:2], expected[:2], (2**-8, 2**-8), strict=True):
-        assert worst(a[:rows], b[:rows]) < limit + FP32
-    assert worst(found[2].sum(0)[:rows], expected[2].sum(0)[:rows]) < FP32
-
-
-@interpreted
 @pytest.mark.parametrize(("tokens", "processors", "ring", "lead"), [(70, 2, 4, 1), (700, 3, 3, 0)])
 def test_hoppers_router_products(tokens, processors, ring, lead, monkeypatch):
     """FP64 sums of exact products, written in FP32."""

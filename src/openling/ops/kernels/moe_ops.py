@@ -32,7 +32,7 @@ from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, max_tile
 from openling.ops.pick import batch_invariant
 
 # Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down),
-# "fused" (d_act in one kernel, `moe_hopper_act`), "tall" (tiles of 192 rows, `moe_hopper_tall`).
+# "tall" (tiles of 192 rows, `moe_hopper_tall`).
 # The router's products: "portable" (`moe_route`) or "hopper" (`moe_hopper_router`), which took 246 us against 212.
 ROUTER_FORM = "portable"
 FEW_ROUTED = 2048
@@ -44,18 +44,18 @@ def _hopper() -> tuple[ModuleType, ...] | None:
     """The products' forms for Hopper where this process can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return None
-    from openling.ops.kernels import moe_hopper, moe_hopper_act, moe_hopper_back, moe_hopper_router, moe_hopper_tall
+    from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_router, moe_hopper_tall
 
-    return moe_hopper, moe_hopper_back, moe_hopper_act, moe_hopper_router, moe_hopper_tall
+    return moe_hopper, moe_hopper_back, moe_hopper_router, moe_hopper_tall
 
 
 def product(name: str, x: Tensor, width: int) -> Any:
     """The function that computes a product for tokens like x and experts of this width."""
     form = FORMS[name]
-    modules = _hopper() if form in ("hopper", "fused", "tall") else None
+    modules = _hopper() if form in ("hopper", "tall") else None
     if modules is not None and x.element_size() == 2 and x.shape[-1] % 256 == 0 and width % 256 == 0:
-        rows, back, act, _, tall = modules
-        return getattr({"fused": act, "tall": tall}.get(form, rows if hasattr(rows, name) else back), name)
+        rows, back, _, tall = modules
+        return getattr(tall if form == "tall" else rows if hasattr(rows, name) else back, name)
     return getattr(moe_gemm, f"{name}_torch" if form == "torch" else name)
 
 
@@ -64,7 +64,7 @@ def router_products(x: Tensor, experts: int) -> ModuleType:
     modules = _hopper() if ROUTER_FORM == "hopper" else None
     many = x.shape[0] > FEW_ROUTED or batch_invariant()
     if modules is not None and many and x.dtype == torch.bfloat16 and x.shape[-1] % 256 == 0 and experts % 256 == 0:
-        return modules[3]
+        return modules[2]
     return moe_route
 
 
