@@ -144,12 +144,21 @@ def moe(
     The kernels add the tokens' gradients through the experts and through the router in one pass. A few tokens without gradients
     run as a stream of weights, whose tokens are not counted.
     """
-    how = (top_k, n_group, topk_group, score_function, norm_topk_prob, scaling_factor)
     fast, half = stream_kernels(x_NM)
     if fast is not None and x_NM.shape[0]:
+        how = (top_k, n_group, topk_group, score_function, norm_topk_prob, scaling_factor)
         return fast.mixture(x_NM.to(half), router_EM, expert_bias_E, gate_EFM, up_EFM, down_EMF, *how)
-    names = ("top_k", "n_group", "topk_group", "score_function", "norm_topk_prob", "scaling_factor")
-    weight, index = route(x_NM, router_EM, expert_bias_E, **dict(zip(names, how, strict=True)))  # type: ignore[arg-type]
+    weight, index = route(
+        x_NM,
+        router_EM,
+        expert_bias_E,
+        top_k=top_k,
+        n_group=n_group,
+        topk_group=topk_group,
+        score_function=score_function,
+        norm_topk_prob=norm_topk_prob,
+        scaling_factor=scaling_factor,
+    )
     return swiglu_experts(x_NM, weight, index, gate_EFM, up_EFM, down_EMF), count_tokens(index, gate_EFM.shape[0])
 
 
