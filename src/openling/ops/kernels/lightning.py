@@ -17,6 +17,7 @@ Legend: B batch, T tokens, H heads, D head dim (K of queries and keys, V of valu
 
 from __future__ import annotations
 
+import logging
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -96,7 +97,8 @@ def _hopper() -> ModuleType | None:
         return None
     try:
         from openling.ops.kernels import lightning_hopper
-    except ImportError:
+    except ImportError as error:
+        logging.getLogger("openling").warning("Lightning runs in its portable form, at a third of the speed: %s", error)
         return None
     return lightning_hopper
 
