@@ -26,7 +26,6 @@ from openling.ops.kernels import (
     moe_hopper_back,
     moe_hopper_parts,
     moe_hopper_router,
-    moe_hopper_tall,
     moe_ops,
     moe_route,
     moe_sort,
@@ -67,12 +66,9 @@ def in_graph(call: Callable[[], object], calls: int = 32) -> float:
 
 def forms(name: str, *, every: bool) -> Iterator[tuple[str, Callable[..., object]]]:
     """The chosen ring and tile of each form, then, where every candidate is wanted, the others."""
-    hopper, tall = getattr(moe_hopper, name, None) or getattr(moe_hopper_back, name), getattr(moe_hopper_tall, name)
+    hopper = getattr(moe_hopper, name, None) or getattr(moe_hopper_back, name)
     portable = getattr(moe_gemm, name)
     yield f"hopper {moe_hopper_parts.RINGS[name]}", hopper
-    yield "tall", tall
-    if name == "down":
-        yield "torch grouped_mm on the segments", moe_gemm.down_torch
     yield f"portable {moe_gemm.TILES[name]}", portable
     if every:
         for ring in moe_hopper_parts.candidates():
@@ -143,7 +139,7 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
     times = {name: in_graph(call, 4) for name, call in timed.items()}  # eager, the small ones would show the host
     variants: dict[str, tuple[object, dict]] = {
         "logits": (
-            moe_route.logits_tile(tokens, router.shape[0]),
+            f"hopper {moe_hopper_router.LOGITS}",
             {t: lambda t=t: moe_route.route_logits(x, terms, t) for t in moe_route.logits_candidates()},
         ),
         "choose": (
@@ -158,7 +154,7 @@ def rest_of_layer(layer: Layer) -> dict[str, float]:
     for ring in (moe_hopper_router.LOGITS, moe_hopper_parts.Ring(4, 0), moe_hopper_parts.Ring(3, 0)):
         variants["logits"][1][f"hopper {ring}"] = lambda ring=ring: moe_hopper_router.route_logits(x, terms, ring)
     for ring in (moe_hopper_router.DWEIGHT, moe_hopper_parts.Ring(4, 0), moe_hopper_parts.Ring(3, 0)):
-        variants.setdefault("dweight", ("portable", {"portable": timed["dweight"]}))
+        variants.setdefault("dweight", (f"hopper {moe_hopper_router.DWEIGHT}", {"portable": timed["dweight"]}))
         variants["dweight"][1][f"hopper {ring}"] = lambda ring=ring: moe_hopper_router.route_dweight(
             dlogits, x, torch.float32, ring
         )

@@ -229,14 +229,13 @@ def test_bad_arguments_are_refused():
 
 
 @needs_gpu
-@pytest.mark.parametrize("form", mla.HOPPER_FORMS)
 @pytest.mark.parametrize("split", [0, 64, 1024])
 @pytest.mark.parametrize(("new", "heads"), [(1, 64), (2, 64), (4, 64), (1, 32), (3, 32), (1, 16)])
-def test_real_shapes(new, heads, split, form):
+def test_real_shapes(new, heads, split):
     lengths = [0, 1, 63, 64, 65, 127, 1000, 4096, 5001, 2]
     paged = Pages(lengths, 512, 64)
     q = queries(len(lengths), new, heads, 512, 64)
-    found = mla.run_decode(*q, *paged.arguments, 192**-0.5, split, form=form)
+    found = mla.run_decode(*q, *paged.arguments, 192**-0.5, split)
     assert_right(found, *q, paged.rows, 512, 192**-0.5)
 
 
@@ -254,38 +253,35 @@ def test_portable_kernel_at_real_shapes(config):
 
 
 @needs_gpu
-@pytest.mark.parametrize("form", mla.HOPPER_FORMS)
 @pytest.mark.parametrize("batch", [1, 3, 40, 200])
-def test_even_cuts_of_small_and_large_batches(batch, form):
+def test_even_cuts_of_small_and_large_batches(batch):
     """Fewer and more sequences than processors, of equal and of very different lengths."""
     for lengths in ([777] * batch, [1 + (37 * i * i) % 2500 for i in range(batch)]):
         paged = Pages(lengths, 512, 64)
         q = queries(batch, 1, 64, 512, 64)
-        assert_right(mla.run_decode(*q, *paged.arguments, 0.07, form=form), *q, paged.rows, 512, 0.07)
+        assert_right(mla.run_decode(*q, *paged.arguments, 0.07), *q, paged.rows, 512, 0.07)
 
 
 @needs_gpu
-@pytest.mark.parametrize("form", mla.HOPPER_FORMS)
-def test_one_buffer_per_sequence_at_real_shapes(form):
+def test_one_buffer_per_sequence_at_real_shapes():
     """Views of a cache that has room for more, as `model.cache` hands them out."""
     latent, rope = (torch.full((3, 2000, d), float("nan"), device=DEVICE, dtype=DTYPE) for d in (512, 64))
     q = queries(3, 1, 64, 512, 64)
     for tokens in (1, 64, 999, 2000):
         rows = torch.randn(3, tokens, 576, device=DEVICE).to(DTYPE)
         latent[:, :tokens], rope[:, :tokens] = rows[..., :512], rows[..., 512:]
-        found = mla.run_decode(*q, latent[:, :tokens], rope[:, :tokens], None, None, 0.07, form=form)
+        found = mla.run_decode(*q, latent[:, :tokens], rope[:, :tokens], None, None, 0.07)
         assert_right(found, *q, list(rows), 512, 0.07)
 
 
 @needs_gpu
-@pytest.mark.parametrize("form", mla.HOPPER_FORMS)
-def test_a_thousand_calls_agree_bitwise(form):
+def test_a_thousand_calls_agree_bitwise():
     """Warps that run at their own pace must not let a tile be overwritten, or read, too early."""
     lengths = [4000, 63, 900]
     paged = Pages(lengths, 512, 64)
     q = queries(3, 1, 64, 512, 64)
-    first = mla.run_decode(*q, *paged.arguments, 0.07, form=form)
-    others = [mla.run_decode(*q, *paged.arguments, 0.07, form=form) for _ in range(1000)]
+    first = mla.run_decode(*q, *paged.arguments, 0.07)
+    others = [mla.run_decode(*q, *paged.arguments, 0.07) for _ in range(1000)]
     assert all(torch.equal(x, first) for x in others)
 
 

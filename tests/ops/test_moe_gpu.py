@@ -11,7 +11,7 @@ if not torch.cuda.is_available():
 
 from moe_layers import block_fp8, choices, layer, options, randn, rows_fp8, summed, weights_of
 
-from openling.ops.kernels import moe_decode, moe_fp8, moe_gemm, moe_ops, moe_sort
+from openling.ops.kernels import moe_decode, moe_fp8, moe_ops, moe_sort
 from openling.ops.kernels.moe_route import RouteSpec
 from openling.ops.moe import dequantize_blocks
 from openling.ops.moe import route as route_twin
@@ -55,7 +55,7 @@ def test_router_equals_the_twin_in_fp32():
     assert off(found[1], true[1]) < 1e-5
 
 
-@pytest.mark.parametrize("form", ["hopper", "tall", "portable"])
+@pytest.mark.parametrize("form", ["hopper", "portable"])
 @pytest.mark.parametrize("tokens", [1, 333, 4096])
 def test_layer_equals_the_twin(form, tokens, monkeypatch):
     """A rounding to BF16 is off by up to 2^-8 of a power of two, evenly: 2^-8 / sqrt(3) in the mean square, of values around 1.5
@@ -111,20 +111,18 @@ def test_forms_agree_with_each_other_to_a_rounding(monkeypatch):
     s = moe_sort.sort_tokens(choices(1000, 4, 16, "skewed"), 16)
     rows = int(s.start_E[-1])
     results = {}
-    for form, dtype in itertools.product(("hopper", "tall", "portable"), (torch.bfloat16, torch.float32)):
+    for form, dtype in itertools.product(("hopper", "portable"), (torch.bfloat16, torch.float32)):
         for name in moe_ops.FORMS:
             monkeypatch.setitem(moe_ops.FORMS, name, form)
-        run = {name: moe_ops.product(name, x, 256) for name in moe_ops.FORMS}
+        run = {name: moe_ops.product(name, x, 256) for name in moe_ops.FORMS if name != "router"}
         act, h = run["gate_up"](x, s, gate, up, keep=True)
         dh, weighted, parts = run["d_act"](dout, weight, s, down, h)
         outs = [act[:rows], h[:rows], run["down"](act, s, down)[:rows], dh[:rows], weighted[:rows], parts.sum(0)[:rows]]
         outs += [run["d_x"](dh, s, gate, up)[:rows], run["d_down"](dout, weighted, s, dtype), *run["d_gate_up"](dh, x, s, dtype)]
         results[form, dtype] = outs
-    assert off(moe_gemm.down_torch(act, s, down)[:rows], outs[2].double()) < 2**-9
     for dtype in (torch.bfloat16, torch.float32):
-        for form in ("hopper", "tall"):
-            for i, (a, b) in enumerate(zip(results[form, dtype], results["portable", dtype], strict=True)):
-                assert off(a, b.double()) < (3**0.5 if i in (3, 5, 6, 8, 9) else 1) * 2**-9
+        for i, (a, b) in enumerate(zip(results["hopper", dtype], results["portable", dtype], strict=True)):
+            assert off(a, b.double()) < (3**0.5 if i in (3, 5, 6, 8, 9) else 1) * 2**-9
 
 
 def test_runs_are_bitwise_equal_and_can_be_captured():

@@ -146,14 +146,13 @@ def test_sorted_rows_are_the_stable_order_in_segments(tokens, top_k, experts, ki
     assert torch.equal(s.counts_E.long(), counts) and torch.equal(s.start_E.long(), start)
     assert torch.equal(s.row_P.long(), row)
     assert int(start[-1]) <= s.entry_R.numel() and torch.equal(s.entry_R[: int(start[-1])].long(), entry)
-    for table, most, of_tile in ((s.tiles, s.max_tiles, 2), (s.tall, s.max_tall, 3)):
-        tiles = [
-            [e, int(start[e]) + i * moe_sort.UNIT, min(of_tile, int(units[e]) - i)]
-            for e in range(experts)
-            for i in range(0, int(units[e]), of_tile)
-        ]
-        assert int(table[0, 0]) == len(tiles) <= most
-        assert table[1 : 1 + len(tiles), :3].tolist() == tiles
+    tiles = [
+        [e, int(start[e]) + i * moe_sort.UNIT, min(2, int(units[e]) - i)]
+        for e in range(experts)
+        for i in range(0, int(units[e]), 2)
+    ]
+    assert int(s.tiles[0, 0]) == len(tiles) <= s.max_tiles
+    assert s.tiles[1 : 1 + len(tiles), :3].tolist() == tiles
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,8 +338,6 @@ def test_block_fp8_products_are_those_of_the_dequantised_numbers(tokens, poisone
     [
         (75, 2, 2, 256, 256, (4, 0), torch.bfloat16, 2),
         (135, 1, 2, 256, 256, (3, 1), torch.float32, 3),
-        (150, 2, 2, 256, 256, None, torch.bfloat16, 2),
-        (230, 1, 2, 256, 256, None, torch.float32, 3),
     ],
 )
 def test_hopper_products_equal_the_portable_ones(tokens, top_k, experts, model, width, ring, dtype, processors, monkeypatch):
@@ -351,17 +348,16 @@ def test_hopper_products_equal_the_portable_ones(tokens, top_k, experts, model, 
     """
     import gluon_on_cpu as emulator
 
-    from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_parts, moe_hopper_tall
+    from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_parts
     from openling.ops.kernels.moe_hopper_parts import Ring
 
     x, _, _, gate, up, down = layer(tokens, model, width, experts, dtype=torch.bfloat16)
     weight, dout = randn(tokens, top_k, seed=5).abs(), randn(tokens, model, seed=6, dtype=torch.bfloat16)
     index = choices(tokens, top_k, experts, "even")
     s = moe_sort.sort_tokens(index, experts)
-    with emulator.gluon_on_cpu(moe_hopper, moe_hopper_back, moe_hopper_parts, moe_hopper_tall):
+    with emulator.gluon_on_cpu(moe_hopper, moe_hopper_back, moe_hopper_parts):
         monkeypatch.setattr(moe_hopper_parts, "processors", lambda device: processors)
-        rows, back = (moe_hopper_tall, moe_hopper_tall) if ring is None else (moe_hopper, moe_hopper_back)
-        how = {} if ring is None else {"ring": Ring(*ring)}  # without a ring: the tall tiles, which have one of their own
+        rows, back, how = moe_hopper, moe_hopper_back, {"ring": Ring(*ring)}
         act, h = rows.gate_up(x, s, gate, up, keep=True, **how)
         found = [act, h, rows.down(act, s, down, **how), *rows.d_act(dout, weight, s, down, h, **how)]
         found += [rows.d_x(found[3], s, gate, up, **how), back.d_down(dout, found[4], s, dtype, **how)]

@@ -31,8 +31,6 @@ LOG2_E = 1.4426950408889634
 MAX_NEW_TOKENS = 4
 # Arguments that change from token to token: no variant of a kernel is compiled for a multiple of 16.
 VARYING = ("length", "batch", "pieces", "piece_tiles")
-# Kernels for Hopper GPUs, fastest first.
-HOPPER_FORMS = ("mla_hopper", "mla_warps")
 # A sequence may be this many tiles longer than an even share and still stay whole: about what a cut costs, which is reading
 # the queries again, writing a partial context of 128 KB and reading it back.
 WHOLE_SLACK = tl.constexpr(4)
@@ -212,14 +210,14 @@ def portable_candidates(rank: int) -> list[Config]:
 
 def run_decode(
     q_latent: Tensor, q_rope: Tensor, latent: Tensor, rope: Tensor, table: Tensor | None, lengths: Tensor | None, scale: float,
-    split_tokens: int = 0, *, config: Config | None = None, form: str | None = None, processors: int | None = None,
+    split_tokens: int = 0, *, config: Config | None = None, processors: int | None = None,
 ) -> Tensor:  # fmt: skip
     """Context [B, T, H, R] of `mla_decode`; its arguments, and what tests and sweeps set.
 
-    config: tiles of the portable kernel, which then runs. form: one of HOPPER_FORMS. processors: programs at a time.
+    config: tiles of the portable kernel, which then runs. processors: programs at a time.
     """
     check(q_latent, q_rope, latent, rope, table, lengths)
-    hopper = None if config else hopper_form(form, q_latent, latent, rope)
+    hopper = None if config else hopper_form(q_latent, latent, rope)
     config = config or portable_config(latent.shape[-1])
     tile, row_block = (hopper.TILE, hopper.ROWS) if hopper else (config.tile, config.rows)
     page = latent.shape[1]
@@ -290,12 +288,12 @@ def _on_hopper() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
-def hopper_form(name: str | None, q_latent: Tensor, latent: Tensor, rope: Tensor) -> Any:
-    """The module for Hopper that runs, the named one or the fastest that serves these tensors; None: the portable kernel does."""
+def hopper_form(q_latent: Tensor, latent: Tensor, rope: Tensor) -> Any:
+    """The kernel for Hopper where it serves these tensors; None: the portable one runs."""
     if not (q_latent.is_cuda and _on_hopper()):
         return None
-    forms = (import_module(f"openling.ops.kernels.{form}") for form in ((name,) if name else HOPPER_FORMS))
-    return next((form for form in forms if form.serves(q_latent, latent, rope)), None)
+    form = import_module("openling.ops.kernels.mla_hopper")
+    return form if form.serves(q_latent, latent, rope) else None
 
 
 @cache

@@ -18,7 +18,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -160,11 +159,6 @@ def down(act_RF: Tensor, s: Sorted, down_EMF: Tensor, tile: Tile | None = None) 
     """Outputs of the experts, not yet weighted: [R, M]."""
     _, model, width = down_EMF.shape
     return _rows(act_RF, s, down_EMF, down_EMF, model, (width, 1), width, tile or TILES["down"])
-
-
-def down_torch(act_RF: Tensor, s: Sorted, down_EMF: Tensor) -> Tensor:
-    """The same by torch's grouped product, which takes the segments as they are: nothing here has to be gathered."""
-    return F.grouped_mm(act_RF, down_EMF.transpose(1, 2), offs=s.start_E[1:])
 
 
 def d_x(dh_R2F: Tensor, s: Sorted, gate: Tensor, up: Tensor, tile: Tile | None = None) -> Tensor:

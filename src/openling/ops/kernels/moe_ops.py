@@ -31,12 +31,10 @@ from openling.ops.kernels.moe_route import (
 from openling.ops.kernels.moe_sort import Sorted, gather_sum, max_rows, max_tiles, sort_tokens, sum_rows, sum_rows_routed
 from openling.ops.pick import batch_invariant
 
-# Which form of a product runs where all can: "hopper" (`moe_hopper`, `moe_hopper_back`), "portable" (`moe_gemm`), "torch" (down),
-# "tall" (tiles of 192 rows, `moe_hopper_tall`).
-# The router's products: "portable" (`moe_route`) or "hopper" (`moe_hopper_router`), which took 246 us against 212.
-ROUTER_FORM = "portable"
+# Which form of a product runs where both can: "hopper" (`moe_hopper`, `moe_hopper_back`) or "portable" (`moe_gemm`).
+# "router" stands for the router's products: `moe_hopper_router` or `moe_route`.
 FEW_ROUTED = 2048
-FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up"), "hopper")
+FORMS = dict.fromkeys(("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up", "router"), "hopper")
 
 
 @cache
@@ -44,24 +42,23 @@ def _hopper() -> tuple[ModuleType, ...] | None:
     """The products' forms for Hopper where this process can run them."""
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
         return None
-    from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_router, moe_hopper_tall
+    from openling.ops.kernels import moe_hopper, moe_hopper_back, moe_hopper_router
 
-    return moe_hopper, moe_hopper_back, moe_hopper_router, moe_hopper_tall
+    return moe_hopper, moe_hopper_back, moe_hopper_router
 
 
 def product(name: str, x: Tensor, width: int) -> Any:
     """The function that computes a product for tokens like x and experts of this width."""
-    form = FORMS[name]
-    modules = _hopper() if form in ("hopper", "tall") else None
+    modules = _hopper() if FORMS[name] == "hopper" else None
     if modules is not None and x.element_size() == 2 and x.shape[-1] % 256 == 0 and width % 256 == 0:
-        rows, back, _, tall = modules
-        return getattr(tall if form == "tall" else rows if hasattr(rows, name) else back, name)
-    return getattr(moe_gemm, f"{name}_torch" if form == "torch" else name)
+        rows, back, _ = modules
+        return getattr(rows if hasattr(rows, name) else back, name)
+    return getattr(moe_gemm, name)
 
 
 def router_products(x: Tensor, experts: int) -> ModuleType:
     """Where `route_logits` and `route_dweight` are. Hopper's form has tiles of 128 tokens and 256 experts: not for few tokens."""
-    modules = _hopper() if ROUTER_FORM == "hopper" else None
+    modules = _hopper() if FORMS["router"] == "hopper" else None
     many = x.shape[0] > FEW_ROUTED or batch_invariant()
     if modules is not None and many and x.dtype == torch.bfloat16 and x.shape[-1] % 256 == 0 and experts % 256 == 0:
         return modules[2]
@@ -201,8 +198,7 @@ def _(
     entries, experts, width = index.numel(), gate.shape[0], gate.shape[1]
     rows = max_rows(entries, experts)
     casts = [x.new_empty(w.shape if keep and w.dtype != x.dtype else 0) for w in (gate, up, down)]
-    tables = ((1 + max_tiles(entries, experts, units), 4) for units in (2, 3))
-    shapes = ((experts,), (experts + 1,), (entries,), (rows,), *tables)
+    shapes = ((experts,), (experts + 1,), (entries,), (rows,), (1 + max_tiles(entries, experts), 4))
     ints = [x.new_empty(shape, dtype=torch.int32) for shape in shapes]
     return [x.new_empty(x.shape), x.new_empty((rows if keep else 0, 2 * width)), *casts, *ints]
 
@@ -231,7 +227,7 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _experts_back(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     if grads[0] is None:
         return (None,) * 12
-    tensors, saved = ctx.saved_tensors[:-7], list(ctx.saved_tensors[-7:])
+    tensors, saved = ctx.saved_tensors[:-6], list(ctx.saved_tensors[-6:])
     needs = ctx.needs_input_grad
     dx, dweight, dgate, dup, ddown, drouter = moe_experts_backward(
         grads[0], *tensors, saved, ctx.dtype, ctx.score_function, ctx.norm, ctx.scaling,

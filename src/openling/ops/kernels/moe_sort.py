@@ -24,8 +24,7 @@ BLOCK_ENTRIES = 128  # every entry is compared with its block: small blocks, tho
 class Sorted(NamedTuple):
     """Where every token's rows are, and what every row and every tile of rows is.
 
-    tiles: line 0 holds their number; line 1 + i holds expert, first row and units (1 or 2) of tile i. tall: the same with up to
-    three units.
+    tiles: line 0 holds their number; line 1 + i holds expert, first row and units (1 or 2) of tile i.
     """
 
     counts_E: Tensor  # int32: tokens of each expert
@@ -33,22 +32,16 @@ class Sorted(NamedTuple):
     row_P: Tensor  # int32: row of entry n * k + j, the j-th choice of token n
     entry_R: Tensor  # int32: entry of every row, -1 where it only fills up a segment
     tiles: Tensor  # int32 [1 + tiles (at most), 4]
-    tall: Tensor
 
     @property
     def max_tiles(self) -> int:
         """How many tiles there can be."""
         return self.tiles.shape[0] - 1
 
-    @property
-    def max_tall(self) -> int:
-        """How many tall tiles there can be."""
-        return self.tall.shape[0] - 1
 
-
-def max_tiles(entries: int, experts: int, units: int) -> int:
-    """Tiles of so many units that any distribution of the entries can need."""
-    return entries // (units * UNIT) + min(experts, entries)
+def max_tiles(entries: int, experts: int) -> int:
+    """Tiles of two units that any distribution of the entries can need."""
+    return entries // (2 * UNIT) + min(experts, entries)
 
 
 def max_rows(entries: int, experts: int) -> int:
@@ -82,12 +75,12 @@ def _scan_kernel(counts_EB, counts_E, B, BLOCKS: tl.constexpr):
 
 @triton.jit
 def _plan_tiles(
-    tiles, units, start, E, max_tiles, OF_TILE: tl.constexpr, UNIT: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr
+    tiles, units, start, E, max_tiles, UNIT: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr
 ):  # fmt: skip
-    """This program's share of a table of tiles with OF_TILE units each; units and start: of every expert."""
+    """This program's share of the table of tiles of two units; units and start: of every expert."""
     program = tl.program_id(0)
     expert = tl.arange(0, EXPERTS)
-    tiles_of = (units + OF_TILE - 1) // OF_TILE
+    tiles_of = (units + 1) // 2
     last = tl.cumsum(tiles_of, 0)
     if program == 0:
         tl.store(tiles, tl.sum(tiles_of, 0))
@@ -96,18 +89,18 @@ def _plan_tiles(
     owner = tl.sum((last[None, :] <= tile[:, None]).to(tl.int32), 1)
     mine = owner[:, None] == expert[None, :]
     number = tile - tl.sum(tl.where(mine, (last - tiles_of)[None, :], 0), 1)
-    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + number * OF_TILE * UNIT
-    left = tl.sum(tl.where(mine, units[None, :], 0), 1) - OF_TILE * number
+    row = tl.sum(tl.where(mine, start[None, :], 0), 1) + number * 2 * UNIT
+    left = tl.sum(tl.where(mine, units[None, :], 0), 1) - 2 * number
     at = tiles + 4 * (1 + tile)
     live = (tile < max_tiles) & (owner < E)
     tl.store(at, owner, mask=live)
     tl.store(at + 1, row, mask=live)
-    tl.store(at + 2, tl.minimum(left, OF_TILE), mask=live)
+    tl.store(at + 2, tl.minimum(left, 2), mask=live)
 
 
 @triton.jit
 def _plan_kernel(
-    counts_E, start_E, tiles, tall, entry_R, E, max_tiles, max_tall,
+    counts_E, start_E, tiles, entry_R, E, max_tiles,
     UNIT: tl.constexpr, EXPERTS: tl.constexpr, TILES: tl.constexpr, FILLED: tl.constexpr,
 ):  # fmt: skip
     """Segments, tiles and the filling rows. Every program computes all segments and writes its share of tiles and fillings."""
@@ -119,8 +112,7 @@ def _plan_kernel(
     if program == 0:
         tl.store(start_E + expert, start, mask=expert < E)
         tl.store(start_E + E, tl.sum(units, 0) * UNIT)
-    _plan_tiles(tiles, units, start, E, max_tiles, 2, UNIT, EXPERTS, TILES)
-    _plan_tiles(tall, units, start, E, max_tall, 3, UNIT, EXPERTS, TILES)
+    _plan_tiles(tiles, units, start, E, max_tiles, UNIT, EXPERTS, TILES)
 
     filled = program * FILLED + tl.arange(0, FILLED)
     count = tl.load(counts_E + filled, mask=filled < E, other=0)
@@ -155,7 +147,7 @@ def sort_tokens(index_Nk: Tensor, experts: int) -> Sorted:
     index, device = index_Nk.contiguous(), index_Nk.device
     entries = index.numel()
     blocks = max(1, triton.cdiv(entries, BLOCK_ENTRIES))
-    most, most_tall = (max_tiles(entries, experts, units) for units in (2, 3))
+    most = max_tiles(entries, experts)
 
     def ints(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.int32, device=device)
@@ -165,16 +157,14 @@ def sort_tokens(index_Nk: Tensor, experts: int) -> Sorted:
         ints(experts + 1),
         ints(entries),
         ints(max_rows(entries, experts)),
-        *(ints(1 + n, 4) for n in (most, most_tall)),
+        ints(1 + most, 4),
     )
     counts_EB = ints(experts, blocks)
     padded = max(2, triton.next_power_of_2(experts))
     _count_kernel[(blocks,)](index, counts_EB, entries, experts, blocks, BLOCK_ENTRIES, padded, num_warps=4)
     _scan_kernel[(experts,)](counts_EB, out.counts_E, blocks, 1024, num_warps=4)
     programs = max(triton.cdiv(most, 32), triton.cdiv(experts, 4), 1)
-    _plan_kernel[(programs,)](
-        out.counts_E, out.start_E, out.tiles, out.tall, out.entry_R, experts, most, most_tall, UNIT, padded, 32, 4, num_warps=4
-    )
+    _plan_kernel[(programs,)](out.counts_E, out.start_E, out.tiles, out.entry_R, experts, most, UNIT, padded, 32, 4, num_warps=4)
     _place_kernel[(blocks,)](
         index, counts_EB, out.start_E, out.row_P, out.entry_R, entries, blocks, BLOCK_ENTRIES, 8, num_warps=4
     )
