@@ -1,4 +1,4 @@
-"""The chat page: plain HTML, CSS and JavaScript modules, served as they are; nothing is built, nothing is loaded from elsewhere."""
+"""The chat page: plain HTML, CSS and JavaScript modules, served as they are; nothing is built or loaded from elsewhere."""
 
 from __future__ import annotations
 
