@@ -43,12 +43,13 @@ def weights_of(x, router, index, spec):
     return weight * spec.scaling_factor
 
 
-def summed(x, weight, index, gate, up, down):
-    """The experts' sum, expert by expert."""
+def summed(x, weight, index, gate, up, down, rounded=lambda rows: rows):
+    """The experts' sum, expert by expert; `rounded`: what happens to the rows that a product reads."""
     out = torch.zeros_like(x)
     for e in range(gate.shape[0]):
         n, j = (index == e).nonzero(as_tuple=True)
-        y = F.linear(F.silu(F.linear(x[n], gate[e])) * F.linear(x[n], up[e]), down[e])
+        read = rounded(x[n])
+        y = F.linear(rounded(F.silu(F.linear(read, gate[e])) * F.linear(read, up[e])), down[e])
         out = out.index_add(0, n, y * weight[n, j, None])
     return out
 
@@ -81,3 +82,9 @@ def rows_fp8(x):
     scale = blocks.abs().amax(2) / 448
     scale = torch.where(scale > 0, scale, 1.0)
     return (blocks / scale[..., None]).flatten(1).to(torch.float8_e4m3fn), scale
+
+
+def through_fp8(x):
+    """x in FP64 as block FP8 holds it."""
+    values, scale = rows_fp8(x)
+    return (values.double().unflatten(1, (-1, 128)) * scale.double()[..., None]).flatten(1)

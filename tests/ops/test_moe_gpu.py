@@ -9,7 +9,7 @@ import torch.nn.functional as F
 if not torch.cuda.is_available():
     pytest.skip("needs an NVIDIA GPU", allow_module_level=True)
 
-from moe_layers import block_fp8, choices, layer, options, randn, rows_fp8, summed, weights_of
+from moe_layers import block_fp8, choices, layer, options, randn, rows_fp8, summed, through_fp8, weights_of
 
 from openling.ops.kernels import moe_decode, moe_fp8, moe_ops, moe_sort
 from openling.ops.kernels.moe_route import RouteSpec
@@ -61,6 +61,8 @@ def test_layer_equals_the_twin(form, tokens, monkeypatch):
     """A rounding to BF16 is off by up to 2^-8 of a power of two, evenly: 2^-8 / sqrt(3) in the mean square, of values around 1.5
     times a power of two. That is less than u = 2^-9, and independent roundings add up in squares.
 
+    The error of n values is known to 1 / sqrt(2 n) of itself: three of these are granted where a single token has 8 of them.
+
     Roundings on the way: out a, y, out (3); dx adds h, p, dh, the rows, dlogits, the router's weight (9); gate and up h, p, dh,
     the gradient (5, and a in the router's share); down h, w a, the gradient (4); the router's weight h, p and, in FP32, a (4).
     """
@@ -96,7 +98,7 @@ def test_layer_equals_the_twin(form, tokens, monkeypatch):
     expected = total
     assert off(out, expected) < 3**0.5 * u
     assert off(grads[0], dx) < 9**0.5 * u
-    assert off(grads[1], drouter) < 4**0.5 * u
+    assert off(grads[1], drouter) < 4**0.5 * u * (1 + 3 / (2 * tokens * 8) ** 0.5)
     for name, roundings, (error, size) in zip(("gate", "up", "down"), (5, 5, 4), squares, strict=True):
         assert (error / size) ** 0.5 < roundings**0.5 * u, name
 
@@ -104,7 +106,8 @@ def test_layer_equals_the_twin(form, tokens, monkeypatch):
 def test_forms_agree_with_each_other_to_a_rounding(monkeypatch):
     """The same FP32 sums in another order: after rounding, neighbouring BF16 numbers here and there.
 
-    Hopper's d_act rounds p, and then dh as the portable one does: what comes from p differs by up to three roundings.
+    Hopper's d_act rounds p, and then dh as the portable one does: dh, dw and the gradients of gate and up differ by three
+    roundings, and by two more where the result, like dx, is rounded once in each form.
     """
     x, _, _, gate, up, down = layer(1000, 512, 256, 16, dtype=torch.bfloat16)
     weight, dout = randn(1000, 4, seed=5).abs(), randn(1000, 512, seed=6, dtype=torch.bfloat16)
@@ -122,7 +125,9 @@ def test_forms_agree_with_each_other_to_a_rounding(monkeypatch):
         results[form, dtype] = outs
     for dtype in (torch.bfloat16, torch.float32):
         for i, (a, b) in enumerate(zip(results["hopper", dtype], results["portable", dtype], strict=True)):
-            assert off(a, b.double()) < (3**0.5 if i in (3, 5, 6, 8, 9) else 1) * 2**-9
+            results_rounded = i == 6 or (i in (8, 9) and dtype == torch.bfloat16)
+            roundings = 5 if results_rounded else 3 if i in (3, 5, 8, 9) else 1
+            assert off(a, b.double()) < roundings**0.5 * 2**-9, i
 
 
 def test_runs_are_bitwise_equal_and_can_be_captured():
@@ -190,8 +195,12 @@ def test_deterministic_mode_gives_a_token_the_same_result_in_any_batch():
 def test_block_fp8(tokens):
     """Few tokens: the dequantised weights' result, with roundings of a and out.
 
-    Many: x and a are rounded to e4m3 as well, off by up to 2^-4 of a power of two, which is 2^-4 / sqrt(3) / 1.5 = 0.024 in the
-    mean square; x's error comes through both gate and up.
+    Many: x and a are rounded to e4m3 as well. What that costs, the twin says when it rounds the same way; which of two neighbours
+    a value becomes may differ after a, y and out are rounded to BF16, the size of the error does not. The tensor cores keep 14
+    bits of an e4m3 sum (DeepSeek-V3, arXiv 2412.19437, 3.3.2): 32 products and the sum so far are aligned to the largest of
+    them and cut. Over 128 unit products, whose sum has a deviation of sqrt(128) and stays below 64, these are 132 cuts, evenly
+    between 0 and 2^-13 of at most 32: sqrt(132 / 3 / 128) 32 2^-13 = 2.3e-3 of g, u and y each. g counts E[silu'^2] / E[silu^2] =
+    1.07 times for unit normal g.
     """
     spec = RouteSpec(8, 8, 4, "sigmoid", True, 2.5)
     x, router, bias, *weights = layer(tokens, 1024, 512, 64, dtype=torch.bfloat16)
@@ -200,7 +209,12 @@ def test_block_fp8(tokens):
     weight, index, _ = moe_ops.route(x, router, bias, *spec)
     out = moe_fp8.block_fp8_experts(x, weight, index, *(p[0] for p in pairs), *(p[1] for p in pairs))
     expected = summed(x.double(), weight.double(), index, *wide)
-    assert off(out, expected) < (2**0.5 * 2**-9 if tokens <= moe_decode.MOST_TOKENS else 3**0.5 * 0.024)
+    if tokens <= moe_decode.MOST_TOKENS:
+        assert off(out, expected) < 2**0.5 * 2**-9
+    else:
+        rounding = off(summed(x.double(), weight.double(), index, *wide, through_fp8), expected)
+        assert 0.03 < rounding < 0.06
+        assert off(out, expected) < (rounding**2 + 3 * 2**-18 + 3.07 * 2.3e-3**2) ** 0.5
 
 
 def test_rows_are_quantised_to_the_nearest():
