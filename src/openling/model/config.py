@@ -285,6 +285,7 @@ def write_ling(c: ModelConfig) -> dict[str, Any]:
         "router_dtype": "fp32",
         "scoring_func": c.score_function,
         "topk_method": "noaux_tc",
+        "moe_layer_freq": 1,
         "use_cache": True,
     }
     for field in dataclasses.fields(c):

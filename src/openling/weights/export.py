@@ -20,6 +20,7 @@ from openling import __version__
 from openling.model.config import LING_ARCHITECTURE, ModelConfig, write_ling
 from openling.model.families import family_of
 from openling.model.ling import Ling
+from openling.weights.cluster import ENGINES, chat_template, describe, launch_script
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, TOKENIZER_FILES
 from openling.weights.io import SHARD_BYTES, CheckpointReader, FolderWriter, checked_folder, read_hf_config, read_json
 from openling.weights.names import Binding, bind
@@ -65,6 +66,7 @@ def save(
         _add_companions(writer, source, model.config)
         record = {"openling_version": __version__, "base_model": source.name if source else None, **(provenance or {})}
         writer.add_file("openling.json", _json(record))
+        _add_launch_scripts(writer, config, source, [name for name, _, _ in tensors], total)
         writer.add_file("README.md", _card(name or writer.out.name, config, source, record))
     return writer.out
 
@@ -139,6 +141,14 @@ def _add_companions(writer: FolderWriter, source: Path | None, config: ModelConf
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {key: value for key, value in ids.items() if value is not None}
     writer.add_file("generation_config.json", _json(generation))
+
+
+def _add_launch_scripts(writer: FolderWriter, config: dict[str, Any], source: Path | None, names: list[str], total: int) -> None:
+    """How SGLang and vLLM serve the folder, or why they cannot."""
+    template = chat_template(source) if source is not None else ""
+    checkpoint = describe(config, template, names, total)
+    for engine in ENGINES:
+        writer.add_file(f"launch_{engine}.sh", launch_script(engine, checkpoint))
 
 
 def _card(name: str, config: dict[str, Any], source: Path | None, record: dict[str, Any]) -> str:
