@@ -23,7 +23,7 @@ VERBS = {
     "migrate": ("openling.commands.migrate", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
     "generate": ("openling.commands.complete", "one completion from any checkpoint folder"),
     "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
-    "bench": ("openling.commands.bench", "measure the kernels against peers and this machine's limits"),
+    "bench": ("openling.commands.bench", "measure the kernels, or a server under load"),
 }
 
 # A disk that is full or may not be written is the user's to mend, and so is a path that cannot be.
