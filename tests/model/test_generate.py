@@ -1,11 +1,9 @@
-"""Generation against full re-computation, the sampling filters against transformers', streamed text against whole decoding."""
+"""Generation against full re-computation, the sampling filters against transformers'."""
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 from transformers.generation.logits_process import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
@@ -16,7 +14,7 @@ from transformers.generation.logits_process import (
 from openling.errors import UserError
 from openling.model import generate as module
 from openling.model.config import ModelConfig
-from openling.model.generate import Sampling, decode, filter_logits, generate, prefill, stream_text
+from openling.model.generate import Sampling, decode, filter_logits, generate, prefill
 from openling.model.ling import Ling
 
 
@@ -155,30 +153,3 @@ def test_senseless_settings_are_refused(bad):
 def test_an_empty_prompt_is_refused():
     with pytest.raises(UserError, match="empty"):
         generate(tiny(), torch.empty(1, 0, dtype=torch.long), Sampling(), stop_ids=())
-
-
-def byte_tokenizer():
-    """One token per byte, so that every character beyond ASCII comes in parts."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({c: i for i, c in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<end>")
-
-
-TOKENIZER = byte_tokenizer()
-
-
-@settings(max_examples=80, deadline=None)
-@given(text=st.text(max_size=30))
-def test_streamed_text_is_whole_and_never_broken(text):
-    ids = TOKENIZER(text)["input_ids"]
-    pieces = list(stream_text(TOKENIZER, [*ids, TOKENIZER.eos_token_id]))
-    assert "".join(pieces) == text
-    assert all("\ufffd" not in piece for piece in pieces) or "\ufffd" in text
-
-
-def test_streamed_text_shows_ascii_at_once_and_an_unfinished_character_at_the_end():
-    ids = TOKENIZER("ab\u20ac")["input_ids"]  # the euro sign has three bytes
-    assert list(stream_text(TOKENIZER, ids)) == ["a", "b", "\u20ac"]
-    assert list(stream_text(TOKENIZER, ids[:-1])) == ["a", "b", "\ufffd"]

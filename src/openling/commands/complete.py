@@ -92,7 +92,8 @@ def say(loaded: Loaded, ids: list[int], args: argparse.Namespace) -> str:
     """Print a completion as it is made, and return it."""
     import torch
 
-    from openling.model.generate import decode, stop_ids, stream_text
+    from openling.model.generate import decode, stop_ids
+    from openling.serve.detokenize import stream_text
 
     prompt = torch.tensor([ids], device=loaded.model.lm_head.weight.device)
     rows = decode(loaded.model, prompt, sampling(args), stop_ids=stop_ids(loaded.tokenizer, loaded.config))

@@ -1,12 +1,11 @@
-"""Completions: chunked prefill, cached decoding, the usual sampling filters, and text that never shows half a character.
+"""Completions: chunked prefill, cached decoding, the usual sampling filters.
 
 Legend: B sequences, T prompt tokens, V vocabulary.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -18,14 +17,13 @@ from openling.errors import UserError
 from openling.model.cache import Cache
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
+from openling.ops import sampling as ops
 from openling.ops.cpu import packed_linears
 
 # Prompt tokens per forward pass: attention scores and activations of a long prompt never exist all at once.
 PREFILL_CHUNK = 512
 # New tokens that repay a second copy of a CPU's weights.
 PACKED_TOKENS = 32
-# What a decoder puts in place of bytes that are not (yet) a character.
-REPLACEMENT = "\ufffd"
 
 
 @dataclass(frozen=True)
@@ -132,19 +130,19 @@ def choose(logits_BV: Tensor, sampling: Sampling, generator: torch.Generator) ->
 
 
 def filter_logits(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """Logits over the temperature, -inf where top_k, top_p or min_p rule a token out; the likeliest one always stays."""
-    x = logits_BV / sampling.temperature
-    if 0 < sampling.top_k < x.shape[-1]:
-        x = x.masked_fill(x < x.topk(sampling.top_k).values[:, -1:], float("-inf"))
-    if sampling.top_p < 1:
-        values, order = x.sort(descending=True)
-        probability = values.softmax(-1)
-        # Tokens before which less than top_p has been collected: the smallest set that reaches it.
-        keep = probability.cumsum(-1) - probability < sampling.top_p
-        x = x.masked_fill(~torch.zeros_like(keep).scatter(-1, order, keep), float("-inf"))
-    if sampling.min_p > 0:
-        x = x.masked_fill(x < x.max(-1, keepdim=True).values + math.log(sampling.min_p), float("-inf"))
-    return x
+    """`ops.sampling.filter_logits` with the same settings in every row."""
+
+    def row(value: float) -> Tensor:
+        return torch.tensor([value], dtype=logits_BV.dtype, device=logits_BV.device)
+
+    return ops.filter_logits(
+        logits_BV,
+        temperature_B=row(sampling.temperature),
+        top_k_B=torch.tensor([sampling.top_k], device=logits_BV.device),
+        top_p_B=row(sampling.top_p),
+        min_p_B=row(sampling.min_p),
+        candidates=sampling.top_k if sampling.top_k or sampling.top_p == 1 else None,
+    )
 
 
 class _Seen:
@@ -159,8 +157,7 @@ class _Seen:
         self.seen.scatter_(1, token_B[:, None], True)
 
     def penalise(self, logits_BV: Tensor, penalty: float) -> Tensor:
-        lowered = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
-        return torch.where(self.seen, lowered, logits_BV)
+        return ops.penalise_repetition(logits_BV, self.seen, penalty)
 
 
 def stop_ids(tokenizer: Any, config: ModelConfig) -> set[int]:
@@ -168,25 +165,3 @@ def stop_ids(tokenizer: Any, config: ModelConfig) -> set[int]:
     eos = config.eos_token_id
     found = {eos} if isinstance(eos, int) else set(eos or ())
     return found if tokenizer.eos_token_id is None else found | {tokenizer.eos_token_id}
-
-
-def stream_text(tokenizer: Any, tokens: Iterable[int]) -> Iterator[str]:
-    """The text of `tokens` in pieces, as they come; a piece waits until its last character is whole.
-
-    `tokenizer` is a transformers tokenizer; special tokens are left out. The pieces join to the decoded text of all tokens.
-    """
-
-    def text_of(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    # The piece shown last is decoded again with the new tokens: a space can depend on what comes before it.
-    shown: list[int] = []
-    waiting: list[int] = []
-    for token in tokens:
-        waiting.append(token)
-        new = text_of(shown + waiting)[len(text_of(shown)) :]
-        if new and not new.endswith(REPLACEMENT):
-            yield new
-            shown, waiting = waiting, []
-    if rest := text_of(shown + waiting)[len(text_of(shown)) :]:
-        yield rest
