@@ -10,22 +10,19 @@ D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width; in MLA E 
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from openling.model.cache import Cache, LayerCache
+from openling.model.cache import Cache, LayerMemory, Memory, consecutive_positions
 from openling.model.config import ModelConfig
 from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, softmax_attention
 from openling.ops.fused import (
     add_rms_norm,
-    decode_kernels,
     gated_group_norm,
     latent_qkv,
-    lightning_step,
     split_norm_rope,
     swiglu,
 )
@@ -50,7 +47,7 @@ class Ling(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         hidden_states: list[Tensor] | None = None,
@@ -124,18 +121,18 @@ class Backbone(nn.Module):
         self,
         input_ids: Tensor,
         *,
-        cache: Cache | None = None,
+        cache: Memory | None = None,
         cu_seqlens: Tensor | None = None,
         attention_mask: Tensor | None = None,
         hidden_states: list[Tensor] | None = None,
     ) -> Tensor:
         """Output of the final norm [B, T, M]; arguments as in `Ling.forward`."""
-        batch, tokens = input_ids.shape
-        start = cache.length if cache is not None else 0
+        tables = self.rope(input_ids, 0, cu_seqlens) if cache is None else self.rope.at(cache.positions(input_ids, cu_seqlens))
         key_mask = attention_mask
         if cache is not None:
+            batch, tokens = input_ids.shape
             key_mask = cache.extend_mask(attention_mask, batch, tokens, input_ids.device)
-        call = CallContext(self.rope(input_ids, start, cu_seqlens), cu_seqlens, key_mask)
+        call = CallContext(tables, cu_seqlens, key_mask)
         h = self.word_embeddings(input_ids)
         for i in range(self.config.num_hidden_layers):
             if hidden_states is not None:
@@ -157,6 +154,12 @@ class CallContext:
         self.cu_seqlens = cu_seqlens
         self.key_mask = key_mask
 
+    def part(self, tokens: slice) -> CallContext:
+        """The same for some of the tokens, as one document without padding."""
+        (cos, sin), (cos_r, sin_r) = self.tables.head, self.tables.latent
+        tables = RopeTables((cos[:, tokens], sin[:, tokens]), (cos_r[:, tokens], sin_r[:, tokens]))
+        return CallContext(tables, None, None)
+
 
 class Layer(nn.Module):
     """Pre-norm block: h += mixer(norm(h)); h += feed_forward(norm(h))."""
@@ -170,7 +173,7 @@ class Layer(nn.Module):
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = SparseMoE(config) if config.is_moe(layer) else MLP(config, config.intermediate_size)
 
-    def forward(self, h_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, h_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """[B, T, M] to [B, T, M]."""
         mixed = self.attention(self.input_layernorm(h_BTM), call, cache)
         h_BTM, normed = self.post_attention_layernorm.add(h_BTM, mixed)
@@ -187,9 +190,11 @@ class MtpLayer(Layer):
         self.eh_proj = nn.Linear(2 * config.hidden_size, config.hidden_size, bias=False)
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, h_BTM: Tensor, embedded_BTM: Tensor, tables: RopeTables) -> Tensor:  # type: ignore[override]
+    def forward(  # type: ignore[override]
+        self, h_BTM: Tensor, embedded_BTM: Tensor, tables: RopeTables, cache: LayerMemory | None = None
+    ) -> Tensor:
         """h [B, T, M] and the embeddings of the tokens one ahead; returns [B, T, M] after `final_layernorm`."""
-        return self.final_layernorm(super().forward(self.join(h_BTM, embedded_BTM), CallContext(tables, None, None)))
+        return self.final_layernorm(super().forward(self.join(h_BTM, embedded_BTM), CallContext(tables, None, None), cache))
 
     def join(self, h_BTM: Tensor, embedded_BTM: Tensor) -> Tensor:
         """The block's input [B, T, M]: embedding first, each half normed."""
@@ -215,16 +220,16 @@ class GroupedQueryAttention(nn.Module):
         self.qk_norm, self.eps = config.gqa_qk_norm, config.rms_norm_eps
         self.dense = nn.Linear(self.heads * self.dim, config.hidden_size, bias=config.use_bias)
 
-    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """[B, T, M] to [B, T, M]."""
         return self.dense(self.mix(x_BTM, call, cache))
 
-    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * D]."""
         qkv, norms = self.query_key_value(x_BTM), qk_norm_weights(self)
         q, k, v = split_norm_rope(qkv, norms, call.tables.head, heads=self.heads, kv_heads=self.kv_heads, eps=self.eps)
         if cache is not None:
-            k, v = cache.keys.append(k), cache.values.append(v)
+            return cache.attend(q, k, v, self.dim**-0.5, call).flatten(2)
         out = softmax_attention(q, k, v, scale=self.dim**-0.5, cu_seqlens=call.cu_seqlens, key_mask=call.key_mask)
         return out.flatten(2)
 
@@ -234,8 +239,6 @@ class LightningAttention(nn.Module):
 
     K and V have as many heads as Q. Rows of `query_key_value` are [Q | K | V], head-major. The decay is no parameter.
     """
-
-    log_decay: Tensor
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -251,43 +254,36 @@ class LightningAttention(nn.Module):
         self.dense = nn.Linear(width, config.hidden_size, bias=config.use_bias)
         self.decay_of = (self.heads, layer, config.num_hidden_layers, config.lightning_decay_offset)
 
-    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """[B, T, M] to [B, T, M]."""
         return self.dense(self.mix(x_BTM, call, cache))
 
-    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * D]: normed, gated."""
-        norm = self.g_norm
-        if cache is not None and cache.state is not None and x_BTM.shape[1] == 1 and not torch.is_grad_enabled():
-            fast = decode_kernels(x_BTM, self.heads, self.dim, norm.groups)
-            if fast is not None:
-                return self.step(fast, x_BTM, call, cache.step_memory(cache.state))
-        return gated_group_norm(self.kernel(x_BTM, call, cache), self.g_proj(x_BTM), norm.weight, norm.eps, norm.groups)
+        if cache is not None:
+            return cache.recur(self, self.query_key_value(x_BTM), self.g_proj(x_BTM), call)
+        return self.gated(self.kernel(x_BTM, call), self.g_proj(x_BTM))
 
-    def step(self, fast: ModuleType, x_B1M: Tensor, call: CallContext, memory: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-        """`mix` for one more token per sequence through a kernel, [B, 1, H * D]; the state is updated in place."""
-        qkv, gate, norm = self.query_key_value(x_B1M)[:, 0], self.g_proj(x_B1M)[:, 0], self.g_norm
-        if call.key_mask is not None:
-            qkv[:, -gate.shape[1] :] *= call.key_mask[:, -1:]
-        decay = log_decay_on(x_B1M.device, *self.decay_of)
-        out = lightning_step(
-            fast, qkv, gate, qk_norm_weights(self), call.tables.head, decay, norm.weight, memory,
-            eps=self.eps, groups=norm.groups, silu=self.silu,
-        )  # fmt: skip
-        return out[:, None]
+    def kernel(self, x_BTM: Tensor, call: CallContext) -> Tensor:
+        """The recurrence's own output without a cache, [B, T, H * D], before norm and gate."""
+        q, k, v = self.split(self.query_key_value(x_BTM), call)
+        return lightning(q, k, v, self.log_decay(x_BTM), cu_seqlens=call.cu_seqlens, return_state=False)[0].flatten(2)
 
-    def kernel(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
-        """The recurrence's own output, [B, T, H * D], before norm and gate."""
-        qkv, norms, heads = self.query_key_value(x_BTM), qk_norm_weights(self), self.heads
-        q, k, v = split_norm_rope(qkv, norms, call.tables.head, heads=heads, kv_heads=heads, eps=self.eps, silu=self.silu)
+    def split(self, qkv_BTX: Tensor, call: CallContext) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, T, H, D] as the recurrence takes them; padding adds nothing to a state."""
+        norms, heads = qk_norm_weights(self), self.heads
+        q, k, v = split_norm_rope(qkv_BTX, norms, call.tables.head, heads=heads, kv_heads=heads, eps=self.eps, silu=self.silu)
         if call.key_mask is not None:
             v = v * call.key_mask[:, -v.shape[1] :, None, None].to(v.dtype)
-        state = cache.state if cache is not None else None
-        decay = log_decay_on(x_BTM.device, *self.decay_of)
-        out, state = lightning(q, k, v, decay, initial_state=state, cu_seqlens=call.cu_seqlens, return_state=cache is not None)
-        if cache is not None:
-            cache.state = state
-        return out.flatten(2)
+        return q, k, v
+
+    def gated(self, out_BTX: Tensor, gate_BTX: Tensor) -> Tensor:
+        """Group norm and sigmoid gate."""
+        return gated_group_norm(out_BTX, gate_BTX, self.g_norm.weight, self.g_norm.eps, self.g_norm.groups)
+
+    def log_decay(self, like: Tensor) -> Tensor:
+        """This layer's log-decay, FP32 [H], on the device of `like`."""
+        return log_decay_on(like.device, *self.decay_of)
 
 
 def qk_norm_weights(mixer: GroupedQueryAttention | LightningAttention) -> tuple[Tensor, Tensor] | None:
@@ -324,11 +320,11 @@ class LatentAttention(nn.Module):
         if scaling.get("mscale_all_dim"):
             self.scale *= yarn_mscale(scaling["factor"], scaling["mscale_all_dim"]) ** 2
 
-    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def forward(self, x_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """[B, T, M] to [B, T, M]."""
         return self.dense(self.mix(x_BTM, call, cache))
 
-    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerCache | None = None) -> Tensor:
+    def mix(self, x_BTM: Tensor, call: CallContext, cache: LayerMemory | None = None) -> Tensor:
         """The input of `dense`, [B, T, H * Dv]."""
         q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x_BTM))) if self.low_rank_query else self.q_proj(x_BTM)
         q = q.unflatten(-1, (self.heads, -1))
@@ -336,11 +332,15 @@ class LatentAttention(nn.Module):
         latent = self.kv_a_layernorm(latent)
         k_rope = apply_rope(k_rope.unsqueeze(2), *call.tables.latent, interleaved=True).squeeze(2)
         if cache is not None:
-            latent, k_rope = cache.keys.append(latent), cache.values.append(k_rope)
-        new, total = x_BTM.shape[1], latent.shape[1]
-        if new < total and absorbed_is_cheaper(new, self.rank, self.nope, self.value):
-            return self.absorbed(q, latent, k_rope, call).flatten(2)
+            return cache.attend_latents(self, q, latent, k_rope, call).flatten(2)
         return self.expanded(q, latent, k_rope, call).flatten(2)
+
+    def read(self, q_BTHE: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
+        """Attention of T new tokens over the latents of S, in the cheaper form; [B, T, H, Dv]."""
+        new, total = q_BTHE.shape[1], latent_BSR.shape[1]
+        if new < total and absorbed_is_cheaper(new, self.rank, self.nope, self.value):
+            return self.absorbed(q_BTHE, latent_BSR, k_rope_BSr, call)
+        return self.expanded(q_BTHE, latent_BSR, k_rope_BSr, call)
 
     def expanded(self, q_BTHE: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, call: CallContext) -> Tensor:
         """Keys and values of every head made from the latents, then ordinary attention; [B, T, H, Dv]."""
@@ -516,19 +516,18 @@ class Rope(nn.Module):
 
     def forward(self, input_ids: Tensor, start: int, cu_seqlens: Tensor | None) -> RopeTables:
         """Tables for tokens at positions start, start + 1, ...; positions restart in every packed document."""
-        device = input_ids.device
-        positions = torch.arange(start, start + input_ids.shape[1], device=device)
-        if cu_seqlens is not None:
-            lengths = cu_seqlens.to(device).diff()
-            positions = positions - torch.repeat_interleave(cu_seqlens.to(device)[:-1], lengths)
-        c = self.config
-        head = self._tables(positions[None], c.rotary_dim)
-        same = not c.qk_rope_head_dim or c.qk_rope_head_dim == c.rotary_dim
-        return RopeTables(head, head if same else self._tables(positions[None], c.qk_rope_head_dim or 0))
+        return self.at(consecutive_positions(input_ids, start, cu_seqlens))
 
-    def _tables(self, positions_1T: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
-        inv_freq, factor = self._frequencies(rotary_dim, positions_1T.device)
-        return rope_tables(positions_1T, inv_freq, factor)
+    def at(self, positions_BT: Tensor) -> RopeTables:
+        """Tables for tokens at these positions, [1 or B, T]."""
+        c = self.config
+        head = self._tables(positions_BT, c.rotary_dim)
+        same = not c.qk_rope_head_dim or c.qk_rope_head_dim == c.rotary_dim
+        return RopeTables(head, head if same else self._tables(positions_BT, c.qk_rope_head_dim or 0))
+
+    def _tables(self, positions_BT: Tensor, rotary_dim: int) -> tuple[Tensor, Tensor]:
+        inv_freq, factor = self._frequencies(rotary_dim, positions_BT.device)
+        return rope_tables(positions_BT, inv_freq, factor)
 
     def _frequencies(self, rotary_dim: int, device: torch.device) -> tuple[Tensor, float]:
         """Computed once per device: a copy from the host at every call would make the GPU wait."""

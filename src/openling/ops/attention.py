@@ -214,6 +214,26 @@ def paged_absorbed_attention(
     return _per_head(context_BTHR, kv_b_HDR[:, nope_dim:].transpose(1, 2))
 
 
+def paged_attention(
+    q_BTHD: Tensor, k_pages_PSKD: Tensor, v_pages_PSKD: Tensor, table_BP: Tensor, lengths_B: Tensor, *, scale: float
+) -> Tensor:
+    """`softmax_attention` of T new tokens per sequence over pages of keys and values, [B, T, H, D].
+
+    Pages, table and lengths as in `paged_absorbed_attention`. A sequence's result does not depend on the others.
+    """
+    fast = kernels_for(q_BTHD)
+    if fast is not None:
+        return fast.paged_attention(q_BTHD, k_pages_PSKD, v_pages_PSKD, table_BP, lengths_B, scale)
+    new, size = q_BTHD.shape[1], k_pages_PSKD.shape[1]
+    out = torch.zeros_like(q_BTHD)
+    for b, length in enumerate(lengths_B.tolist()):
+        if length:
+            pages = table_BP[b, : -(-length // size)].long()
+            k, v = (x[pages].flatten(0, 1)[None, :length] for x in (k_pages_PSKD, v_pages_PSKD))
+            out[b] = softmax_attention(q_BTHD[b : b + 1, -min(new, length) :], k, v, scale=scale)
+    return out
+
+
 def latent_context(
     query_BTHR: Tensor, q_rope_BTHr: Tensor, latent_BSR: Tensor, k_rope_BSr: Tensor, mask_B1TS: Tensor | None, scale: float
 ) -> Tensor:

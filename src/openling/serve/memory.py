@@ -1,0 +1,45 @@
+"""How many pages and slots an engine gets."""
+
+from __future__ import annotations
+
+import torch
+
+from openling.errors import UserError
+from openling.model.ling import Ling
+from openling.model.paged import PAGE, PagedStore, Sizes
+from openling.serve.engine_config import EngineConfig
+
+# Slots for cached states beside those of running sequences, as a share of these.
+CACHED_STATES = 1.0
+# Of the memory that is free on a GPU, and of a budget nobody named on a CPU.
+GPU_SHARE = 0.8
+CPU_BYTES = 1 << 30
+
+
+def make_store(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
+    """The longest context that can run, and the memory for it; UserError if not even one page fits."""
+    weight = model.lm_head.weight
+    dtype, device = weight.dtype, weight.device
+    drafts = config.drafts if model.model.mtp_layers() else 0
+    sizes = Sizes.of(model.config, dtype, drafts)
+    slots = config.slots or (config.max_running + max(1, int(CACHED_STATES * config.max_running)))
+    length = config.max_model_len or model.config.max_position_embeddings
+    wanted = config.max_running * -(-(length + drafts) // PAGE)
+    pages = config.pages
+    if pages is None:
+        left = (config.memory_bytes or _budget(device)) - slots * sizes.slot
+        pages = min(wanted, max(0, left) // max(sizes.page, 1))
+    if pages < 1:
+        raise UserError(
+            "the memory budget holds no page of context beside the states", where="memory_bytes",
+            value=config.memory_bytes, expected=f"{slots * sizes.slot + sizes.page} bytes for {slots} slots, or fewer slots",
+        )  # fmt: skip
+    store = PagedStore(model.config, pages=pages, slots=slots, drafts=drafts, dtype=dtype, device=device)
+    return min(length, pages * PAGE - drafts), store
+
+
+def _budget(device: torch.device) -> int:
+    if device.type != "cuda":
+        return CPU_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(GPU_SHARE * free)

@@ -1,0 +1,79 @@
+"""A reply as it grows: which tokens count, what text they make, and why it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from openling.serve.detokenize import Detokenizer, TokenBytes
+from openling.serve.sequence import Sequence
+from openling.serve.types import FinishReason, Output, TokenLogprob
+
+
+class Reply:
+    """Turns the tokens of a sequence into outputs. `end_ids` end a reply unless the request ignores them; they have no text."""
+
+    def __init__(self, sequence: Sequence, tokens: TokenBytes | None, end_ids: Collection[int]) -> None:
+        self.sequence = sequence
+        params = sequence.request.params
+        self._stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_ids))
+        self._text = Detokenizer(tokens, stop=params.stop, include_stop=params.include_stop) if tokens is not None else None
+
+    def extend(self, tokens: list[int], logprobs: list[TokenLogprob] | None, weight_version: str) -> Output:
+        """Add sampled tokens up to the one that ends the reply; those behind it never were."""
+        sequence, params = self.sequence, self.sequence.request.params
+        text, reason, stop = "", None, None
+        kept: list[int] = []
+        for token in tokens:
+            sequence.tokens.append(token)
+            kept.append(token)
+            reason, stop, piece = self._add(token)
+            text += piece
+            if reason is not None:
+                break
+        if reason is not None and self._text is not None:
+            text += self._text.finish()
+        logprobs = logprobs[: len(kept)] if logprobs is not None and params.logprobs is not None else None
+        return self._output(kept, text, logprobs, weight_version, reason, stop)
+
+    def end(self, reason: FinishReason, weight_version: str, error: str | None = None) -> Output:
+        """End a reply from outside, with what it has."""
+        text = self._text.finish() if self._text is not None else ""
+        output = self._output([], text, None, weight_version, reason, None)
+        output.error = error
+        return output
+
+    def _output(
+        self,
+        tokens: list[int],
+        text: str,
+        logprobs: list[TokenLogprob] | None,
+        weight_version: str,
+        reason: FinishReason | None,
+        stop: int | str | None,
+    ) -> Output:
+        sequence = self.sequence
+        return Output(
+            sequence.id,
+            tokens,
+            text,
+            logprobs=logprobs,
+            weight_version=weight_version,
+            finish_reason=reason,
+            stop_reason=stop,
+            prompt_tokens=sequence.prompt_tokens,
+            cached_tokens=sequence.cached or 0,
+            completion_tokens=sequence.reply_tokens,
+            drafted_tokens=sequence.drafted,
+            accepted_tokens=sequence.accepted,
+        )
+
+    def _add(self, token: int) -> tuple[FinishReason | None, int | str | None, str]:
+        """Why the reply ends with this token, if it does, and the text it adds."""
+        params, count = self.sequence.request.params, self.sequence.reply_tokens
+        may_stop = count > params.min_tokens
+        if token in self._stops and may_stop:
+            return "stop", token, ""
+        text = self._text.push(token, may_stop=may_stop) if self._text is not None else ""
+        if self._text is not None and self._text.stopped is not None:
+            return "stop", self._text.stopped, text
+        return ("length" if count >= params.max_tokens else None), None, text

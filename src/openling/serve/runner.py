@@ -1,0 +1,106 @@
+"""Runs the model on a step's plan: host lists become one packed row on the device, hidden states become logits.
+
+Legend: N tokens of the step, D decoding sequences, T tokens of each, R rows of logits, M model width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Many
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from openling.model.ling import Ling
+from openling.model.paged import PAGE, Chunk, PagedCache, PagedStore, RaggedBatch
+from openling.serve.scheduler import Plan, PromptChunk
+from openling.serve.sequence import Sequence
+
+
+@dataclass(frozen=True)
+class Forward:
+    """What a step computed: the batch, final hidden states [N, M], and where each sampled sequence's first row is in them."""
+
+    batch: RaggedBatch
+    hidden_NM: Tensor
+    first_rows: list[int]
+
+
+class Runner:
+    """The model over pooled memory."""
+
+    def __init__(self, model: Ling, store: PagedStore) -> None:
+        self.model, self.store = model, store
+        self.cache = PagedCache(store)
+        self.device = store.device
+
+    @torch.inference_mode()
+    def forward(self, plan: Plan) -> Forward:
+        """One pass over the plan's tokens."""
+        batch = self.batch_of(plan)
+        return Forward(batch, self.backbone(batch), self._first_rows(plan))
+
+    def backbone(self, batch: RaggedBatch) -> Tensor:
+        """Final hidden states [N, M]."""
+        self.cache.batch = batch
+        out: Tensor = self.model.model(batch.ids, cache=self.cache)[0]
+        return out
+
+    def batch_of(self, plan: Plan) -> RaggedBatch:
+        """The plan's tokens, drafts included, on the device."""
+        ids: list[int] = []
+        positions: list[int] = []
+        rows: list[int] = []
+        for s in plan.decodes:
+            tokens = [s.tokens[-1], *s.drafts[: plan.new - 1]]
+            ids += tokens + [0] * (plan.new - len(tokens))
+            positions += range(s.computed, s.computed + plan.new)
+            rows += [s.pages[p // PAGE] * PAGE + p % PAGE for p in range(s.computed, s.computed + plan.new)]
+        parts = [np.array((ids, positions, rows), dtype=np.int64).reshape(3, -1), *(_chunk_arrays(c) for c in plan.chunks)]
+        packed = self.to_device(np.concatenate(parts, axis=1))
+        batch = RaggedBatch(packed[0][None], packed[1][None], packed[2])
+        if plan.decodes:
+            self._add_decodes(batch, plan.decodes, plan.new)
+        if plan.chunks:
+            bounds = np.cumsum([0, *(c.end - c.start for c in plan.chunks)], dtype=np.int32)
+            batch.cu_seqlens = self.to_device(bounds)
+            batch.chunk_slots = self.to_device(np.array([c.sequence.slot or 0 for c in plan.chunks], dtype=np.int64))
+            batch.chunks = [
+                Chunk(c.start, c.end, self.to_device(np.array(c.sequence.pages[: -(-c.end // PAGE)], dtype=np.int64)))
+                for c in plan.chunks
+            ]
+        return batch
+
+    def _add_decodes(self, batch: RaggedBatch, sequences: Many[Sequence], new: int) -> None:
+        width = max(-(-(s.computed + new) // PAGE) for s in sequences)
+        batch.decodes, batch.new = len(sequences), new
+        batch.slots = self.to_device(np.array([-1 if s.slot is None else s.slot for s in sequences], dtype=np.int64))
+        batch.table = self.to_device(np.stack([s.table[:width] for s in sequences]))
+        batch.lengths = self.to_device(np.array([s.computed + new for s in sequences], dtype=np.int32))
+
+    @staticmethod
+    def _first_rows(plan: Plan) -> list[int]:
+        """Where in the packed row each sampled sequence's rows begin."""
+        rows = [i * plan.new for i in range(len(plan.decodes))]
+        end = len(plan.decodes) * plan.new
+        for chunk in plan.chunks:
+            end += chunk.end - chunk.start
+            if chunk.last:
+                rows.append(end - 1)
+        return rows
+
+    def to_device(self, array: np.ndarray) -> Tensor:
+        """A copy on the device, without waiting for it."""
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cpu":
+            return tensor.clone()
+        return tensor.pin_memory().to(self.device, non_blocking=True)
+
+
+def _chunk_arrays(chunk: PromptChunk) -> np.ndarray:
+    """ids, positions and page rows of a chunk's tokens, [3, tokens]."""
+    sequence = chunk.sequence
+    positions = np.arange(chunk.start, chunk.end)
+    rows = sequence.table[positions // PAGE].astype(np.int64) * PAGE + positions % PAGE
+    return np.stack((np.array(sequence.tokens[chunk.start : chunk.end], dtype=np.int64), positions, rows))

@@ -1,0 +1,18 @@
+"""The engine against `openling.model.generate`, whatever runs beside a request and however its prompt is cut."""
+
+import pytest
+import tiny_engine as tiny
+
+LENGTHS = (1, 2, 63, 64, 65, 100, 128, 129, 200)
+
+
+@pytest.mark.parametrize("kind", tiny.KINDS)
+@pytest.mark.parametrize("cached", [True, False])
+def test_greedy_replies_equal_generate(kind, cached):
+    m = tiny.model(kind)
+    e = tiny.engine(m, prefix_cache=cached, step_tokens=70)
+    requests = [tiny.request(tiny.prompt(n), max_tokens=3 + n % 7) for n in LENGTHS]
+    found = tiny.run(e, requests)
+    for r in requests:
+        assert tiny.tokens(found[r.id]) == tiny.expected(m, r.prompt_token_ids, r.params.max_tokens)
+        assert found[r.id][-1].finish_reason == "length"
