@@ -17,6 +17,7 @@ from openling.bench import kernels, timing
 from openling.bench.case import Case, Floor, Goal, Rates
 from openling.cli import main
 
+OPS = ("sleep", "wait", "broken", "add", "slow")
 FAST = timing.Effort(rounds=2, warmup_ms=1, cuda_ms=1, cpu_ms=2, cpu_calls=2)
 
 
@@ -51,6 +52,7 @@ def bench(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., tupl
         for name, cases in modules.items():
             module = ModuleType(name)
             module.cases = cases  # type: ignore[attr-defined]
+            module.OPS = OPS  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, f"openling.bench.{name}", module)
         monkeypatch.setattr(kernels, "MODULES", dict.fromkeys(modules, "cpu"))
         path = tmp_path / "new folder" / "results.json"
@@ -134,8 +136,24 @@ def test_choosing_operations(
     assert bench("--op", "slep", cases_one=two_cases) == (2, {})
     captured = capsys.readouterr()
     assert captured.out == ""
-    for part in ("no operation", "slep", "sleep, wait", "nearest:  sleep"):
+    for part in ("no operation", "slep", ", ".join(OPS), "nearest:  sleep"):
         assert part in captured.err
+
+
+def test_what_is_not_asked_for_is_not_built(bench: Callable[..., tuple[int, dict[str, object]]]) -> None:
+    def costly(quick: bool) -> Iterator[Case]:
+        pytest.fail("built")
+        yield from two_cases(quick)
+
+    assert bench("--op", "nothing like it", cases_one=costly)[0] == 2
+
+
+def test_a_case_that_its_module_does_not_name_is_said(bench: Callable[..., tuple[int, dict[str, object]]]) -> None:
+    def unnamed(quick: bool) -> Iterator[Case]:
+        yield Case("other", "any", sleeping(1), None, None, Floor(1))
+
+    code, results = bench(cases_one=unnamed)
+    assert (code, results["broken"]) == (1, ["cases_one: AssertionError: other is missing in cases_one.OPS"])
 
 
 def test_refusals(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

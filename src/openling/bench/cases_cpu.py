@@ -20,6 +20,7 @@ from openling.ops.attention import softmax_attention
 from openling.ops.cpu import packed_linears
 from openling.ops.lightning import lightning_chunk, lightning_recurrent, log_decay
 
+OPS = ("Lightning chunks (CPU)", "attention 96/64 (CPU)", "attention 64/64 (CPU)", "decode (CPU)")
 NAMES = {torch.float32: "FP32", torch.bfloat16: "BF16"}
 
 

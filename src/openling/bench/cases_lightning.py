@@ -16,6 +16,7 @@ from openling.ops.lightning import lightning, log_decay
 # Shapes of Ling-2.6-1T (64 heads) and flash (32 heads); the goals stand for the first two.
 SHAPES = ((8, 4096, 64, 128), (1, 32768, 64, 128), (1, 131072, 64, 128), (8, 4096, 32, 128), (8, 4096, 64, 64))
 LAYERS = 80
+OPS = ("lightning forward", "lightning forward + backward")
 
 
 def cases(quick: bool) -> Iterator[Case]:

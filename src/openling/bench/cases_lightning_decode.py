@@ -24,6 +24,7 @@ from openling.ops.pick import plain_twins
 D, PAIRS, LAYERS, HEADS_PER_GROUP = 128, 32, 80, 8
 CYCLE_BYTES = 256e6
 T = TypeVar("T")
+OPS = ("lightning decode", "lightning drafts", "lightning deferred")
 
 
 def cases(quick: bool) -> Iterator[Case]:

@@ -22,6 +22,7 @@ from openling.ops.kernels import mla_decode
 RANK, ROPE, NOPE, VALUE, PAGE = 512, 64, 128, 128, 64
 SCALE = (NOPE + ROPE) ** -0.5
 L2_BYTES = 60 * 2**20
+OPS = ("MLA decode", "MLA attention", "GQA attention", "MLA attention, continued", "MLA attention, packed")
 # "No slower than the best backend", measured twice, differs by this much.
 NO_SLOWER = Goal(ratio=0.97)
 BACKENDS = {

@@ -25,6 +25,11 @@ from openling.ops.pick import plain_twins
 
 CHOICE: dict[str, Any] = {"top_k": 8, "n_group": 8, "topk_group": 4, "scaling_factor": 2.5}
 GOAL_FLOPS_PER_S = 517e12
+PRODUCTS = ("gate_up", "down", "d_act", "d_x", "d_down", "d_gate_up")
+OPS = (
+    *(f"MoE {name}{passes}" for name in ("", "router ") for passes in ("forward", "forward + backward")),
+    *(f"MoE {name}" for name in (*PRODUCTS, "sort", "decode")),
+)
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,12 @@ EPS, THETA = 1e-6, 6e6
 L2_BYTES = 60 * 2**20
 # (sequences, tokens, heads of 128, groups of the output norm)
 SMALL, LARGE = (1, 8192, 16, 4), (8, 4096, 64, 8)
+FUSED = ("split + QK-norm + RoPE", "group RMSNorm * gate", "add + RMSNorm", "RMSNorm", "SwiGLU", "MLA q, k, v")
+LOSSES = ("cross-entropy", "cross-entropy + KL", "LM head + cross-entropy")
+OPS = (
+    *(f"{name} {passes}" for name in FUSED for passes in ("forward", "forward + backward")),
+    *(f"{x} forward + backward" for x in LOSSES),
+)
 
 
 @dataclass(frozen=True)

@@ -18,13 +18,14 @@ from openling.bench.case import Case, Floor, Goal
 from openling.model.config import LayerKind, ModelConfig
 from openling.model.ling import Backbone, CallContext
 
+OPS = ("stack of 8 layers, training step",)
 LAYERS = 8
 LIGHTNING: LayerKind = "lightning"
 MLA: LayerKind = "mla"
 GQA: LayerKind = "gqa"
 WIDTH = 2048
 # Kernel names, or parts of them, by the op they belong to; the first that fits counts.
-OPS = (
+KERNELS = (
     ("attention (MLA, GQA)", ("cudnn", "flash", "fmha", "sdpa", "mla")),
     ("Lightning", ("scan_kernel", "states_kernel", "fold_kernel", "chunk")),
     ("matrix products", ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas")),
@@ -91,7 +92,7 @@ def _shares(step: Callable[[], object]) -> str:
     spent: dict[str, float] = {}
     for event in record.key_averages():
         name = event.key.lower()
-        op = next((op for op, parts in OPS if any(part in name for part in parts)), "other")
+        op = next((op for op, parts in KERNELS if any(part in name for part in parts)), "other")
         spent[op] = spent.get(op, 0.0) + event.self_device_time_total
     total = sum(spent.values()) or 1.0
     return ", ".join(f"{op} {100 * us / total:.0f} %" for op, us in sorted(spent.items(), key=lambda item: -item[1]))

@@ -22,7 +22,7 @@ from openling.bench.timing import FULL, QUICK, Device, Times, machine_rates, mea
 from openling.errors import UserError, nearest
 from openling.ops.pick import kernels_reason
 
-# Modules of openling.bench with `cases(quick)`, and what their cases run on.
+# Modules of openling.bench with `cases(quick)` and OPS, the names of their operations, and what their cases run on.
 MODULES: dict[str, Device] = {
     "cases_lightning": "cuda",
     "cases_lightning_decode": "cuda",
@@ -87,6 +87,10 @@ class Run:
         """Whether --quick's time is used up."""
         return self.quick and time.monotonic() - self.started > QUICK_SECONDS
 
+    def wants(self, op: str) -> bool:
+        """Whether --op chooses this operation."""
+        return self.op is None or self.op.lower() in op.lower()
+
     def write(self) -> None:
         """The results so far: a run that is cut short keeps what it measured."""
         rates = {device: {"copy_bytes_per_s": r.copy, "matmul_flops_per_s": r.matmul} for device, r in self.rates.items()}
@@ -144,7 +148,10 @@ def _run_module(run: Run, name: str, device: Device) -> None:
         run.left_out.append(name)
         return
     try:
-        _run_cases(run, import_module(f"openling.bench.{name}").cases(run.quick), name, device)
+        module = import_module(f"openling.bench.{name}")
+        run.seen += module.OPS
+        if any(run.wants(op) for op in module.OPS):  # else its cases, which take time to build, are not even built
+            _run_cases(run, module.cases(run.quick), name, device)
     except Exception as error:  # the boundary: what a case module does wrong must not cost the other modules their rows
         run.broken.append(f"{name}: {_message(error)}")
         run.table.line(f"{name} stopped: {_message(error)}", style="red")
@@ -152,9 +159,8 @@ def _run_module(run: Run, name: str, device: Device) -> None:
 
 def _run_cases(run: Run, cases: Iterator[Case], name: str, device: Device) -> None:
     while (case := next(cases, None)) is not None:
-        if case.op not in run.seen:
-            run.seen.append(case.op)
-        if run.op is None or run.op.lower() in case.op.lower():
+        assert case.op in run.seen, f"{case.op} is missing in {name}.OPS"
+        if run.wants(case.op):
             if run.over():
                 run.left_out.append(f"{name} from {case.op}, {case.shape}")
                 return

@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openling.ops.kernels.lightning_pieces import Pieces, cut, incoming_states, piece_length
+from openling.ops.kernels.lightning_pieces import COLUMNS, Pieces, cut, incoming_states, padded, piece_length
 from openling.ops.pick import batch_invariant
 
 LOG2_E = 1.4426950408889634
@@ -115,10 +115,6 @@ def _flat(x_BTHD: Tensor) -> Tensor:
     return x_BTHD.contiguous().view(batch * tokens, heads * dim)
 
 
-def _pad(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
-
-
 def scan(
     a: Tensor, b: Tensor, c: Tensor, log_decay: Tensor, cu_seqlens: Tensor | None, scale: float, *,
     initial: Tensor | None = None, final: Tensor | None = None, reverse: bool = False, transposed: bool = False,
@@ -138,11 +134,10 @@ def scan(
         how = {"tokens": tokens, "initial": initial, "final": final, "reverse": reverse, "transposed": transposed}
         hopper.launch(a, b, c, out.view(a.shape[0], -1), g, cu_seqlens, scale, grid=(heads, sequences), **how)
         return out
-    columns = min(64, _pad(width))
-    scan_kernel[(triton.cdiv(width, columns), heads, sequences)](
+    scan_kernel[(triton.cdiv(width, COLUMNS), heads, sequences)](
         a, b, c, out, g if initial is None else initial, g if final is None else final, g, cu_seqlens,
         a.stride(0), b.stride(0), c.stride(0), *((1, width_a) if transposed else (width, 1)), tokens, heads, scale,
-        A=width_a, WIDTH=width, A_PAD=_pad(width_a), COLUMNS=columns, CHUNK=CHUNK, PACKED=cu_seqlens is not None,
+        A=width_a, WIDTH=width, A_PAD=padded(width_a), COLUMNS=COLUMNS, CHUNK=CHUNK, PACKED=cu_seqlens is not None,
         REVERSE=reverse, HAS_INITIAL=initial is not None, HAS_FINAL=final is not None,
         PRECISION="ieee" if a.dtype == torch.float32 else "tf32", num_warps=4 if width_a <= 64 else 8, num_stages=2,
     )  # fmt: skip

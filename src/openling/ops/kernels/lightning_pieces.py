@@ -22,6 +22,7 @@ from torch import Tensor
 HORIZON_BITS = 32
 SHORTEST = 512
 CHUNK = 64
+COLUMNS = 64
 
 
 class Pieces(NamedTuple):
@@ -138,10 +139,10 @@ def incoming_states(
     """
     count, K, V = pieces.document.numel(), b.shape[1] // heads, c.shape[1] // heads
     states = torch.empty((count, heads, K, V), dtype=torch.float32, device=b.device)
-    columns, pad = min(64, _pad(V)), _pad(K)
-    states_kernel[(triton.cdiv(V, columns), heads, count)](
+    pad = padded(K)
+    states_kernel[(triton.cdiv(V, COLUMNS), heads, count)](
         b, c, states, g, pieces.bounds, pieces.document, b.stride(0), c.stride(0), heads, count, scale, HORIZON_BITS,
-        K=K, V=V, K_PAD=pad, COLUMNS=columns, CHUNK=CHUNK, REVERSE=reverse,
+        K=K, V=V, K_PAD=pad, COLUMNS=COLUMNS, CHUNK=CHUNK, REVERSE=reverse,
         PRECISION="ieee" if b.dtype == torch.float32 else "tf32", num_warps=4 if pad <= 64 else 8, num_stages=3,
     )  # fmt: skip
     fold_kernel[(triton.cdiv(K * V, 1024), heads)](
@@ -151,5 +152,6 @@ def incoming_states(
     return states
 
 
-def _pad(dim: int) -> int:
-    return max(16, triton.next_power_of_2(dim))
+def padded(dim: int) -> int:
+    """Rows of a tile for a head dim. With 16 columns, Triton 3.6 compiles the second chunk wrongly: none are that small."""
+    return max(COLUMNS, triton.next_power_of_2(dim))
