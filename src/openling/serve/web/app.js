@@ -101,7 +101,7 @@ async function generate(owner, messages) {
     await stream(reply, body, key, controller.signal, changed);
     if (!reply.content && !reply.calls.length) reply.problem = { kind: "empty", text: "The model ended its turn without an answer." };
     setHealth("good", "Connected");
-    say(`Reply complete: ${reply.stats?.tokens ?? 0} tokens.`);
+    say(`Reply complete. Tokens: ${reply.stats?.tokens ?? 0}.`);
   } catch (error) {
     fail(reply, error);
   }
