@@ -23,6 +23,7 @@ VERBS = {
     "migrate": ("openling.commands.migrate", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
     "generate": ("openling.commands.complete", "one completion from any checkpoint folder"),
     "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
+    "serve": ("openling.commands.serve", "an OpenAI-compatible server with a chat page"),
     "bench": ("openling.commands.bench", "measure the kernels, or a server under load"),
 }
 

@@ -1,0 +1,126 @@
+"""The outputs of one call's replies, merged as they come: started together, stopped together, timed for the metrics."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from openling.errors import Failure, UserError
+from openling.serve.engine_config import QueueFull
+from openling.serve.problems import ApiError, bad, overloaded, unavailable
+from openling.serve.sse import cancel
+from openling.serve.types import Output, Request
+
+if TYPE_CHECKING:
+    from openling.serve.async_engine import AsyncEngine
+
+
+class Timings(Protocol):
+    """Who is told how long replies took, in seconds."""
+
+    def first_token(self, seconds: float) -> None:
+        """From the request to its first token."""
+
+    def between_tokens(self, seconds: float, tokens: int) -> None:
+        """Between two outputs, and how many tokens the later one held."""
+
+    def finished(self, seconds: float, output: Output) -> None:
+        """From the request to the end of one reply."""
+
+
+@dataclass
+class _Clock:
+    began: float
+    last: float = 0.0
+
+
+class Replies:
+    """An asynchronous iterator of (which reply, output); `aclose` frees what is still running, within an engine step."""
+
+    def __init__(self, engine: AsyncEngine, requests: Sequence[Request], *, seconds: float, timings: Timings) -> None:
+        self._engine, self._requests, self._timings = engine, requests, timings
+        self._queue: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
+        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._tasks: list[asyncio.Task[None]] = []
+        self._clocks = [_Clock(time.monotonic()) for _ in requests]
+        self._open = len(requests)
+
+    async def start(self, patience: float = 0.05) -> None:
+        """Hand the requests to the engine. A refusal within `patience` seconds is raised here, while HTTP can still say so."""
+        self._tasks = [asyncio.create_task(self._run(i, request)) for i, request in enumerate(self._requests)]
+        try:
+            async with asyncio.timeout(patience):
+                first = await self._queue.get()
+        except TimeoutError:
+            return
+        if isinstance(first[1], Exception):
+            await self.aclose()
+            raise as_api_error(first[1])
+        self._pushed_back = first
+
+    _pushed_back: tuple[int, Output | Exception] | None = None
+
+    def __aiter__(self) -> Replies:
+        return self
+
+    async def __anext__(self) -> tuple[int, Output]:
+        if not self._open:
+            raise StopAsyncIteration
+        index, output = await self._next()
+        if isinstance(output, Exception):
+            raise as_api_error(output)
+        self._time(index, output)
+        if output.finish_reason == "error":
+            raise ApiError(500, output.error or "the engine could not finish this reply", code="engine_error")
+        self._open -= output.finish_reason is not None
+        return index, output
+
+    async def aclose(self) -> None:
+        """Stop whatever still runs."""
+        await cancel(*self._tasks)
+
+    async def _next(self) -> tuple[int, Output | Exception]:
+        if self._pushed_back is not None:
+            first, self._pushed_back = self._pushed_back, None
+            return first
+        try:
+            async with asyncio.timeout_at(self._deadline):
+                return await self._queue.get()
+        except TimeoutError:
+            raise ApiError(408, "the reply was not complete before this server's deadline", code="timeout") from None
+
+    async def _run(self, index: int, request: Request) -> None:
+        try:
+            async for output in self._engine.generate(request):
+                self._queue.put_nowait((index, output))
+        except Exception as error:  # told to whoever waits for this reply
+            self._queue.put_nowait((index, error))
+
+    def _time(self, index: int, output: Output) -> None:
+        clock, now = self._clocks[index], time.monotonic()
+        if output.token_ids:
+            if not clock.last:
+                self._timings.first_token(now - clock.began)
+            else:
+                self._timings.between_tokens(now - clock.last, len(output.token_ids))
+            clock.last = now
+        if output.finish_reason is not None:
+            self._timings.finished(now - clock.began, output)
+
+
+def as_api_error(error: Exception) -> ApiError:
+    """What an engine's refusal means to a client; other exceptions are raised again."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, QueueFull):
+        return overloaded("the waiting queue is full", max(1, math.ceil(error.retry_after)))
+    if isinstance(error, UserError):
+        expected = error.parts["expected"]
+        return bad(error.what + (f"; expected {expected}" if expected is not None else ""))
+    if isinstance(error, Failure):
+        return unavailable("the engine has stopped")
+    raise error

@@ -1,0 +1,64 @@
+"""From a checkpoint folder to a server: load, build the engine, serve until a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from openling.config.serve import ServeConfig
+from openling.model.device import pick_device
+from openling.ops.pick import kernels_reason
+from openling.serve.async_engine import AsyncEngine
+from openling.serve.auth import Keys, is_loopback
+from openling.serve.engine import Engine
+from openling.serve.engine_config import EngineConfig
+from openling.serve.server import Server, build_app
+from openling.serve.service import Service
+from openling.serve.text import ModelText
+from openling.weights.folder import Loaded, load
+
+
+def serve(folder: Path, *, sock: socket.socket, device: str, engine: EngineConfig, config: ServeConfig, keys: Keys) -> int:
+    """Serve `folder` on a bound socket until SIGTERM or SIGINT; returns the exit code."""
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
+    logging.getLogger("uvicorn").setLevel(logging.WARNING)
+    chosen = pick_device(device)
+    loaded = load(folder, device=chosen)
+    print(f"Ops: {kernels_reason(chosen)}.", file=sys.stderr)
+    return asyncio.run(_serve(loaded, sock, engine, config, keys))
+
+
+async def _serve(loaded: Loaded, sock: socket.socket, engine_config: EngineConfig, config: ServeConfig, keys: Keys) -> int:
+    service = build_service(loaded, engine_config, config)
+    host, port = sock.getsockname()[:2]
+    app = build_app(service, keys, local_only=is_loopback(host) and not keys.required)
+    server = Server(service, app, [sock])
+    stop = server.stop_on_signals()
+    service.engine.start()
+    await service.stats()
+    shown = f"[{host}]" if ":" in host else host
+    lock = "API key needed" if keys.required else "no API key"
+    print(f"Serving {service.model_id}, context {service.max_model_len}, at http://{shown}:{port}/ ({lock}).", file=sys.stderr)
+    await server.run(stop)
+    return 0
+
+
+def build_service(loaded: Loaded, engine_config: EngineConfig, config: ServeConfig) -> Service:
+    """The service around a loaded model, its engine not yet started. Raises UserError where there is no fast tokenizer."""
+    text = ModelText(loaded.tokenizer, loaded.config.vocab_size)
+    # The engine's queue is bounded by the server's limits, which can say per key who is to wait.
+    limits = config.limits
+    bounded = replace(engine_config, max_waiting=limits.replies, max_waiting_tokens=limits.prompt_tokens)
+    engine = Engine(loaded.model, loaded.tokenizer, bounded)
+    return Service(
+        engine=AsyncEngine(engine),
+        text=text,
+        config=config,
+        model_id=config.model_id or loaded.folder.resolve().name,
+        max_model_len=engine.max_model_len,
+        weight_version=engine.weight_version,
+    )
