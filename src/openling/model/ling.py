@@ -388,10 +388,12 @@ class SparseMoE(nn.Module):
     """Routed experts plus, where the config has them, shared experts that see every token.
 
     In training `tokens_E` counts the tokens per expert (on their device) until somebody sets it to None: what an update of the
-    router's bias needs. Activation checkpointing counts a layer's tokens twice.
+    router's bias needs. Activation checkpointing counts a layer's tokens twice. While `chosen` is a list it receives every call's
+    experts [N, k], which RL replays; nothing is counted then.
     """
 
     tokens_E: Tensor | None
+    chosen: list[Tensor] | None
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -400,7 +402,7 @@ class SparseMoE(nn.Module):
         if config.num_shared_experts:
             self.shared_experts = MLP(config, config.moe_shared_expert_intermediate_size)
         self.has_shared = config.num_shared_experts > 0
-        self.tokens_E = None
+        self.tokens_E = self.chosen = None
 
     def forward(self, x_BTM: Tensor) -> Tensor:
         """[B, T, M] to [B, T, M]."""
@@ -413,6 +415,10 @@ class SparseMoE(nn.Module):
     def routed(self, x_NM: Tensor) -> tuple[Tensor, Tensor | None]:
         """The routed experts' sum [N, M] and, in training, the tokens per expert [E]."""
         gate, experts = self.gate, self.experts
+        if self.chosen is not None:
+            weight_Nk, index_Nk = gate(x_NM)
+            self.chosen.append(index_Nk)
+            return experts(x_NM, weight_Nk, index_Nk), None
         if stream_kernels(x_NM)[0] is not None:
             weights = (gate.weight, gate.expert_bias, experts.gate_proj, experts.up_proj, experts.down_proj)
             return moe(x_NM, *weights, **gate.options())

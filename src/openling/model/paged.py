@@ -91,24 +91,35 @@ class PagedStore:
     def __init__(
         self, config: ModelConfig, *, pages: int, slots: int, drafts: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        self.config, self.pages, self.slots, self.device = config, pages, slots, device
-        kinds = _kinds(config, drafts)
+        self.config, self.pages, self.slots, self.drafts, self.device = config, pages, slots, drafts, device
+        self.dtype, kinds = dtype, _kinds(config, drafts)
         self.lightning = {layer: i for i, layer in enumerate(i for i, kind in enumerate(kinds) if kind == "lightning")}
-        heads, dim, rows = config.num_attention_heads, config.head_dim, slots if self.lightning else 0
-        self.states = torch.zeros(rows, len(self.lightning), heads, dim, dim, dtype=_wide(dtype), device=device)
-        self.arrivals = torch.zeros(rows, heads, dtype=torch.int32, device=device)
         self.window: PendingWindow | None = None
         self.pending: dict[int, PendingTokens] = {}
-        if drafts and self.lightning:
-            self.window = PendingWindow.new(rows, room=drafts + 1, tokens=drafts + 1, device=device)
+        self.rows: dict[int, Tensor] = {}
+        self.restore()
+
+    def restore(self) -> None:
+        """Take the memory; nothing is in it."""
+        c, device, dtype = self.config, self.device, self.dtype
+        heads, dim, rows = c.num_attention_heads, c.head_dim, self.slots if self.lightning else 0
+        self.states = torch.zeros(rows, len(self.lightning), heads, dim, dim, dtype=_wide(dtype), device=device)
+        self.arrivals = torch.zeros(rows, heads, dtype=torch.int32, device=device)
+        if self.drafts and self.lightning:
+            self.window = PendingWindow.new(rows, room=self.drafts + 1, tokens=self.drafts + 1, device=device)
             self.pending = {i: PendingTokens.new(rows, heads, dim, self.window, dtype=dtype) for i in self.lightning}
-        latent = (config.kv_lora_rank or 0) + (config.qk_rope_head_dim or 0)
-        shapes = {"mla": (latent,), "gqa": (2 * config.num_key_value_heads, dim)}
+        latent = (c.kv_lora_rank or 0) + (c.qk_rope_head_dim or 0)
+        shapes = {"mla": (latent,), "gqa": (2 * c.num_key_value_heads, dim)}
         self.rows = {
-            i: torch.zeros(pages + 1, PAGE, *shapes[kind], dtype=dtype, device=device)
-            for i, kind in enumerate(kinds)
+            i: torch.zeros(self.pages + 1, PAGE, *shapes[kind], dtype=dtype, device=device)
+            for i, kind in enumerate(_kinds(c, self.drafts))
             if kind in shapes
         }
+
+    def release(self) -> None:
+        """Give the memory back; `restore` before the next call."""
+        self.states = self.arrivals = torch.empty(0)
+        self.window, self.pending, self.rows = None, {}, {}
 
     @property
     def recurrent(self) -> bool:

@@ -7,24 +7,32 @@ tokens, text, cached prefixes. Between steps everything is consistent: requests 
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Iterable, Mapping
+from concurrent.futures import Future
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, Literal
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from openling.errors import UserError
 from openling.model.generate import stop_ids
 from openling.model.ling import Ling
+from openling.serve import control
 from openling.serve.detokenize import TokenBytes
 from openling.serve.engine_config import EngineConfig
-from openling.serve.memory import make_store
+from openling.serve.grammar import GrammarCompiler, Matcher
+from openling.serve.memory import store_for
+from openling.serve.payoff import Payoff
 from openling.serve.replies import Reply
 from openling.serve.runner import Forward, Runner
-from openling.serve.sampling import Chain, Sampler
+from openling.serve.sampling import Chain, RowMask, Sampler, first_rows
 from openling.serve.scheduler import Plan, Scheduler
 from openling.serve.sequence import Sequence
-from openling.serve.types import EngineStats, Output, Request
+from openling.serve.speculative import Drafter
+from openling.serve.types import EngineStats, Output, Request, TokenLogprob
 
 
 class Engine:
@@ -34,15 +42,19 @@ class Engine:
         """tokenizer: a fast transformers tokenizer, or None (no text, no stop strings; ends at the config's stop tokens)."""
         self.config = config or EngineConfig()
         self.model, self.tokenizer = model.eval(), tokenizer
-        self.max_model_len, store = make_store(model, self.config)
-        self.scheduler = Scheduler(self.config, store, self.max_model_len)
-        self.runner = Runner(model, store)
+        self.max_model_len, self.store = store_for(model, self.config)
+        self.drafts = self.store.drafts
+        self.scheduler = Scheduler(self.config, self.store, self.max_model_len)
+        self.runner = Runner(model, self.store)
         self.eos_ids = _eos_ids(model, tokenizer)
-        self.sampler = Sampler(model.config.vocab_size, eos_ids=self.eos_ids, device=store.device)
+        self.sampler = Sampler(model.config.vocab_size, eos_ids=self.eos_ids, device=self.store.device)
         self.weight_version = self.config.weight_version
         self._bytes = TokenBytes(tokenizer) if tokenizer is not None else None
         self._replies: dict[str, Reply] = {}
-        self._paused = False
+        self._compiling: dict[str, Future[Matcher]] = {}
+        self._drafter = Drafter(self.runner, self.drafts) if self.drafts else None
+        self._payoff = Payoff()
+        self._paused = self._released = False
         self._stats = EngineStats()
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -56,6 +68,10 @@ class Engine:
             raise UserError(
                 "no such token", where="prompt_token_ids", value=wrong, expected=f"0 to {self.model.config.vocab_size - 1}"
             )
+        if request.params.grammar is not None and self.tokenizer is None:
+            raise UserError(
+                "a grammar needs a tokenizer", where="grammar", value="no tokenizer", expected="a tokenizer in the folder"
+            )
         sequence = self.scheduler.add(request)
         try:
             self.sampler.add(request)
@@ -63,12 +79,22 @@ class Engine:
             self.scheduler.drop(sequence)
             raise
         self._replies[request.id] = Reply(sequence, self._bytes, self.eos_ids)
+        if request.params.grammar is not None:
+            sequence.admissible = False
+            self._compiling[request.id] = self.compiler.submit(request.params.grammar)
 
     def abort(self, request_id: str) -> None:
         """Forget a request and free its memory; one that is unknown or done is no error."""
         reply = self._replies.pop(request_id, None)
+        self._compiling.pop(request_id, None)
         if reply is not None:
-            self._forget(reply.sequence)
+            self.scheduler.drop(reply.sequence)
+            self.sampler.remove(request_id)
+
+    @cached_property
+    def compiler(self) -> GrammarCompiler:
+        """Compiles grammars for this engine's tokenizer, also for others to check one before they send it."""
+        return GrammarCompiler(self.tokenizer, vocab_size=self.model.config.vocab_size, eos_ids=self.eos_ids)
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
@@ -80,43 +106,115 @@ class Engine:
         """Compute one batch; what became new of each request in it."""
         if not self.has_work():
             return []
+        failed = self._start_matchers()
         start = time.perf_counter()
-        plan = self.scheduler.schedule()
-        self._stats.schedule_seconds += time.perf_counter() - start
+        plan = self.scheduler.schedule(self._new_tokens())
+        scheduled = time.perf_counter()
+        self._stats.schedule_seconds += scheduled - start
         if not plan:
-            return []
+            return failed
         self._stats.steps += 1
-        return self._sample(plan, self.runner.forward(plan))
+        self._fold(plan)
+        forward = self.runner.forward(plan)
+        self._finish_chunks(plan, forward)
+        outputs = self._sample(plan, forward) if plan.sampled else []
+        if plan.decodes and not plan.chunks:
+            tokens = sum(len(output.token_ids) for output in outputs)
+            self._payoff.add(len(plan.decodes), drafted=plan.new > 1, tokens=tokens, seconds=time.perf_counter() - start)
+        return failed + outputs
+
+    def _new_tokens(self) -> int:
+        """Tokens of each decoding sequence in the next step: the certain one, and drafts if there are any."""
+        drafting = any(s.drafts for s in self.scheduler.running)
+        return 1 + self.drafts if drafting else 1
+
+    def _fold(self, plan: Plan) -> None:
+        """A step that verifies nothing reads the states alone: tokens that wait beside them enter first."""
+        waiting = [s for s in plan.decodes if s.waiting_tokens]
+        if plan.new == 1 and waiting:
+            self.store.fold(torch.tensor([s.slot for s in waiting], device=self.store.device))
+            for s in waiting:
+                s.waiting_tokens = 0
+
+    def _finish_chunks(self, plan: Plan, forward: Forward) -> None:
+        """Book the computed parts of prompts, and their log-probabilities."""
+        end = len(plan.decodes) * plan.new
+        for chunk in plan.chunks:
+            start, end = end, end + chunk.end - chunk.start
+            self._stats.prompt_tokens += chunk.end - chunk.start
+            reply = self._replies[chunk.sequence.id]
+            reply.add_prompt_logprobs(chunk.start, forward.hidden_NM[start:end], self.model.logits)
+            reply.add_experts(chunk.start, forward.experts_NLk, slice(start, end))
+            self.scheduler.computed(chunk.sequence, chunk.end)
 
     def _sample(self, plan: Plan, forward: Forward) -> list[Output]:
         """Draw the step's tokens and commit them."""
-        for chunk in plan.chunks:
-            self.scheduler.computed(chunk.sequence, chunk.end)
-            self._stats.prompt_tokens += chunk.end - chunk.start
-        if not plan.sampled:
-            return []
-        rows = torch.tensor(forward.first_rows, device=self.runner.device)
-        logits_RV = self.model.logits(forward.hidden_NM[rows])
-        chains = [Chain(s.id, s.reply_tokens) for s in plan.sampled]
-        sampled = self.sampler.sample(logits_RV, chains)
-        found = zip(plan.sampled, sampled.tokens(), sampled.token_logprobs(), strict=True)
-        return [self._commit(s, tokens, logprobs) for s, tokens, logprobs in found]
+        decodes, sequences = len(plan.decodes), plan.sampled
+        drafts = [tuple(s.drafts[: plan.new - 1]) if i < decodes else () for i, s in enumerate(sequences)]
+        chains = [Chain(s.id, s.reply_tokens, d) for s, d in zip(sequences, drafts, strict=True)]
+        rows = [first + k for first, d in zip(forward.first_rows, drafts, strict=True) for k in range(len(d) + 1)]
+        logits_RV = self.model.logits(forward.hidden_NM[self.runner.to_device(np.array(rows, dtype=np.int64))])
+        sampled = self.sampler.sample(logits_RV, chains, mask=self._mask(chains))
+        if plan.new > 1 and self.store.window is not None and forward.batch.slots is not None:
+            self.store.window.advance(forward.batch.slots, sampled.accepted_C[:decodes] + 1)
+        added = sampled.tokens()
+        for s, first, tokens in zip(plan.decodes, forward.first_rows, added, strict=False):
+            self._replies[s.id].add_experts(s.computed, forward.experts_NLk, slice(first, first + len(tokens)))
+        outputs = [
+            self._commit(s, len(d), plan.new > 1, tokens, logprobs)
+            for s, d, tokens, logprobs in zip(sequences, drafts, added, sampled.token_logprobs(), strict=True)
+        ]
+        if self._drafter is not None:
+            propose = self.config.draft_always or self._payoff.worth_it(sum(not s.done for s in sequences))
+            if propose or plan.chunks:
+                self._drafter.follow(plan, forward, [len(o.token_ids) for o in outputs], propose=propose)
+        for s in sequences:
+            if s.done:
+                self.abort(s.id)
+        return outputs
 
-    def _commit(self, sequence: Sequence, tokens: list[int], logprobs: list[Any] | None) -> Output:
+    def _commit(
+        self, sequence: Sequence, drafts: int, verified: bool, tokens: list[int], logprobs: list[TokenLogprob] | None
+    ) -> Output:
         """Add new tokens to a reply, end it if they do, and keep what is worth caching."""
-        if sequence.decoding:
-            self.scheduler.computed(sequence, sequence.computed + len(tokens), decoded=True)
-        reply = self._replies[sequence.id]
-        output = reply.extend(tokens, logprobs, self.weight_version)
+        sequence.drafted += drafts
+        sequence.accepted += len(tokens) - 1
+        self._stats.drafted_tokens += drafts
+        self._stats.accepted_tokens += len(tokens) - 1
+        before, decoded = sequence.computed, sequence.decoding
+        output = self._replies[sequence.id].extend(tokens, logprobs, self.weight_version)
+        if decoded:
+            sequence.waiting_tokens = len(output.token_ids) if verified else 0
+            self.scheduler.computed(sequence, before + len(output.token_ids), decoded=True)
         self._stats.generated_tokens += len(output.token_ids)
-        if output.finish_reason is not None:
-            del self._replies[sequence.id]
-            self._forget(sequence)
         return output
 
-    def _forget(self, sequence: Sequence) -> None:
-        self.scheduler.drop(sequence)
-        self.sampler.remove(sequence.id)
+    # -- grammars ------------------------------------------------------------------------------------------------------
+
+    def _start_matchers(self) -> list[Output]:
+        """Let requests run whose grammar is compiled; those whose grammar is refused end here."""
+        outputs = []
+        for request_id, compiled in [(i, c) for i, c in self._compiling.items() if c.done()]:
+            del self._compiling[request_id]
+            reply = self._replies[request_id]
+            error = compiled.exception()
+            if error is None:
+                reply.matcher, reply.sequence.admissible = compiled.result(), True
+            else:
+                outputs.append(reply.end("error", self.weight_version, error=str(error)))
+                self.abort(request_id)
+        return outputs
+
+    def _mask(self, chains: list[Chain]) -> RowMask | None:
+        """What the grammars of a step's requests allow."""
+        rows: list[int] = []
+        words: list[Tensor] = []
+        for first, chain in zip(first_rows(chains), chains, strict=True):
+            matcher = self._replies[chain.request_id].matcher
+            if matcher is not None:
+                words.append(matcher.masks(chain.drafts))
+                rows += range(first, first + len(chain.drafts) + 1)
+        return RowMask(rows, torch.cat(words)) if rows else None
 
     # -- control -------------------------------------------------------------------------------------------------------
 
@@ -132,10 +230,44 @@ class Engine:
 
     def resume(self) -> None:
         """Go on after a pause."""
+        if self._released:
+            raise UserError("the engine has given its memory back", where="resume", next="restore_memory first")
         self._paused = False
 
+    def update_weights(
+        self, version: str, named_tensors: Iterable[tuple[str, Tensor]], hashes: Mapping[str, str] | None = None
+    ) -> None:
+        """Exchange weights between two steps, all or none; hashes: `control.tensor_hash` of each, checked where given.
+
+        What was computed with the old ones is forgotten: requests, also paused ones, start again with the tokens they have.
+        """
+        control.exchange(self.model, named_tensors, hashes)
+        self.scheduler.flush()
+        self.weight_version = version
+
+    def get_weight(self, name: str) -> Tensor:
+        """A copy of a weight on the host."""
+        return control.get_weight(self.model, name)
+
+    def checksum(self) -> str:
+        """SHA-256 over all weights."""
+        return control.checksum(self.model)
+
+    def release_memory(self) -> None:
+        """Give the device's memory back: weights go to the host, everything computed is forgotten. Pauses the engine."""
+        self._paused, self._released = True, True
+        self.scheduler.flush()
+        self.store.release()
+        self.model.to("cpu")
+
+    def restore_memory(self) -> None:
+        """Take back what `release_memory` gave; the engine stays paused."""
+        self.model.to(self.store.device)
+        self.store.restore()
+        self._released = False
+
     def flush_cache(self) -> None:
-        """Forget cached prefixes that no running request holds on to."""
+        """Forget cached prefixes; running requests keep theirs."""
         self.scheduler.forget_cached()
 
     def check_integrity(self) -> None:

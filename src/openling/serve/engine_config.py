@@ -15,8 +15,8 @@ class EngineConfig:
     max_waiting_tokens: beyond them new requests are refused (`QueueFull`). max_model_len: prompt and reply together; None is
     what the model was trained for. pages (of 64 tokens) and slots (Lightning states, cached ones too) are what memory_bytes
     pays for, unless given. prefix_cache: requests start behind what others have computed. drafts: tokens the MTP layer proposes
-    per step. eager: no CUDA graphs. deterministic: a reply does not depend on the requests around it, to the bit. poison: memory
-    that was never written is NaN (for tests).
+    per step, where that pays or with draft_always. eager: no CUDA graphs. deterministic: a reply does not depend on the requests
+    around it, to the bit. poison: memory that was never written is NaN (for tests).
     """
 
     max_running: int = 64
@@ -29,6 +29,7 @@ class EngineConfig:
     slots: int | None = None
     prefix_cache: bool = True
     drafts: int = 0
+    draft_always: bool = False
     eager: bool = False
     deterministic: bool = False
     poison: bool = False

@@ -16,7 +16,7 @@ GPU_SHARE = 0.8
 CPU_BYTES = 1 << 30
 
 
-def make_store(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
+def store_for(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
     """The longest context that can run, and the memory for it; UserError if not even one page fits."""
     weight = model.lm_head.weight
     dtype, device = weight.dtype, weight.device
@@ -24,7 +24,7 @@ def make_store(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
     sizes = Sizes.of(model.config, dtype, drafts)
     slots = config.slots or (config.max_running + max(1, int(CACHED_STATES * config.max_running)))
     length = config.max_model_len or model.config.max_position_embeddings
-    wanted = config.max_running * -(-(length + drafts) // PAGE)
+    wanted = config.max_running * -(-(length + 2 * drafts) // PAGE)
     pages = config.pages
     if pages is None:
         left = (config.memory_bytes or _budget(device)) - slots * sizes.slot
@@ -35,7 +35,7 @@ def make_store(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
             value=config.memory_bytes, expected=f"{slots * sizes.slot + sizes.page} bytes for {slots} slots, or fewer slots",
         )  # fmt: skip
     store = PagedStore(model.config, pages=pages, slots=slots, drafts=drafts, dtype=dtype, device=device)
-    return min(length, pages * PAGE - drafts), store
+    return min(length, pages * PAGE - 2 * drafts), store
 
 
 def _budget(device: torch.device) -> int:

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
 
 from openling.serve.detokenize import Detokenizer, TokenBytes
+from openling.serve.grammar import Matcher
+from openling.serve.sampling import prompt_logprobs
 from openling.serve.sequence import Sequence
 from openling.serve.types import FinishReason, Output, TokenLogprob
 
@@ -15,8 +20,32 @@ class Reply:
     def __init__(self, sequence: Sequence, tokens: TokenBytes | None, end_ids: Collection[int]) -> None:
         self.sequence = sequence
         params = sequence.request.params
+        # What the next output brings along: of the prompt, and of tokens computed since the last output.
+        self.prompt_logprobs: list[TokenLogprob | None] | None = [None] if params.prompt_logprobs is not None else None
+        self.experts: list[list[list[int]]] = []
+        self._experts_of = 0
+        self.matcher: Matcher | None = None
         self._stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_ids))
         self._text = Detokenizer(tokens, stop=params.stop, include_stop=params.include_stop) if tokens is not None else None
+
+    def add_prompt_logprobs(self, start: int, hidden_TM: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
+        """Take those of the prompt's tokens behind position `start`, from the final hidden states of a chunk."""
+        params, ids = self.sequence.request.params, self.sequence.request.prompt_token_ids
+        if params.prompt_logprobs is None or self.prompt_logprobs is None:
+            return
+        first, end = len(self.prompt_logprobs) - 1, min(start + len(hidden_TM), len(ids) - 1)
+        if first < end:
+            hidden = hidden_TM[first - start : end - start]
+            wanted = torch.tensor(ids[first + 1 : end + 1], device=hidden.device)
+            for part in prompt_logprobs(logits_of, hidden, wanted, top=params.prompt_logprobs, temperature=params.temperature):
+                self.prompt_logprobs += part
+
+    def add_experts(self, start: int, experts_NLk: Tensor | None, rows: slice) -> None:
+        """Take the experts of the context's tokens from `start` on, each once."""
+        if experts_NLk is not None and self.sequence.request.params.routed_experts:
+            new = experts_NLk[rows].tolist()[max(0, self._experts_of - start) :]
+            self.experts += new
+            self._experts_of += len(new)
 
     def extend(self, tokens: list[int], logprobs: list[TokenLogprob] | None, weight_version: str) -> Output:
         """Add sampled tokens up to the one that ends the reply; those behind it never were."""
@@ -32,6 +61,8 @@ class Reply:
                 break
         if reason is not None and self._text is not None:
             text += self._text.finish()
+        if self.matcher is not None:
+            self.matcher.advance(kept)
         logprobs = logprobs[: len(kept)] if logprobs is not None and params.logprobs is not None else None
         return self._output(kept, text, logprobs, weight_version, reason, stop)
 
@@ -52,11 +83,16 @@ class Reply:
         stop: int | str | None,
     ) -> Output:
         sequence = self.sequence
+        sequence.done = reason is not None
+        prompt_logprobs, self.prompt_logprobs = self.prompt_logprobs, None
+        experts, self.experts = self.experts, []
         return Output(
             sequence.id,
             tokens,
             text,
             logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            routed_experts=experts if sequence.request.params.routed_experts else None,
             weight_version=weight_version,
             finish_reason=reason,
             stop_reason=stop,

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from openling.model.ling import Ling
+from openling.model.ling import Ling, SparseMoE
 from openling.model.paged import PAGE, Chunk, PagedCache, PagedStore, RaggedBatch
 from openling.serve.scheduler import Plan, PromptChunk
 from openling.serve.sequence import Sequence
@@ -20,11 +20,15 @@ from openling.serve.sequence import Sequence
 
 @dataclass(frozen=True)
 class Forward:
-    """What a step computed: the batch, final hidden states [N, M], and where each sampled sequence's first row is in them."""
+    """What a step computed: the batch, final hidden states [N, M], and where each sampled sequence's first row is in them.
+
+    experts_NLk: on the host, the experts that each token chose in each sparse layer, if a request asked.
+    """
 
     batch: RaggedBatch
     hidden_NM: Tensor
     first_rows: list[int]
+    experts_NLk: Tensor | None
 
 
 class Runner:
@@ -39,7 +43,16 @@ class Runner:
     def forward(self, plan: Plan) -> Forward:
         """One pass over the plan's tokens."""
         batch = self.batch_of(plan)
-        return Forward(batch, self.backbone(batch), self._first_rows(plan))
+        wanted = any(s.request.params.routed_experts for s in (*plan.decodes, *(c.sequence for c in plan.chunks)))
+        layers = [m for m in self.model.modules() if isinstance(m, SparseMoE)] if wanted else []
+        for layer in layers:
+            layer.chosen = []
+        hidden_NM = self.backbone(batch)
+        chosen = [x for layer in layers for x in layer.chosen or ()]
+        for layer in layers:
+            layer.chosen = None
+        experts = torch.stack(chosen, dim=1).cpu() if chosen else None
+        return Forward(batch, hidden_NM, self._first_rows(plan), experts)
 
     def backbone(self, batch: RaggedBatch) -> Tensor:
         """Final hidden states [N, M]."""
@@ -61,7 +74,7 @@ class Runner:
         packed = self.to_device(np.concatenate(parts, axis=1))
         batch = RaggedBatch(packed[0][None], packed[1][None], packed[2])
         if plan.decodes:
-            self._add_decodes(batch, plan.decodes, plan.new)
+            self.add_decodes(batch, plan.decodes, plan.new)
         if plan.chunks:
             bounds = np.cumsum([0, *(c.end - c.start for c in plan.chunks)], dtype=np.int32)
             batch.cu_seqlens = self.to_device(bounds)
@@ -72,12 +85,14 @@ class Runner:
             ]
         return batch
 
-    def _add_decodes(self, batch: RaggedBatch, sequences: Many[Sequence], new: int) -> None:
-        width = max(-(-(s.computed + new) // PAGE) for s in sequences)
+    def add_decodes(self, batch: RaggedBatch, sequences: Many[Sequence], new: int, *, ahead: int = 0) -> None:
+        """Make the batch's first tokens those of decoding sequences: `new` each, `ahead` positions behind what is computed."""
+        lengths = [s.computed + ahead + new for s in sequences]
+        width = -(-max(lengths) // PAGE)
         batch.decodes, batch.new = len(sequences), new
         batch.slots = self.to_device(np.array([-1 if s.slot is None else s.slot for s in sequences], dtype=np.int64))
         batch.table = self.to_device(np.stack([s.table[:width] for s in sequences]))
-        batch.lengths = self.to_device(np.array([s.computed + new for s in sequences], dtype=np.int32))
+        batch.lengths = self.to_device(np.array(lengths, dtype=np.int32))
 
     @staticmethod
     def _first_rows(plan: Plan) -> list[int]:

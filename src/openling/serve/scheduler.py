@@ -29,16 +29,12 @@ EVICTED_AT_ONCE = 16
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Tokens start .. end - 1 of a sequence."""
+    """Tokens start .. end - 1 of a sequence; last: a token is sampled behind them."""
 
     sequence: Sequence
     start: int
     end: int
-
-    @property
-    def last(self) -> bool:
-        """Whether a token can be sampled behind it."""
-        return self.end == len(self.sequence.tokens)
+    last: bool
 
 
 @dataclass
@@ -73,8 +69,9 @@ class Scheduler:
         self.running: list[Sequence] = []
         self.preemptions = self.cached_tokens = 0
         self._arrivals = 0
-        # Drafts of a step may stand behind the longest sequence's end.
-        self._table_width = -(-(max_len + config.drafts) // PAGE)
+        # Verified drafts and the next ones may stand behind a sequence's end.
+        self.spare = 2 * store.drafts
+        self._table_width = -(-(max_len + self.spare) // PAGE)
         self.caching = config.prefix_cache and not config.deterministic
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -112,7 +109,11 @@ class Scheduler:
         """Choose the work of a step, with `new` tokens for each decoding sequence, and take the memory for it."""
         plan = Plan(new=new)
         for sequence in list(self.running):
-            if sequence.active and sequence.decoding and self._take_pages(sequence, sequence.computed + new, preempt=True):
+            if (
+                sequence.active
+                and sequence.decoding
+                and self._take_pages(sequence, len(sequence.tokens) + self.spare, preempt=True)
+            ):
                 plan.decodes.append(sequence)
         budget = max(self.config.step_tokens - new * len(plan.decodes), 1)
         for sequence in list(self.running):
@@ -121,7 +122,7 @@ class Scheduler:
         for sequence in list(self.waiting)[:ADMISSION_WINDOW]:
             if budget < 1 or len(self.running) >= self.config.max_running:
                 break
-            if self._awaits_sibling(sequence):
+            if not sequence.admissible or self._awaits_sibling(sequence):
                 continue
             if not self._admit(sequence):
                 break
@@ -143,9 +144,10 @@ class Scheduler:
                 return 0
         else:
             end = min([start + budget, end, *(cut for cut in sequence.cuts if cut > start)])
-        if budget < 1 or not self._take_pages(sequence, end, preempt=preempt):
+        spare = self.spare if end == len(sequence.tokens) else 0
+        if budget < 1 or not self._take_pages(sequence, end + spare, preempt=preempt):
             return 0
-        plan.chunks.append(PromptChunk(sequence, start, end))
+        plan.chunks.append(PromptChunk(sequence, start, end, last=end == len(sequence.tokens)))
         return end - start
 
     def _awaits_sibling(self, sequence: Sequence) -> bool:

@@ -17,7 +17,9 @@ class Sequence:
 
     node: the deepest node of the prefix tree whose path this sequence holds. rolling: the node that has the newest state of the
     reply. cuts: where prompt chunks must end because a copy of the state is wanted there. drafts: what the MTP layer expects
-    next. waiting_tokens: accepted ones that are not in the slot's state yet. active: running, with memory. cached: prompt tokens
+    next. waiting_tokens: accepted ones that are not in the slot's state yet. admissible: not
+    waiting for anything but memory. active: running, with memory. done: the reply has
+    ended. cached: prompt tokens
     taken over when it first ran.
     """
 
@@ -34,7 +36,9 @@ class Sequence:
     keys: list[bytes] = field(default_factory=list)
     drafts: list[int] = field(default_factory=list)
     waiting_tokens: int = 0
+    admissible: bool = True
     active: bool = False
+    done: bool = False
     cached: int | None = None
     drafted: int = 0
     accepted: int = 0
