@@ -80,12 +80,9 @@ def sampling(args: argparse.Namespace) -> Any:
 
 def render_chat(loaded: Loaded, messages: list[dict[str, str]]) -> list[int]:
     """Token ids of a conversation and the opening of the assistant's turn."""
-    if loaded.tokenizer.chat_template is None:
-        raise UserError(
-            "the model has no chat template", where=loaded.folder, expected="chat_template", next="openling generate MODEL PROMPT"
-        )
-    ids = loaded.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
-    return list(ids)
+    from openling.data.chat import ChatRenderer
+
+    return ChatRenderer(loaded.tokenizer).encode(messages)
 
 
 def say(loaded: Loaded, ids: list[int], args: argparse.Namespace) -> str:
