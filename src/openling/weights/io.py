@@ -1,7 +1,8 @@
 """Safetensors folders, streamed: a reader that knows every tensor from the headers alone, a writer whose folder appears whole.
 
 Layout: `model.safetensors`, or shards named by `model.safetensors.index.json`
-(`{"metadata": {"total_size": bytes}, "weight_map": {tensor: shard}}`).
+(`{"metadata": {"total_size": bytes, "stale_in": [shards]}, "weight_map": {tensor: shard}}`). Shards that `stale_in` lists
+are shared with another checkpoint: of their tensors only those that the index promises count (openling's own key).
 """
 
 from __future__ import annotations
@@ -10,40 +11,23 @@ import contextlib
 import errno
 import fcntl
 import json
-import math
 import os
 import shutil
+from collections.abc import Iterable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from openling.errors import Failure, OpenlingError, UserError, nearest
+from openling.weights.headers import DTYPE_NAMES, DTYPES, Span, read_header, write_header
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
 LFS_POINTER = b"version https://git-lfs"
-
-DTYPES: dict[str, torch.dtype] = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Reading
@@ -92,24 +76,102 @@ def read_hf_config(folder: str | Path) -> dict[str, Any]:
     return read_json(checked_folder(folder) / "config.json")
 
 
-class CheckpointReader:
-    """The tensors of a folder. Opening it checks every header; only `read` touches weights, one tensor at a time."""
+class TensorFiles:
+    """Tensors of some safetensors files in one folder. Only `read` touches weights, one tensor at a time.
+
+    Weights are read, never mapped: memory is what the caller holds, and a file that shrinks meanwhile is an error, not a signal.
+    """
+
+    def __init__(self, folder: Path, spans: dict[str, Span]) -> None:
+        self.folder = folder
+        self.spans = spans
+
+    @classmethod
+    def of(cls, folder: Path, shards: Iterable[str]) -> TensorFiles:
+        """All tensors of these files, whose headers must be in order."""
+        return TensorFiles(folder, {name: span for shard in shards for name, span in read_header(folder / shard).items()})
+
+    def names(self) -> list[str]:
+        """All tensor names, in the order of the files."""
+        return list(self.spans)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.spans
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, from its header."""
+        return self.spans[name].shape
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Stored dtype of a tensor, from its header."""
+        stored = self.spans[name].dtype
+        if stored not in DTYPES:
+            raise UserError(
+                "unsupported tensor dtype", where=f"{name} in {self.folder}", value=stored, expected=", ".join(DTYPES)
+            )
+        return DTYPES[stored]
+
+    def nbytes(self, name: str) -> int:
+        """Stored bytes of a tensor."""
+        return self.spans[name].nbytes
+
+    @property
+    def total_bytes(self) -> int:
+        """Stored bytes of all tensors."""
+        return sum(span.nbytes for span in self.spans.values())
+
+    def read(self, name: str) -> Tensor:
+        """One tensor as stored, on the CPU, in memory of its own."""
+        return self.read_rows(name, 0, None)
+
+    def read_rows(self, name: str, first: int, count: int | None) -> Tensor:
+        """`count` entries along the first dimension from `first` on; None: all of the tensor."""
+        span = self.spans[name]
+        shape = span.shape if count is None else (count, *span.shape[1:])
+        out = torch.empty(shape, dtype=self.dtype(name))
+        start = span.start if count is None else span.start + first * (span.nbytes // span.shape[0])
+        path = self.folder / span.shard
+        try:
+            handle = os.open(path, os.O_RDONLY)
+        except OSError as error:
+            raise UserError("a weight shard cannot be read", where=path, value=error.strerror) from error
+        try:
+            view = raw_bytes(out)
+            while len(view):
+                got = os.preadv(handle, [view], start)
+                if not got:
+                    raise UserError(
+                        "a weight shard has become shorter",
+                        where=path,
+                        value=f"{name} ends at byte {span.end}",
+                        next="copy or download this file again",
+                    )
+                view, start = view[got:], start + got
+        finally:
+            os.close(handle)
+        return out
+
+
+class CheckpointReader(TensorFiles):
+    """The tensors of a checkpoint folder. Opening it checks every header."""
 
     def __init__(self, folder: str | Path) -> None:
-        self.folder = checked_folder(folder)
+        super().__init__(checked_folder(folder), {})
+        self.stale_in: list[str] = []
         promised = self._promised()
-        shards = sorted(set(promised.values())) if promised is not None else [SINGLE]
-        self._open: dict[str, Any] = {shard: self._open_shard(shard) for shard in shards}
-        self._shard: dict[str, str] = {}
-        for shard, handle in self._open.items():
-            for name in handle.keys():  # noqa: SIM118 (not a dict)
-                if name in self._shard:
-                    raise self._broken("a tensor is stored twice", name, f"{self._shard[name]} and {shard}", "one shard")
-                self._shard[name] = shard
+        self.shards = sorted(set(promised.values())) if promised is not None else [SINGLE]
+        for shard in self.shards:
+            for name, span in self._header(shard).items():
+                if shard in self.stale_in and (promised or {}).get(name) != shard:
+                    continue
+                if name in self.spans:
+                    both = f"{self.spans[name].shard} and {shard}"
+                    raise self._broken("a tensor is stored twice", name, both, "one shard")
+                self.spans[name] = span
         for name, shard in (promised or {}).items():
-            if self._shard.get(name) != shard:
-                raise self._broken("a tensor of the index is not in its shard", name, self._shard.get(name, "nowhere"), shard)
-        self._slices = {name: self._open[shard].get_slice(name) for name, shard in self._shard.items()}
+            found = self.spans[name].shard if name in self.spans else "nowhere"
+            if found != shard:
+                raise self._broken("a tensor of the index is not in its shard", name, found, shard)
 
     def _promised(self) -> dict[str, str] | None:
         """`weight_map` of the index, or None for a single file."""
@@ -120,6 +182,8 @@ class CheckpointReader:
                 raise UserError(
                     "the index lists no tensors", where=self.folder / INDEX, expected='{"weight_map": {tensor: shard}}'
                 )
+            metadata = index.get("metadata") or {}
+            self.stale_in = list(metadata.get("stale_in", ())) if isinstance(metadata, dict) else []
             return weight_map
         if (self.folder / SINGLE).exists():
             return None
@@ -140,7 +204,7 @@ class CheckpointReader:
             )
         return "openling.weights.gguf.import_gguf(file, new_folder)" if others else None
 
-    def _open_shard(self, shard: str) -> Any:
+    def _header(self, shard: str) -> dict[str, Span]:
         path = self.folder / shard
         if not path.is_file():
             present = [p.name for p in self.folder.glob("*.safetensors")]
@@ -150,8 +214,8 @@ class CheckpointReader:
         try:
             with path.open("rb") as file:
                 _check_no_pointer(path, file.read(len(LFS_POINTER)))
-            return safe_open(path, "pt")
-        except (OSError, SafetensorError) as error:
+            return read_header(path)
+        except (OSError, ValueError) as error:
             raise UserError(
                 "a weight shard is damaged or truncated",
                 where=path,
@@ -162,39 +226,6 @@ class CheckpointReader:
 
     def _broken(self, what: str, name: str, found: str, expected: str) -> UserError:
         return UserError(what, where=f"{name} in {self.folder}", value=found, expected=expected, next="copy the folder again")
-
-    def names(self) -> list[str]:
-        """All tensor names, in the order of the files."""
-        return list(self._shard)
-
-    def __contains__(self, name: object) -> bool:
-        return name in self._shard
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor, from its header."""
-        return tuple(self._slices[name].get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        """Stored dtype of a tensor, from its header."""
-        stored = self._slices[name].get_dtype()
-        if stored not in DTYPES:
-            raise UserError(
-                "unsupported tensor dtype", where=f"{name} in {self.folder}", value=stored, expected=", ".join(DTYPES)
-            )
-        return DTYPES[stored]
-
-    def nbytes(self, name: str) -> int:
-        """Stored bytes of a tensor."""
-        return math.prod(self.shape(name)) * self.dtype(name).itemsize
-
-    @property
-    def total_bytes(self) -> int:
-        """Stored bytes of all tensors."""
-        return sum(map(self.nbytes, self._shard))
-
-    def read(self, name: str) -> Tensor:
-        """One tensor as stored, on the CPU. It may be backed by the file: copy it before changing it."""
-        return self._open[self._shard[name]].get_tensor(name)
 
 
 def _check_no_pointer(path: Path, head: bytes) -> None:
@@ -280,7 +311,7 @@ class FolderWriter:
     def _flush(self) -> None:
         if self._pending:
             path = self.draft / f"shard-{len(self._shards):05d}"
-            self._write(path, [_header(self._pending), *self._pending.values()])
+            self._write(path, [tensors_header(self._pending), *self._pending.values()])
             self._shards.append(list(self._pending))
             self._total += self._pending_bytes
             self._pending, self._pending_bytes = {}, 0
@@ -289,7 +320,7 @@ class FolderWriter:
         try:
             with path.open("wb") as file:
                 for piece in pieces:
-                    file.write(_raw(piece) if isinstance(piece, Tensor) else piece)
+                    file.write(raw_bytes(piece) if isinstance(piece, Tensor) else piece)
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
@@ -346,18 +377,11 @@ def write_error(error: OSError, out: Path) -> OpenlingError:
     return Failure("writing failed; nothing was kept", where=out, value=error)
 
 
-def _header(tensors: dict[str, Tensor]) -> bytes:
-    """Safetensors header: 8 bytes of length, then JSON padded with spaces to a multiple of 8."""
-    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in tensors.items():
-        start, end = end, end + tensor.numel() * tensor.element_size()
-        entries[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    text = json.dumps(entries, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+def tensors_header(tensors: dict[str, Tensor]) -> bytes:
+    """The safetensors header of these tensors."""
+    return write_header((n, DTYPE_NAMES[t.dtype], tuple(t.shape), t.numel() * t.element_size()) for n, t in tensors.items())
 
 
-def _raw(tensor: Tensor) -> memoryview:
-    """The bytes of a tensor, row-major, little-endian."""
-    return tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+def raw_bytes(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, row-major, little-endian; those of a contiguous CPU tensor are its memory."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
