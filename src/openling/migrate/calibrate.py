@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from openling.migrate.stack import MemoryStreams, Stack, Streams, stack_of
 from openling.model.ling import CallContext, Layer, Ling, MtpLayer
 
 
@@ -56,8 +57,8 @@ class LayerStep:
     index: int
     teacher: Layer
     student: Layer
-    teacher_h: list[Tensor]
-    student_h: list[Tensor]
+    teacher_h: Sequence[Tensor]
+    student_h: Sequence[Tensor]
     teacher_call: CallContext
     student_call: CallContext
 
@@ -77,40 +78,51 @@ class LayerStep:
 
 
 @torch.no_grad()
-def walk(teacher: Ling, student: Ling, windows: Sequence[Tensor], *, bf16: bool = True) -> Iterator[LayerStep]:
+def walk(
+    teacher: Ling | Stack,
+    student: Ling | Stack,
+    windows: Sequence[Tensor],
+    *,
+    bf16: bool = True,
+    streams: Streams | None = None,
+) -> Iterator[LayerStep]:
     """Yield every layer in order, MTP layers last; the caller may change the student's layer before the walk passes it.
 
     `windows` are batches of token ids [B, T] of one length. Forward passes run in BF16 autocast unless told otherwise;
-    casts are not cached, since weights change on the way.
+    casts are not cached, since weights change on the way. `streams` keeps the residual streams between the layers (in memory
+    by default); a walk begins behind the layers after which they were left.
     """
-    ids = windows[0]
-    models = teacher, student
-    calls = [CallContext(m.model.rope(ids, 0, None), None, None) for m in models]
-    streams = [[m.model.word_embeddings(w) for w in windows] for m in models]
-    hidden = student.config.num_hidden_layers
-    for index in range(len(student.model.layers)):
+    ids, kept = windows[0], streams or MemoryStreams()
+    stacks = stack_of(teacher), stack_of(student)
+    calls = [CallContext(s.rope(ids), None, None) for s in stacks]
+    hidden = stacks[1].config.num_hidden_layers
+    first, h = kept.resume() or (0, kept.keep([map(s.embed, windows) for s in stacks], 0))
+    count = hidden + stacks[1].config.num_nextn_predict_layers
+    for index in range(first, count):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             if index >= hidden:
                 ahead = index - hidden + 1
-                streams = [_enter_mtp(m, index, h, windows, ahead) for m, h in zip(models, streams, strict=True)]
-            layers = [m.model.layer(index) for m in models]
-            yield LayerStep(index, layers[0], layers[1], streams[0], streams[1], calls[0], calls[1])
-            streams = [_through(m, index, h, call) for m, h, call in zip(models, streams, calls, strict=True)]
+                h = kept.keep([_enter_mtp(s, index, x, windows, ahead) for s, x in zip(stacks, h, strict=True)], None)
+            layers = [s.layer(index) for s in stacks]
+            yield LayerStep(index, layers[0], layers[1], h[0], h[1], calls[0], calls[1])
+            if index + 1 < count:
+                h = kept.keep([_through(s, index, x, call) for s, x, call in zip(stacks, h, calls, strict=True)], index + 1)
 
 
-def _through(model: Ling, index: int, stream: list[Tensor], call: CallContext) -> list[Tensor]:
+def _through(stack: Stack, index: int, stream: Sequence[Tensor], call: CallContext) -> Iterator[Tensor]:
     """The residual stream after a layer; the last hidden layer's also through the final norm when MTP layers follow."""
-    layer = model.model.layer(index)
-    out = [Layer.forward(layer, h, call) for h in stream]
-    if isinstance(layer, MtpLayer):
-        return [layer.final_layernorm(h) for h in out]
-    ends = index == model.config.num_hidden_layers - 1 and bool(model.model.mtp_layers())
-    return [model.model.norm(h) for h in out] if ends else out
+    layer, c = stack.layer(index), stack.config
+    ends = index == c.num_hidden_layers - 1 and c.num_nextn_predict_layers > 0
+    for h in stream:
+        out = Layer.forward(layer, h, call)
+        if isinstance(layer, MtpLayer):
+            out = layer.final_layernorm(out)
+        yield stack.norm(out) if ends else out
 
 
-def _enter_mtp(model: Ling, index: int, stream: list[Tensor], windows: Sequence[Tensor], ahead: int) -> list[Tensor]:
+def _enter_mtp(stack: Stack, index: int, stream: Sequence[Tensor], windows: Sequence[Tensor], ahead: int) -> Iterator[Tensor]:
     """The residual stream inside an MTP layer: hidden states joined with the embeddings of tokens `ahead` further on."""
-    layer = model.model.layer(index)
+    layer = stack.layer(index)
     assert isinstance(layer, MtpLayer)
-    embedded = [model.model.word_embeddings(F.pad(w[:, ahead:], (0, ahead))) for w in windows]
-    return [layer.join(h, e) for h, e in zip(stream, embedded, strict=True)]
+    for h, w in zip(stream, windows, strict=True):
+        yield layer.join(h, stack.embed(F.pad(w[:, ahead:], (0, ahead))))

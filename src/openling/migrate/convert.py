@@ -17,11 +17,14 @@ from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.lightning import look_back, match_heads, refit_output, widen
 from openling.migrate.mla import Projections, fill_mla
 from openling.migrate.qknorm import best_removal, removal_error, remove_norm
+from openling.migrate.stack import unfitted
 from openling.model.config import ModelConfig
 from openling.model.ling import GroupedQueryAttention, LatentAttention, LightningAttention, Ling
 from openling.ops.lightning import log_decay
 
 OnLayer = Callable[[int], None]
+# Between the seeds of neighbouring layers (the golden ratio in 64 bits).
+SEED_STEP = 0x9E3779B97F4A7C15
 
 
 @dataclass(frozen=True)
@@ -42,16 +45,12 @@ def derive(source: Ling, config: ModelConfig) -> Ling:
     with torch.device("meta"):
         model = Ling(config)
     old = source.state_dict()
-    device, dtype = source.lm_head.weight.device, source.lm_head.weight.dtype
+    like = source.lm_head.weight
     changed = {i for i in range(len(model.model.layers)) if config.layer_kind(i) != source.config.layer_kind(i)}
     prefixes = tuple(f"model.layers.{i}.attention." for i in changed)
     state: dict[str, Tensor] = {}
     for name, tensor in model.state_dict().items():
-        if name.startswith(prefixes):
-            norm = tensor.dim() == 1 and not name.endswith("bias")
-            state[name] = torch.full(tensor.shape, float(norm), device=device, dtype=dtype)
-        else:
-            state[name] = old[name]
+        state[name] = unfitted(name, tensor, like) if name.startswith(prefixes) else old[name]
     model.load_state_dict(state, assign=True)
     return model.eval()
 
@@ -68,17 +67,9 @@ def to_lightning(
 ) -> tuple[Ling, list[Approximation]]:
     """Every layer that `config` calls Lightning, from a GQA teacher; the other layers stay as they are."""
     student = derive(teacher, config)
-    generator = torch.Generator().manual_seed(seed) if options.kv_heads == "random" else None
     found: list[Approximation] = []
     for step in walk(teacher, student, windows, bf16=bf16):
-        target, source = step.student.attention, step.teacher.attention
-        if isinstance(target, LightningAttention):
-            assert isinstance(source, GroupedQueryAttention)
-            order = None
-            if options.match_heads:
-                order = match_heads(look_back(source, step), log_decay(*target.decay_of))
-            widen(source, target, order=order, generator=generator)
-            found += _refit(step, options, "softmax attention replaced by Lightning")
+        found += fit_lightning(step, options, seed)
         on_layer(step.index)
     return student, found
 
@@ -90,25 +81,45 @@ def to_mla(
     student = derive(source, config)
     found: list[Approximation] = []
     for step in walk(source, student, windows, bf16=bf16):
-        target, old = step.student.attention, step.teacher.attention
-        if isinstance(target, LatentAttention) and isinstance(old, GroupedQueryAttention):
-            inputs = [_with_bias_input(x, old) for x in step.inputs()]
-            weights, removed = without_qk_norm(old, inputs, options)
-            found += [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
-            kept = fill_mla(
-                target,
-                weights,
-                old.dense,
-                inputs,
-                rotary=config.rotary_dim,
-                balance=options.balance,
-                latent_norm=options.latent_norm,
-                query_weighted=options.query_weighted_rope,
-            )
-            found += [Approximation("MLA factors", step.index, name, value) for name, value in kept.items()]
-            found += _refit(step, options, "GQA replaced by MLA")
+        found += fit_mla(step, options, config.rotary_dim)
         on_layer(step.index)
     return student, found
+
+
+@torch.no_grad()
+def fit_lightning(step: LayerStep, options: Conversion, seed: int) -> list[Approximation]:
+    """Fill the student's mixer where it is Lightning and the teacher's is not."""
+    target, source = step.student.attention, step.teacher.attention
+    if not (isinstance(target, LightningAttention) and isinstance(source, GroupedQueryAttention)):
+        return []
+    # A generator of its own for every layer, so that a conversion can go on in the middle.
+    generator = torch.Generator().manual_seed((seed + step.index * SEED_STEP) % 2**63) if options.kv_heads == "random" else None
+    order = match_heads(look_back(source, step), log_decay(*target.decay_of)) if options.match_heads else None
+    widen(source, target, order=order, generator=generator)
+    return _refit(step, options, "softmax attention replaced by Lightning")
+
+
+@torch.no_grad()
+def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> list[Approximation]:
+    """Fill the student's mixer where it is MLA and the teacher's is not; `rotary_dim` is the teacher's."""
+    target, old = step.student.attention, step.teacher.attention
+    if not (isinstance(target, LatentAttention) and isinstance(old, GroupedQueryAttention)):
+        return []
+    inputs = [_with_bias_input(x, old) for x in step.inputs()]
+    weights, removed = without_qk_norm(old, inputs, options)
+    found = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
+    kept = fill_mla(
+        target,
+        weights,
+        old.dense,
+        inputs,
+        rotary=rotary_dim,
+        balance=options.balance,
+        latent_norm=options.latent_norm,
+        query_weighted=options.query_weighted_rope,
+    )
+    found += [Approximation("MLA factors", step.index, name, value) for name, value in kept.items()]
+    return found + _refit(step, options, "GQA replaced by MLA")
 
 
 def without_qk_norm(

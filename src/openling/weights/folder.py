@@ -19,7 +19,7 @@ from openling.errors import UserError, nearest
 from openling.model.config import ModelConfig
 from openling.model.families import family_of, read_config
 from openling.model.ling import Ling
-from openling.weights.io import CheckpointReader, checked_folder, read_hf_config
+from openling.weights.io import CheckpointReader, TensorFiles, checked_folder, read_hf_config
 from openling.weights.names import RECOMPUTED, Binding, bind
 
 TOKENIZER_FILES = (
@@ -48,12 +48,23 @@ class Loaded:
     hf_config: dict[str, Any]
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
-    """Load a local checkpoint folder of any family in `openling.model.families`.
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint folder whose headers were checked: where each of our tensors lies. `stored` is the commonest dtype."""
 
-    dtype: of all weights (the router's selection bias stays FP32); None keeps the stored one, the commonest if several.
-    Raises UserError for whatever is wrong with the folder: absent or damaged files, an unknown architecture, a config
-    that contradicts the weights, NaN or infinite weights, a tokenizer with more ids than the vocabulary.
+    folder: Path
+    config: ModelConfig
+    hf_config: dict[str, Any]
+    reader: TensorFiles
+    bindings: dict[str, Binding]
+    shapes: dict[str, torch.Size]
+    stored: torch.dtype
+
+
+def open_folder(folder: str | Path) -> Opened:
+    """Check a local checkpoint folder of any family in `openling.model.families`, from its config and headers alone.
+
+    Raises UserError for absent or damaged files, an unknown architecture, a config that contradicts the weights.
     """
     folder = checked_folder(folder)
     hf = read_hf_config(folder)
@@ -66,17 +77,31 @@ def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | 
     shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
     bindings = bind(family.architecture, config, shapes, present=reader)
     _check_names_and_shapes(reader, bindings, shapes)
-    tokenizer = load_tokenizer(folder, config)
-    dtype = dtype or _stored_dtype(reader, bindings)
+    by_name = {b.ours: b for b in bindings}
+    return Opened(folder, config, hf, reader, by_name, shapes, _stored_dtype(reader, bindings))
+
+
+def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
+    """Load a local checkpoint folder of any family in `openling.model.families`.
+
+    dtype: of all weights (the router's selection bias stays FP32); None keeps the stored one, the commonest if several.
+    Raises UserError for whatever is wrong with the folder: absent or damaged files, an unknown architecture, a config
+    that contradicts the weights, NaN or infinite weights, a tokenizer with more ids than the vocabulary.
+    """
+    opened = open_folder(folder)
+    config = opened.config
+    tokenizer = load_tokenizer(opened.folder, config)
     device = torch.device(device)
-    state = {b.ours: _read(reader, b, shapes[b.ours], _dtype_of(b.ours, dtype), device) for b in bindings}
+    state = {name: read_binding(opened, name, opened.shapes[name], device, dtype) for name in opened.bindings}
     if config.tie_word_embeddings:
-        _check_tied(state, folder)
+        _check_tied(state, opened.folder)
         state[LM_HEAD] = state[EMBEDDINGS]
+    with torch.device("meta"):
+        model = Ling(config)
     model.load_state_dict(state, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.word_embeddings.weight
-    return Loaded(model.eval(), config, tokenizer, folder, hf)
+    return Loaded(model.eval(), config, tokenizer, opened.folder, opened.hf_config)
 
 
 def load_tokenizer(folder: str | Path, config: ModelConfig | None = None) -> Any:
@@ -176,17 +201,18 @@ def _stored_dtype(reader: CheckpointReader, bindings: list[Binding]) -> torch.dt
     return common
 
 
-def _read(reader: CheckpointReader, binding: Binding, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """One of our tensors, assembled from its pieces; non-finite values are refused."""
-    out = torch.empty(shape, dtype=dtype, device=device)
-    for name, target in zip(binding.theirs, binding.split(out), strict=True):
-        piece = reader.read(name)
+def read_binding(opened: Opened, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """One of our tensors, assembled from its pieces, in `dtype` or the folder's; non-finite values are refused."""
+    binding, reader = opened.bindings[name], opened.reader
+    out = torch.empty(shape, dtype=_dtype_of(name, dtype or opened.stored), device=device)
+    for piece_name, target in zip(binding.theirs, binding.split(out), strict=True):
+        piece = reader.read(piece_name)
         # Both extremes are finite only if every value is, and no mask of the tensor's size is needed.
         if not torch.stack(piece.aminmax()).isfinite().all():
             bad = int((~piece.isfinite()).sum())
             raise UserError(
                 "the weights hold NaN or infinite values",
-                where=f"{name} in {reader.folder}",
+                where=f"{piece_name} in {reader.folder}",
                 value=f"{bad} of {piece.numel()} values",
                 expected="finite numbers",
             )
