@@ -1,4 +1,4 @@
-"""One browser for all tests of a process; it starts when the first one asks for it."""
+"""One browser and one server for all tests of a process; each starts when the first test asks for it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ import pytest
 
 if TYPE_CHECKING:
     from selenium import webdriver
+    from server_process import Served
+
+API_KEY = "key-of-the-tests"
 
 
 @pytest.fixture(scope="session")
@@ -17,3 +20,12 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 
     with chromium(tmp_path_factory.mktemp("profile")) as driver:
         yield driver
+
+
+@pytest.fixture(scope="session")
+def nano_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    """`openling serve` on the nano model, with an API key."""
+    from server_process import served_nano
+
+    with served_nano(tmp_path_factory.mktemp("served") / "nano", key=API_KEY) as server:
+        yield server

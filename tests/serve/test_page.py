@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -405,4 +404,3 @@ def test_two_tabs_see_each_other(page: Page, script: Script) -> None:
         page.browser.close()
         page.browser.switch_to.window(first)
     page.until(lambda: [chat.text for chat in page.all(".chat")] == ["from the second tab", "from the first tab"])
-    time.sleep(0.05)
