@@ -22,7 +22,7 @@ HERE = Path(__file__).parent
 PROGRAMS = Path(os.environ.get("OPENLING_CLIENTS", HERE.parents[2] / ".venv-clients")) / "bin"
 QUESTIONS = [
     {"question": "The sky is", "choices": ["blue", "a kind of fish", "é"], "answer": 0},
-    {"question": "Two and two make\n", "choices": ["four", "5", "many, many more than that"], "answer": 0},
+    {"question": "Two\nand two make", "choices": ["four", "5", "many, many more than that"], "answer": 0},
     {"question": "Zwölf Boxkämpfer jagen", "choices": ["Viktor", "quer", "über den großen Sylter Deich 世界"], "answer": 1},
 ]
 
