@@ -13,6 +13,7 @@ class LimitsConfig(_Section):
     """Bounds that are checked before work is done. What is beyond them is answered 400, 413 or 429."""
 
     body_bytes: int = Field(32 << 20, gt=0, description="a request's body")
+    weight_bytes: int = Field(1 << 30, gt=0, description="a body of /update_weights/stream")
     header_bytes: int = Field(64 << 10, ge=1024, description="a request's line and headers")
     connections: int = Field(4096, gt=0, description="open connections; further ones are closed")
     messages: int = Field(4096, gt=0, description="messages of a conversation")

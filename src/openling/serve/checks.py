@@ -122,6 +122,7 @@ def sampling_params(
     logprobs: int | None = None,
     prompt_logprobs: int | None = None,
     grammar: Grammar | None = None,
+    routed_experts: bool = False,
 ) -> SamplingParams:
     """One reply's parameters. Reply `choice` of n takes its own seed, counted up from the request's."""
     top_k = body.top_k or 0
@@ -144,4 +145,5 @@ def sampling_params(
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
         grammar=grammar,
+        routed_experts=routed_experts,
     )

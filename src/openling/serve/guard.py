@@ -41,6 +41,7 @@ class Paths:
     admin: frozenset[str] = frozenset()
     admin_prefixes: tuple[str, ...] = ()
     known: frozenset[str] = frozenset()
+    binary: frozenset[str] = frozenset()
 
     def access(self, path: str) -> Access:
         """What a path asks for."""
@@ -95,7 +96,7 @@ class Guard:
         sender = self._stamped(send, exchange)
         try:
             await self._admit(scope, headers)
-            await self._app(scope, self._bounded(receive, headers), sender)
+            await self._app(scope, self._bounded(receive, exchange.path), sender)
         except ClientGone:
             exchange.status = CLIENT_LEFT
         except ApiError as error:
@@ -122,14 +123,15 @@ class Guard:
         if refusal is not None:
             raise refusal
         length = headers.get("content-length", "0")
-        if not length.isdigit() or int(length) > self._limits.body_bytes:
-            raise self._too_large()
+        if not length.isdigit() or int(length) > self._most_bytes(path):
+            raise self._too_large(path)
         kind = headers.get("content-type", "").partition(";")[0].strip().lower()
-        if scope["method"] == "POST" and kind != "application/json" and (length != "0" or "transfer-encoding" in headers):
+        wanted = "application/octet-stream" if path in self._paths.binary else "application/json"
+        if scope["method"] == "POST" and kind != wanted and (length != "0" or "transfer-encoding" in headers):
             # Other types would reach us from foreign web pages without the browser asking first.
-            raise ApiError(415, "send Content-Type: application/json", code="unsupported_media_type")
+            raise ApiError(415, f"send Content-Type: {wanted}", code="unsupported_media_type")
 
-    def _bounded(self, receive: Receive, headers: dict[str, str]) -> Receive:
+    def _bounded(self, receive: Receive, path: str) -> Receive:
         """`receive` with the body's size and time limited."""
         deadline = asyncio.get_running_loop().time() + self._timeouts.body
         size, complete = 0, False
@@ -146,17 +148,20 @@ class Guard:
             if message["type"] == "http.disconnect":
                 raise ClientGone
             size += len(message.get("body", b""))
-            if size > self._limits.body_bytes:
-                raise self._too_large()
+            if size > self._most_bytes(path):
+                raise self._too_large(path)
             complete = not message.get("more_body", False)
             return message
 
         return bounded
 
-    def _too_large(self) -> ApiError:
+    def _most_bytes(self, path: str) -> int:
+        return self._limits.weight_bytes if path in self._paths.binary else self._limits.body_bytes
+
+    def _too_large(self, path: str) -> ApiError:
         return ApiError(
             413,
-            f"the body is larger than {self._limits.body_bytes} bytes",
+            f"the body is larger than {self._most_bytes(path)} bytes",
             code="request_too_large",
             headers={"Connection": "close"},
         )

@@ -48,6 +48,7 @@ class Replies:
         self._tasks: list[asyncio.Task[None]] = []
         self._clocks = [_Clock(time.monotonic()) for _ in requests]
         self._open = len(requests)
+        self._last: dict[int, Output] = {}
 
     async def start(self, patience: float = 0.05) -> None:
         """Hand the requests to the engine. A refusal within `patience` seconds is raised here, while HTTP can still say so."""
@@ -79,6 +80,14 @@ class Replies:
         self._open -= output.finish_reason is not None
         return index, output
 
+    def abort(self) -> None:
+        """End every reply that still runs: its next output says "abort"."""
+        for i, (task, request) in enumerate(zip(self._tasks, self._requests, strict=True)):
+            if not task.done():
+                task.cancel()
+                last = self._last.get(i) or Output(request.id, prompt_tokens=len(request.prompt_token_ids))
+                self._queue.put_nowait((i, _end_of(last)))
+
     async def aclose(self) -> None:
         """Stop whatever still runs."""
         await cancel(*self._tasks)
@@ -96,6 +105,7 @@ class Replies:
     async def _run(self, index: int, request: Request) -> None:
         try:
             async for output in self._engine.generate(request):
+                self._last[index] = output
                 self._queue.put_nowait((index, output))
         except Exception as error:  # told to whoever waits for this reply
             self._queue.put_nowait((index, error))
@@ -110,6 +120,12 @@ class Replies:
             clock.last = now
         if output.finish_reason is not None:
             self._timings.finished(now - clock.began, output)
+
+
+def _end_of(last: Output) -> Output:
+    """An output that adds nothing but the end."""
+    counts = {"prompt_tokens": last.prompt_tokens, "cached_tokens": last.cached_tokens, "completion_tokens": last.completion_tokens}
+    return Output(last.request_id, finish_reason="abort", weight_version=last.weight_version, **counts)
 
 
 def as_api_error(error: Exception) -> ApiError:

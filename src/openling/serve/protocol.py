@@ -4,6 +4,7 @@ dropped (`IGNORED`). Bounds that a server may configure are checked in `checks.p
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, WithJsonSchema, model_validator
@@ -135,6 +136,10 @@ class JsonSchema(Body):
     schema_: dict[str, Any] | bool = Field(alias="schema")
     strict: bool | None = None
 
+    def schema_text(self) -> str:
+        """The schema as JSON."""
+        return json.dumps(self.schema_, ensure_ascii=False)
+
 
 class ResponseFormat(Body):
     """What the reply's text must be."""
@@ -220,7 +225,7 @@ class ChatRequest(SamplingFields):
     response_format: ResponseFormat | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = Field(None, ge=0)
-    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning_effort: Literal["none", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, str | int | float | bool] | None = None
     include_reasoning: bool | None = None
 

@@ -19,7 +19,8 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openling.errors import UserError
-from openling.serve import basic_routes, completions
+from openling.serve import admin_routes as admin
+from openling.serve import basic_routes, completions, generate_route
 from openling.serve.auth import Access, Keys
 from openling.serve.guard import Guard, Paths
 from openling.serve.problems import ApiError, unavailable
@@ -38,6 +39,7 @@ class Endpoint:
     handler: Handler
     access: Access = "api"
     drains: bool = False
+    binary: bool = False
 
 
 def endpoints() -> list[Endpoint]:
@@ -53,7 +55,30 @@ def endpoints() -> list[Endpoint]:
         Endpoint("/tokenize", "POST", basic_routes.tokenize),
         Endpoint("/detokenize", "POST", basic_routes.detokenize),
         Endpoint("/tokenizer_info", "GET", basic_routes.tokenizer_info),
+        *admin_endpoints(),
     ]
+
+
+def admin_endpoints() -> list[Endpoint]:
+    """The routes behind the admin key; names that RL tools know from SGLang stand beside ours."""
+    named: list[tuple[str, Handler, tuple[str, ...]]] = [
+        ("/generate", generate_route.generate, ()),
+        ("/pause", admin.pause, ("/pause_generation",)),
+        ("/resume", admin.resume, ("/continue_generation",)),
+        ("/abort", admin.abort, ("/abort_request",)),
+        ("/update_weights", admin.update_weights, ("/update_weights_from_disk",)),
+        ("/update_weights/begin", admin.begin_update, ()),
+        ("/update_weights/commit", admin.commit_update, ()),
+        ("/flush_cache", admin.flush_cache, ()),
+        ("/release_memory", admin.release_memory, ("/release_memory_occupation",)),
+        ("/resume_memory", admin.resume_memory, ("/resume_memory_occupation",)),
+    ]
+    found = [Endpoint(path, "POST", handler, "admin") for name, handler, others in named for path in (name, *others)]
+    found.append(Endpoint("/flush_cache", "GET", admin.flush_cache, "admin"))
+    found.append(Endpoint("/update_weights/stream", "POST", admin.stream_update, "admin", binary=True))
+    found.append(Endpoint("/weights/checksum", "GET", admin.checksum, "admin"))
+    found.append(Endpoint("/weights/{name:path}", "GET", admin.weight, "admin"))
+    return found
 
 
 def build_app(service: Service, keys: Keys, *, local_only: bool = False) -> ASGIApp:
@@ -90,10 +115,13 @@ def build_app(service: Service, keys: Keys, *, local_only: bool = False) -> ASGI
 
 def _paths(table: list[Endpoint], page: dict[str, Response]) -> Paths:
     open_paths = {entry.path for entry in table if entry.access == "open"} | set(page)
-    admin = {entry.path for entry in table if entry.access == "admin" and "{" not in entry.path}
+    admin_paths = {entry.path for entry in table if entry.access == "admin" and "{" not in entry.path}
     prefixes = {entry.path.partition("{")[0] for entry in table if entry.access == "admin" and "{" in entry.path}
     known = {entry.path for entry in table} | set(page)
-    return Paths(frozenset(open_paths), frozenset(admin), tuple(sorted(prefixes)), frozenset(known))
+    binary = {entry.path for entry in table if entry.binary}
+    return Paths(
+        frozenset(open_paths), frozenset(admin_paths), tuple(sorted(prefixes)), frozenset(known), frozenset(binary)
+    )
 
 
 def _endpoint(service: Service, handlers: dict[str, Handler]) -> Callable[[HttpRequest], Awaitable[Any]]:

@@ -27,6 +27,7 @@ from openling.serve.sse import dumps
 from openling.serve.types import EngineStats, Output, Request, SamplingParams
 
 if TYPE_CHECKING:
+    from openling.serve.admin_routes import Upload
     from openling.serve.async_engine import AsyncEngine
     from openling.serve.text import ModelText
 
@@ -47,8 +48,9 @@ class Service:
     draining: bool = False
     metrics: Metrics = field(default_factory=Metrics)
     created: int = field(default_factory=lambda: int(time.time()))
-    # Every id that a client may know a call by -> the engine's ids of its replies.
-    active: dict[str, list[str]] = field(default_factory=dict)
+    # Every id that a client may know a call by -> the calls of that id.
+    active: dict[str, list[Call]] = field(default_factory=dict)
+    upload: Upload | None = None
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.config.limits)
@@ -103,13 +105,14 @@ class Service:
 class Call:
     """One API call: its replies in the engine, its room in the admission, its entry among the active calls."""
 
-    def __init__(self, service: Service, http: HttpRequest, prefix: str) -> None:
+    def __init__(self, service: Service, http: HttpRequest, prefix: str, *, name: str | None = None) -> None:
         self.service = service
         self.id = f"{prefix}-{uuid.uuid4().hex}"
         self.request_id: str = http.state.request_id
         self.caller: Caller = http.state.caller
         self.created = int(time.time())
         self.replies: Replies | None = None
+        self._names = {self.id, self.request_id, name or self.id}
         self._stack = ExitStack()
 
     async def start(self, prompts: Sequence[tuple[Sequence[int], SamplingParams]], cache_salt: str | None = None) -> None:
@@ -121,10 +124,9 @@ class Call:
         requests = [Request(f"{self.id}:{i}", tuple(ids), params, namespace=namespace) for i, (ids, params) in enumerate(prompts)]
         tokens = sum(len(request.prompt_token_ids) for request in requests)
         self._stack.enter_context(service.admission.admit(self.caller.namespace, len(requests), tokens))
-        ids = [request.id for request in requests]
-        for name in {self.id, self.request_id}:
-            service.active.setdefault(name, []).extend(ids)
-            self._stack.callback(self._forget, name, ids)
+        for name in self._names:
+            service.active.setdefault(name, []).append(self)
+            self._stack.callback(self._forget, name)
         self.replies = Replies(service.engine, requests, seconds=service.config.timeouts.reply, timings=service.metrics)
         try:
             await self.replies.start()
@@ -132,10 +134,15 @@ class Call:
             await self.aclose()
             raise
 
-    def _forget(self, name: str, ids: list[str]) -> None:
-        left = [id for id in self.service.active.pop(name, ()) if id not in ids]
+    def _forget(self, name: str) -> None:
+        left = [call for call in self.service.active.pop(name, ()) if call is not self]
         if left:
             self.service.active[name] = left
+
+    def abort(self) -> None:
+        """End every reply with what it has."""
+        if self.replies is not None:
+            self.replies.abort()
 
     def note(self, output: Output) -> None:
         """Remember which weights made the newest tokens."""
