@@ -172,7 +172,9 @@ async def resume_memory(service: Service, http: HttpRequest) -> Response:
 
 async def _state(service: Service) -> Response:
     stats = await service.stats()
-    return json_response({"success": True, "paused": stats.paused, "running": stats.running, "weight_version": stats.weight_version})
+    return json_response(
+        {"success": True, "paused": stats.paused, "running": stats.running, "weight_version": stats.weight_version}
+    )
 
 
 async def _in_engine(service: Service, work: Callable[[Engine], object]) -> None:

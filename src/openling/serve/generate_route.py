@@ -101,7 +101,12 @@ class _Reply:
             "cached_tokens": last.cached_tokens,
         }
         found: dict[str, Any] = {"text": self.text, "token_ids": self.token_ids, "output_ids": self.token_ids}
-        found |= {"finish_reason": last.finish_reason, "stop_reason": last.stop_reason, "segments": self.segments, "usage": counts}
+        found |= {
+            "finish_reason": last.finish_reason,
+            "stop_reason": last.stop_reason,
+            "segments": self.segments,
+            "usage": counts,
+        }
         version = self.segments[-1]["weight_version"] if self.segments else service.weight_version
         meta: dict[str, Any] = counts | {"id": self.id, "weight_version": version}
         meta["finish_reason"] = {"type": last.finish_reason, "matched": last.stop_reason}

@@ -124,8 +124,14 @@ class Replies:
 
 def _end_of(last: Output) -> Output:
     """An output that adds nothing but the end."""
-    counts = {"prompt_tokens": last.prompt_tokens, "cached_tokens": last.cached_tokens, "completion_tokens": last.completion_tokens}
-    return Output(last.request_id, finish_reason="abort", weight_version=last.weight_version, **counts)
+    return Output(
+        last.request_id,
+        weight_version=last.weight_version,
+        finish_reason="abort",
+        prompt_tokens=last.prompt_tokens,
+        cached_tokens=last.cached_tokens,
+        completion_tokens=last.completion_tokens,
+    )
 
 
 def as_api_error(error: Exception) -> ApiError:

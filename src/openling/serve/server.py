@@ -119,9 +119,7 @@ def _paths(table: list[Endpoint], page: dict[str, Response]) -> Paths:
     prefixes = {entry.path.partition("{")[0] for entry in table if entry.access == "admin" and "{" in entry.path}
     known = {entry.path for entry in table} | set(page)
     binary = {entry.path for entry in table if entry.binary}
-    return Paths(
-        frozenset(open_paths), frozenset(admin_paths), tuple(sorted(prefixes)), frozenset(known), frozenset(binary)
-    )
+    return Paths(frozenset(open_paths), frozenset(admin_paths), tuple(sorted(prefixes)), frozenset(known), frozenset(binary))
 
 
 def _endpoint(service: Service, handlers: dict[str, Handler]) -> Callable[[HttpRequest], Awaitable[Any]]:
