@@ -16,3 +16,16 @@ def test_greedy_replies_equal_generate(kind, cached):
     for r in requests:
         assert tiny.tokens(found[r.id]) == tiny.expected(m, r.prompt_token_ids, r.params.max_tokens)
         assert found[r.id][-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "half", "mtp"])
+def test_steps_over_static_buffers_are_the_same_steps(kind):
+    """What a CUDA graph reads and where its padding writes, with a capture that runs once, as a real one."""
+    m = tiny.model(kind)
+    e = tiny.engine(m, drafts=2 if kind == "mtp" else 0, draft_always=True, max_running=5)
+    e.use_graphs(lambda run: (run(), run)[1])
+    requests = [tiny.request(tiny.prompt(n), max_tokens=70 + n % 3) for n in (1, 60, 130, 64, 5, 7, 9)]
+    found = tiny.run(e, requests)
+    for r in requests:
+        assert tiny.tokens(found[r.id]) == tiny.expected(m, r.prompt_token_ids, r.params.max_tokens)
+    assert (e.stats().drafted_tokens > 0) == (kind == "mtp")

@@ -24,6 +24,7 @@ from openling.serve import control
 from openling.serve.detokenize import TokenBytes
 from openling.serve.engine_config import EngineConfig
 from openling.serve.grammar import GrammarCompiler, Matcher
+from openling.serve.graphs import Capture, CudaCapture, DecodeGraphs
 from openling.serve.memory import store_for
 from openling.serve.payoff import Payoff
 from openling.serve.replies import Reply
@@ -52,10 +53,23 @@ class Engine:
         self._bytes = TokenBytes(tokenizer) if tokenizer is not None else None
         self._replies: dict[str, Reply] = {}
         self._compiling: dict[str, Future[Matcher]] = {}
-        self._drafter = Drafter(self.runner, self.drafts) if self.drafts else None
+        self._drafter: Drafter | None = None
+        self._prepare()
         self._payoff = Payoff()
         self._paused = self._released = False
         self._stats = EngineStats()
+
+    def _prepare(self) -> None:
+        """What refers to the memory of model and store."""
+        if self.store.device.type == "cuda" and not self.config.eager:
+            self.use_graphs(CudaCapture())
+        if self.drafts:
+            self._drafter = Drafter(self.runner, self.drafts, most=self.config.max_running)
+
+    def use_graphs(self, capture: Capture) -> None:
+        """Capture steps in which every sequence decodes."""
+        most, width = self.config.max_running, self.scheduler.table_width
+        self.runner.graphs = DecodeGraphs(self.runner, most=most, width=width, capture=capture)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -153,7 +167,7 @@ class Engine:
         drafts = [tuple(s.drafts[: plan.new - 1]) if i < decodes else () for i, s in enumerate(sequences)]
         chains = [Chain(s.id, s.reply_tokens, d) for s, d in zip(sequences, drafts, strict=True)]
         rows = [first + k for first, d in zip(forward.first_rows, drafts, strict=True) for k in range(len(d) + 1)]
-        logits_RV = self.model.logits(forward.hidden_NM[self.runner.to_device(np.array(rows, dtype=np.int64))])
+        logits_RV = self._logits(forward, rows)
         sampled = self.sampler.sample(logits_RV, chains, mask=self._mask(chains))
         if plan.new > 1 and self.store.window is not None and forward.batch.slots is not None:
             self.store.window.advance(forward.batch.slots, sampled.accepted_C[:decodes] + 1)
@@ -172,6 +186,13 @@ class Engine:
             if s.done:
                 self.abort(s.id)
         return outputs
+
+    def _logits(self, forward: Forward, rows: list[int]) -> Tensor:
+        """FP32 logits of some of the step's tokens, [R, V]."""
+        if forward.logits_NV is not None and rows == list(range(len(forward.logits_NV))):
+            return forward.logits_NV
+        index = self.runner.to_device(np.array(rows, dtype=np.int64))
+        return self.model.logits(forward.hidden_NM[index]) if forward.logits_NV is None else forward.logits_NV[index]
 
     def _commit(
         self, sequence: Sequence, drafts: int, verified: bool, tokens: list[int], logprobs: list[TokenLogprob] | None
@@ -258,12 +279,14 @@ class Engine:
         self._paused, self._released = True, True
         self.scheduler.flush()
         self.store.release()
+        self.runner.graphs = None
         self.model.to("cpu")
 
     def restore_memory(self) -> None:
         """Take back what `release_memory` gave; the engine stays paused."""
         self.model.to(self.store.device)
         self.store.restore()
+        self._prepare()
         self._released = False
 
     def flush_cache(self) -> None:

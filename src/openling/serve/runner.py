@@ -14,6 +14,7 @@ from torch import Tensor
 
 from openling.model.ling import Ling, SparseMoE
 from openling.model.paged import PAGE, Chunk, PagedCache, PagedStore, RaggedBatch
+from openling.serve.graphs import DecodeGraphs
 from openling.serve.scheduler import Plan, PromptChunk
 from openling.serve.sequence import Sequence
 
@@ -22,13 +23,15 @@ from openling.serve.sequence import Sequence
 class Forward:
     """What a step computed: the batch, final hidden states [N, M], and where each sampled sequence's first row is in them.
 
-    experts_NLk: on the host, the experts that each token chose in each sparse layer, if a request asked.
+    experts_NLk: on the host, the experts that each token chose in each sparse layer, if a request asked. logits_NV: where all
+    tokens' are there already (graphs).
     """
 
     batch: RaggedBatch
     hidden_NM: Tensor
     first_rows: list[int]
-    experts_NLk: Tensor | None
+    experts_NLk: Tensor | None = None
+    logits_NV: Tensor | None = None
 
 
 class Runner:
@@ -38,12 +41,16 @@ class Runner:
         self.model, self.store = model, store
         self.cache = PagedCache(store)
         self.device = store.device
+        self.graphs: DecodeGraphs | None = None
 
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Forward:
         """One pass over the plan's tokens."""
-        batch = self.batch_of(plan)
         wanted = any(s.request.params.routed_experts for s in (*plan.decodes, *(c.sequence for c in plan.chunks)))
+        if self.graphs is not None and not plan.chunks and not wanted:
+            batch, hidden_NM, logits_NV = self.graphs.run(plan.decodes, plan.new)
+            return Forward(batch, hidden_NM, self._first_rows(plan), logits_NV=logits_NV)
+        batch = self.batch_of(plan)
         layers = [m for m in self.model.modules() if isinstance(m, SparseMoE)] if wanted else []
         for layer in layers:
             layer.chosen = []

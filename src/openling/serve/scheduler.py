@@ -71,7 +71,7 @@ class Scheduler:
         self._arrivals = 0
         # Verified drafts and the next ones may stand behind a sequence's end.
         self.spare = 2 * store.drafts
-        self._table_width = -(-(max_len + self.spare) // PAGE)
+        self.table_width = -(-(max_len + self.spare) // PAGE)
         self.caching = config.prefix_cache and not config.deterministic
 
     # -- requests ------------------------------------------------------------------------------------------------------
@@ -91,7 +91,7 @@ class Scheduler:
         if len(self.waiting) >= self.config.max_waiting or queued + prompt > self.config.max_waiting_tokens:
             raise QueueFull(f"{len(self.waiting)} requests with {queued} tokens are waiting already", retry_after=1.0)
         self._arrivals += 1
-        sequence = Sequence(request, self._arrivals, np.zeros(self._table_width, np.int32))
+        sequence = Sequence(request, self._arrivals, np.zeros(self.table_width, np.int32))
         self.waiting.append(sequence)
         return sequence
 

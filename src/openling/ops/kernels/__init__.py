@@ -12,6 +12,7 @@ from openling.ops.kernels.moe_fp8 import block_fp8_experts
 from openling.ops.kernels.moe_ops import experts, mixture, route
 from openling.ops.kernels.norm_rope import split_norm_rope
 from openling.ops.kernels.norms import add_rms_norm, gated_group_norm, rms_norm
+from openling.ops.kernels.paged_gqa import paged_attention
 from openling.ops.kernels.rope import apply_rope, latent_qkv
 from openling.ops.kernels.swiglu import swiglu, swiglu_packed
 
@@ -30,6 +31,7 @@ __all__ = [
     "lightning_verify_step",
     "mixture",
     "mla_decode",
+    "paged_attention",
     "rms_norm",
     "route",
     "split_norm_rope",
