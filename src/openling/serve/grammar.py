@@ -28,7 +28,7 @@ from openling.serve.detokenize import TokenBytes
 from openling.serve.types import Grammar
 
 # Room for readable indentation, none for endless white space, which small models fall into.
-_WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
@@ -36,7 +36,7 @@ _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 class GrammarLimits:
     """What a grammar may cost. seconds: from `submit` to a matcher, the wait for a free thread included."""
 
-    max_chars: int = 65536
+    max_chars: int = 262_144
     max_depth: int = 64
     seconds: float = 5.0
     cached: int = 64
@@ -214,7 +214,7 @@ def _source(grammar: Grammar) -> str:
         return str(LLMatcher.grammar_from_lark(grammar.text))
     schema = '{"type": "object"}' if grammar.kind == "json_object" else grammar.text
     try:
-        return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": _WHITE_SPACE}))
+        return str(LLMatcher.grammar_from_json_schema(schema, overrides={"whitespace_pattern": WHITE_SPACE}))
     except ValueError as error:
         raise UserError("the JSON schema is not JSON", value=error) from error
 
