@@ -212,10 +212,18 @@ def test_non_finite_weights(single: Path, value: float) -> None:
 
 
 def test_quantised_weights(single: Path) -> None:
-    edit_tensors(single, lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), f"{QKV}_scale_inv": torch.ones(1, 1)}))
-    refused(single, "quantised", "weight_scale_inv")
-    edit_tensors(single, lambda t: t.pop(f"{QKV}_scale_inv"))
-    refused(single, "unsupported weight dtype", QKV)
+    """FP8 with the right scales is read; without, or with wrong ones, it is refused, as are packed integers."""
+    scale = f"{QKV}_scale_inv"
+    edit_tensors(single, lambda t: t.update({QKV: t[QKV].to(torch.float8_e4m3fn), scale: torch.ones(1, 1)}))
+    assert openling.load(single).config.hidden_size == 32
+    edit_tensors(single, lambda t: t.update({scale: torch.ones(1, 2)}))
+    refused(single, "wrong shape", scale, "[1, 2]", "[1, 1]")
+    edit_tensors(single, lambda t: t.pop(scale))
+    refused(single, "has no scale", QKV)
+    edit_tensors(single, lambda t: t.update({QKV: t[QKV].float(), scale: torch.ones(1, 1)}))
+    refused(single, "scale without its FP8 tensor", scale)
+    edit_tensors(single, lambda t: (t.pop(scale), t.update({QKV.replace("weight", "qweight"): torch.ones(1, 1)})))
+    refused(single, "quantised to integers", "qweight")
 
 
 def test_wrong_or_broken_tokenizer(single: Path) -> None:

@@ -6,14 +6,14 @@ Legend: B windows of a batch, T tokens, M hidden size, P features, O outputs.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openling.migrate.stack import MemoryStreams, Stack, Streams, stack_of
+from openling.migrate.stack import Mapped, MemoryStreams, Stack, Streams, stack_of
 from openling.model.ling import CallContext, Layer, Ling, MtpLayer
 
 
@@ -66,6 +66,10 @@ class LayerStep:
         """The student's mixer inputs, batch by batch, [B, T, M]."""
         for h in self.student_h:
             yield self.student.input_layernorm(h)
+
+    def mixer_inputs(self, form: Callable[[Tensor], Tensor]) -> Sequence[Tensor]:
+        """`form` of every batch of `inputs()`, computed anew whenever it is read: no batch stays in memory."""
+        return Mapped(self.student_h, lambda h: form(self.student.input_layernorm(h)))
 
     def targets(self, correct_residual: bool) -> Iterator[Tensor]:
         """What the student's mixer should output, batch by batch: the teacher's mixer output on the teacher's own stream.

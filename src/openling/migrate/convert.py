@@ -105,7 +105,7 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> list[Appro
     target, old = step.student.attention, step.teacher.attention
     if not (isinstance(target, LatentAttention) and isinstance(old, GroupedQueryAttention)):
         return []
-    inputs = [_with_bias_input(x, old) for x in step.inputs()]
+    inputs = step.mixer_inputs(lambda x: _with_bias_input(x, old))
     weights, removed = without_qk_norm(old, inputs, options)
     found = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
     kept = fill_mla(

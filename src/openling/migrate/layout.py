@@ -5,7 +5,7 @@ Lightning everywhere but in the last layer of each group, which becomes MLA, as 
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from openling.errors import UserError
 from openling.model.config import LayerKind, ModelConfig
@@ -74,6 +74,48 @@ def stage_kinds(source: ModelConfig, target: ModelConfig, stage: Stage) -> tuple
     if stage == "mla":
         return target.layer_kinds
     return tuple(new if new == "lightning" else old for old, new in zip(source.layer_kinds, target.layer_kinds, strict=True))
+
+
+def lightning_stage(config: ModelConfig, layout: dict[str, Any]) -> ModelConfig:
+    """After the Lightning conversion of a GQA model: Lightning everywhere but in the future MLA layers."""
+    if set(config.layer_kinds) != {"gqa"}:
+        raise UserError(
+            "this model is converted already, wholly or in part",
+            where="stage lightning",
+            value=kinds_of(config),
+            expected="softmax (GQA or MHA) attention in every layer",
+            next=next_stage(config),
+        )
+    target = target_config(config, **layout)
+    kinds = stage_kinds(config, target, "lightning")
+    return target.replace(layer_kinds=kinds, mtp_layer_kind=config.mtp_layer_kind)
+
+
+def mla_stage(config: ModelConfig, layout: dict[str, Any]) -> ModelConfig:
+    """After the MLA conversion: every GQA layer is MLA; widths from the checkpoint's config where an earlier stage wrote them."""
+    if "gqa" not in config.layer_kinds:
+        what = "there is no GQA layer left to convert"
+        raise UserError(what, where="stage mla", value=kinds_of(config), expected="GQA layers", next=next_stage(config))
+    kinds: tuple[LayerKind, ...] = tuple("mla" if kind == "gqa" else kind for kind in config.layer_kinds)
+    plain = config.replace(layer_kinds=("gqa",) * config.num_hidden_layers, mtp_layer_kind="gqa")
+    defaults = target_config(plain, **layout)
+    widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+    chosen = {w: layout.get(w) or getattr(config, w) or getattr(defaults, w) for w in widths}
+    # Every layer MLA is, in the published layout, groups of one.
+    return config.replace(layer_kinds=kinds, mtp_layer_kind="mla", layer_group_size=config.layer_group_size or 1, **chosen)
+
+
+def kinds_of(config: ModelConfig) -> str:
+    """The layers by kind, in words."""
+    return ", ".join(f"{config.layer_kinds.count(kind)} {kind}" for kind in sorted(set(config.layer_kinds))) + " layers"
+
+
+def next_stage(config: ModelConfig) -> str:
+    """The stages that can follow on a model of this configuration."""
+    kinds = set(config.layer_kinds)
+    if "gqa" not in kinds:
+        return "--stage linear-warmup or mla-warmup with --teacher, which need no conversion"
+    return "--stage linear-warmup, then mla" if "lightning" in kinds else "--stage lightning first, or no --stage for all four"
 
 
 def default_group_size(layers: int) -> int:

@@ -28,7 +28,7 @@ from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
 from openling.migrate.convert import Approximation, to_lightning, to_mla
 from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
-from openling.migrate.layout import group_size_reason, stage_kinds, target_config
+from openling.migrate.layout import group_size_reason, kinds_of, lightning_stage, mla_stage, next_stage, target_config
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
 from openling.model.config import ModelConfig
@@ -349,32 +349,10 @@ class _Migration:
         return target_config(config, **self.config.layout.model_dump())
 
     def _half(self, config: ModelConfig) -> ModelConfig:
-        """Lightning everywhere but in the future MLA layers."""
-        if set(config.layer_kinds) != {"gqa"}:
-            raise UserError(
-                "this model is converted already, wholly or in part",
-                where="stage lightning",
-                value=_kinds(config),
-                expected="softmax (GQA or MHA) attention in every layer",
-                next=_next_stage(config),
-            )
-        target = self._target(config)
-        kinds = stage_kinds(config, target, "lightning")
-        return target.replace(layer_kinds=kinds, mtp_layer_kind=config.mtp_layer_kind)
+        return lightning_stage(config, self.config.layout.model_dump())
 
     def _full(self, config: ModelConfig) -> ModelConfig:
-        """Every GQA layer becomes MLA; widths from the checkpoint's config where an earlier stage wrote them."""
-        if "gqa" not in config.layer_kinds:
-            what = "there is no GQA layer left to convert"
-            raise UserError(what, where="stage mla", value=_kinds(config), expected="GQA layers", next=_next_stage(config))
-        kinds = tuple("mla" if kind == "gqa" else kind for kind in config.layer_kinds)
-        plain = config.replace(layer_kinds=("gqa",) * config.num_hidden_layers, mtp_layer_kind="gqa")
-        defaults = self._target(plain)
-        widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-        asked = self.config.layout.model_dump()
-        chosen = {w: asked.get(w) or getattr(config, w) or getattr(defaults, w) for w in widths}
-        # Every layer MLA is, in the published layout, groups of one.
-        return config.replace(layer_kinds=kinds, mtp_layer_kind="mla", layer_group_size=config.layer_group_size or 1, **chosen)
+        return mla_stage(config, self.config.layout.model_dump())
 
     def _converted(self, stage: Stage, current: Checkpoint, config: ModelConfig) -> tuple[Ling, dict[str, Any]]:
         layers = len(current.model.model.layers)
@@ -457,7 +435,7 @@ def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
     layers = [i for i, k in enumerate(config.layer_kinds) if k == kind]
     if not layers:
         raise UserError(
-            f"there is no {kind} layer to warm up", where=f"stage {stage}", value=_kinds(config), next=_next_stage(config)
+            f"there is no {kind} layer to warm up", where=f"stage {stage}", value=kinds_of(config), next=next_stage(config)
         )
     names = r"(query_key_value|query_layernorm|key_layernorm)\..*"
     if which == "best":
@@ -465,18 +443,6 @@ def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
     if kind == "mla":
         names = ".*"
     return [rf"model\.layers\.({'|'.join(map(str, layers))})\.attention\.{names}"]
-
-
-def _kinds(config: ModelConfig) -> str:
-    return ", ".join(f"{config.layer_kinds.count(kind)} {kind}" for kind in sorted(set(config.layer_kinds))) + " layers"
-
-
-def _next_stage(config: ModelConfig) -> str:
-    """The stages that can follow on a model of this configuration."""
-    kinds = set(config.layer_kinds)
-    if "gqa" not in kinds:
-        return "--stage linear-warmup or mla-warmup with --teacher, which need no conversion"
-    return "--stage linear-warmup, then mla" if "lightning" in kinds else "--stage lightning first, or no --stage for all four"
 
 
 @torch.no_grad()

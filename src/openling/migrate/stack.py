@@ -6,8 +6,8 @@ Legend: B windows of a batch, T tokens, M hidden size, N tokens, E experts, F ex
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, overload
 
 import torch
 from torch import Tensor, nn
@@ -67,10 +67,13 @@ def stack_of(model: Ling | Stack) -> Stack:
 
 
 class FolderStack:
-    """A checkpoint folder, one layer in memory at a time, as FP32; on a CPU its routed experts one by one, as they are used."""
+    """A checkpoint folder, one layer in memory at a time, as FP32; on a CPU its routed experts one by one, as they are used.
 
-    def __init__(self, opened: Opened, device: torch.device) -> None:
-        self.opened, self.config, self.device = opened, opened.config, device
+    `mixers_only`: layers without their feed-forward part (it stays on the meta device), for fits that pass nothing on.
+    """
+
+    def __init__(self, opened: Opened, device: torch.device, *, mixers_only: bool = False) -> None:
+        self.opened, self.config, self.device, self.mixers_only = opened, opened.config, device, mixers_only
         self._rope = Rope(opened.config)
         self._held: tuple[int, Layer] | None = None
 
@@ -101,13 +104,14 @@ class FolderStack:
         with torch.device("meta"):
             layer = empty_layer(self.config, index)
         prefix = f"model.layers.{index}."
-        lazy = self.device.type == "cpu" and self.config.is_moe(index)
         shapes = {name: tensor.shape for name, tensor in layer.state_dict().items()}
-        if lazy:
+        if self.mixers_only:
+            shapes = {name: shape for name, shape in shapes.items() if name.startswith(("attention.", "input_layernorm."))}
+        elif self.device.type == "cpu" and self.config.is_moe(index):
             layer.mlp.experts = DiskExperts(self, prefix + "mlp.experts.")
             shapes = {name: shape for name, shape in shapes.items() if not name.startswith("mlp.experts.")}
         state = {name: self._tensor(prefix + name, shape) for name, shape in shapes.items()}
-        layer.load_state_dict(state, assign=True, strict=True)
+        layer.load_state_dict(state, assign=True, strict=not self.mixers_only)
         return layer.eval()
 
     def _tensor(self, name: str, shape: torch.Size) -> Tensor:
@@ -178,10 +182,9 @@ def derive_layer(layer: Layer, source: ModelConfig, config: ModelConfig, index: 
     with torch.device("meta"):
         new = empty_layer(config, index)
     attention = {f"attention.{name}": unfitted(name, t, like) for name, t in new.attention.state_dict().items()}
-    new.mlp = layer.mlp
+    new.mlp = layer.mlp  # experts that are read from disk are no tensors
     shared = {name: t for name, t in layer.state_dict().items() if not name.startswith("attention.")}
     new.load_state_dict(shared | attention, assign=True)
-    new.mlp = layer.mlp
     return new.eval()
 
 
@@ -204,6 +207,44 @@ class Streams(Protocol):
 
     def keep(self, streams: list[Iterator[Tensor]], layer: int | None) -> list[Sequence[Tensor]]:
         """Consume the streams; they stand in front of `layer` (None: on the way to it, nothing to resume from)."""
+
+
+class Mapped(Sequence[Tensor]):
+    """A function of every tensor of a sequence, computed when it is read and not kept."""
+
+    def __init__(self, items: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
+        self._items, self._function = items, function
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return Mapped(self._items[index], self._function)
+        return self._function(self._items[index])
+
+
+class Numbered(Sequence[Tensor]):
+    """Tensors that `make(i)` reads or draws anew whenever they are asked for."""
+
+    def __init__(self, numbers: Sequence[int], make: Callable[[int], Tensor]) -> None:
+        self._numbers, self._make = numbers, make
+
+    def __len__(self) -> int:
+        return len(self._numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Tensor: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
+    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
+        if isinstance(index, slice):
+            return Numbered(self._numbers[index], self._make)
+        return self._make(self._numbers[index])
 
 
 class MemoryStreams:

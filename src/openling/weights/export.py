@@ -11,7 +11,7 @@ import re
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -60,15 +60,22 @@ def save(
     with writer:
         for name, tensor, stored in tensors:
             writer.add(name, tensor.detach().to(stored))
-        writer.add_file("config.json", _json(config))
+        writer.add_file("config.json", json_text(config))
         if not same:
             writer.add_file(REMOTE_FILE, remote_code())
-        _add_companions(writer, source, model.config)
+        add_companions(writer, source, model.config)
         record = {"openling_version": __version__, "base_model": source.name if source else None, **(provenance or {})}
-        writer.add_file("openling.json", _json(record))
-        _add_launch_scripts(writer, config, source, [name for name, _, _ in tensors], total)
-        writer.add_file("README.md", _card(name or writer.out.name, config, source, record))
+        writer.add_file("openling.json", json_text(record))
+        add_launch_scripts(writer, config, source, [name for name, _, _ in tensors], total)
+        writer.add_file("README.md", model_card(name or writer.out.name, config, source, record))
     return writer.out
+
+
+class FileSink(Protocol):
+    """What takes the small files of a folder: `FolderWriter`, or a folder that is filled in another way."""
+
+    def add_file(self, name: str, data: str | bytes) -> None:
+        """Write a small file of the folder."""
 
 
 # A tensor to write: its name in the checkpoint, its values, the dtype to store.
@@ -92,7 +99,8 @@ def _source_tensors(model: Ling, hf: dict[str, Any], source: Path | None, dtype:
     reader = CheckpointReader(source) if source is not None else None
     state = model.state_dict()
     bindings = bind(family_of(hf).architecture, model.config, state, present=reader)
-    known = {name: reader.dtype(name) for name in reader.names()} if reader is not None else {}
+    # FP8 is stored with scales, which this does not write: such a source goes back in the model's dtype.
+    known = {n: reader.dtype(n) for n in reader.names() if reader.dtype(n).itemsize > 1} if reader is not None else {}
     return [(name, t, _stored(name, t, dtype) if dtype else known.get(name, t.dtype)) for name, t in _entries(bindings, state)]
 
 
@@ -109,26 +117,33 @@ def _stored(name: str, tensor: Tensor, dtype: torch.dtype | None) -> torch.dtype
 
 
 def _same_config(hf_config: dict[str, Any], dtype: torch.dtype | None) -> dict[str, Any]:
-    """The source's config as it was; only a new dtype is noted in it."""
+    """The source's config as it was; only a new dtype is noted in it, and that nothing is quantised."""
+    hf_config = {key: value for key, value in hf_config.items() if key != "quantization_config"}
     key = "torch_dtype" if "torch_dtype" in hf_config else "dtype"
-    return hf_config if dtype is None else hf_config | {key: _dtype_name(dtype)}
+    return hf_config if dtype is None else hf_config | {key: dtype_name(dtype)}
 
 
 def _ling_config(model: Ling, tensors: list[Entry]) -> dict[str, Any]:
-    dtype = next(stored for name, _, stored in tensors if name == EMBEDDINGS)
-    names = {"dtype": _dtype_name(dtype), "torch_dtype": _dtype_name(dtype)}
-    return write_ling(model.config.replace(tie_word_embeddings=False)) | names | {"auto_map": AUTO_MAP}
+    return ling_config(model.config, next(stored for name, _, stored in tensors if name == EMBEDDINGS))
 
 
-def _dtype_name(dtype: torch.dtype) -> str:
+def ling_config(config: ModelConfig, dtype: torch.dtype) -> dict[str, Any]:
+    """config.json of a Ling-2.5/2.6 folder of ours."""
+    names = {"dtype": dtype_name(dtype), "torch_dtype": dtype_name(dtype)}
+    return write_ling(config.replace(tie_word_embeddings=False)) | names | {"auto_map": AUTO_MAP}
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """As config.json spells it."""
     return str(dtype).removeprefix("torch.")
 
 
-def _json(value: dict[str, Any]) -> str:
+def json_text(value: dict[str, Any]) -> str:
+    """As the folder's JSON files are written."""
     return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
 
 
-def _add_companions(writer: FolderWriter, source: Path | None, config: ModelConfig) -> None:
+def add_companions(writer: FileSink, source: Path | None, config: ModelConfig) -> None:
     """Tokenizer, chat template, generation config, licence."""
     if source is not None:
         licences = [p.name for pattern in _LICENSES for p in source.glob(pattern) if p.is_file()]
@@ -140,10 +155,10 @@ def _add_companions(writer: FolderWriter, source: Path | None, config: ModelConf
     else:
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {key: value for key, value in ids.items() if value is not None}
-    writer.add_file("generation_config.json", _json(generation))
+    writer.add_file("generation_config.json", json_text(generation))
 
 
-def _add_launch_scripts(writer: FolderWriter, config: dict[str, Any], source: Path | None, names: list[str], total: int) -> None:
+def add_launch_scripts(writer: FileSink, config: dict[str, Any], source: Path | None, names: list[str], total: int) -> None:
     """How SGLang and vLLM serve the folder, or why they cannot."""
     template = chat_template(source) if source is not None else ""
     checkpoint = describe(config, template, names, total)
@@ -151,7 +166,7 @@ def _add_launch_scripts(writer: FolderWriter, config: dict[str, Any], source: Pa
         writer.add_file(f"launch_{engine}.sh", launch_script(engine, checkpoint))
 
 
-def _card(name: str, config: dict[str, Any], source: Path | None, record: dict[str, Any]) -> str:
+def model_card(name: str, config: dict[str, Any], source: Path | None, record: dict[str, Any]) -> str:
     """A short model card: what this is, what it was made from, how to load it."""
     licence = _licence_of(source)
     matter = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [openling]"]

@@ -19,6 +19,7 @@ from openling.errors import UserError, nearest
 from openling.model.config import ModelConfig
 from openling.model.families import family_of, read_config
 from openling.model.ling import Ling
+from openling.weights.fp8 import opened_values
 from openling.weights.io import CheckpointReader, TensorFiles, checked_folder, read_hf_config
 from openling.weights.names import RECOMPUTED, Binding, bind
 
@@ -50,7 +51,10 @@ class Loaded:
 
 @dataclass(frozen=True)
 class Opened:
-    """A checkpoint folder whose headers were checked: where each of our tensors lies. `stored` is the commonest dtype."""
+    """A checkpoint folder whose headers were checked: where each of our tensors lies. `stored` is the commonest dtype.
+
+    `reader` gives values: FP8 matrices as FP32, which then counts as their dtype.
+    """
 
     folder: Path
     config: ModelConfig
@@ -70,7 +74,7 @@ def open_folder(folder: str | Path) -> Opened:
     hf = read_hf_config(folder)
     family = family_of(hf, where=folder / "config.json")
     config = read_config(hf, where=folder / "config.json")
-    reader = CheckpointReader(folder)
+    reader = opened_values(CheckpointReader(folder), hf)
     config = _without_absent_mtp(config, reader)
     with torch.device("meta"):
         model = Ling(config)
@@ -128,7 +132,7 @@ def load_tokenizer(folder: str | Path, config: ModelConfig | None = None) -> Any
     return tokenizer
 
 
-def _without_absent_mtp(config: ModelConfig, reader: CheckpointReader) -> ModelConfig:
+def _without_absent_mtp(config: ModelConfig, reader: TensorFiles) -> ModelConfig:
     """Some releases promise MTP layers in config.json and leave their weights out."""
     first, count = config.num_hidden_layers, config.num_nextn_predict_layers
     prefixes = tuple(f"model.layers.{first + k}." for k in range(count))
@@ -140,13 +144,16 @@ def _without_absent_mtp(config: ModelConfig, reader: CheckpointReader) -> ModelC
     return config.replace(num_nextn_predict_layers=0)
 
 
-def _check_names_and_shapes(reader: CheckpointReader, bindings: list[Binding], shapes: dict[str, torch.Size]) -> None:
+def _check_names_and_shapes(reader: TensorFiles, bindings: list[Binding], shapes: dict[str, torch.Size]) -> None:
     wanted = {name: shape for b in bindings for name, shape in zip(b.theirs, b.piece_shapes(shapes[b.ours]), strict=True)}
     unexpected = [name for name in reader.names() if name not in wanted and not RECOMPUTED.search(name)]
-    scales = [name for name in unexpected if name.endswith(("weight_scale", "weight_scale_inv", "qweight", "weight_packed"))]
+    scales = [name for name in unexpected if name.endswith(("qweight", "weight_packed"))]
     if scales:
         raise UserError(
-            "quantised checkpoints are not supported", where=reader.folder, value=scales[0], expected="BF16, FP16 or FP32 weights"
+            "checkpoints quantised to integers are not supported",
+            where=reader.folder,
+            value=scales[0],
+            expected="BF16, FP16, FP32 or FP8 weights",
         )
     missing = [name for name in wanted if name not in reader]
     if missing:
@@ -189,7 +196,7 @@ def _dtype_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith("expert_bias") and dtype != torch.float64 else dtype
 
 
-def _stored_dtype(reader: CheckpointReader, bindings: list[Binding]) -> torch.dtype:
+def _stored_dtype(reader: TensorFiles, bindings: list[Binding]) -> torch.dtype:
     """The dtype of most values; a warning when wider ones have to be rounded."""
     values: Counter[torch.dtype] = Counter()
     for name in (name for b in bindings if not b.ours.endswith("expert_bias") for name in b.theirs):

@@ -160,8 +160,11 @@ class CheckpointReader(TensorFiles):
         self.stale_in: list[str] = []
         promised = self._promised()
         self.shards = sorted(set(promised.values())) if promised is not None else [SINGLE]
+        self.stored_in: dict[str, int] = {}  # tensors in each shard's file, stale ones too
         for shard in self.shards:
-            for name, span in self._header(shard).items():
+            header = self._header(shard)
+            self.stored_in[shard] = len(header)
+            for name, span in header.items():
                 if shard in self.stale_in and (promised or {}).get(name) != shard:
                     continue
                 if name in self.spans:
@@ -365,16 +368,16 @@ class FolderWriter:
             self._lock = None
 
 
-def write_error(error: OSError, out: Path) -> OpenlingError:
-    """What an `OSError` met while writing `out` means to the user."""
+def write_error(error: OSError, out: Path, *, kept: str = "nothing was kept", resume: str | None = None) -> OpenlingError:
+    """What an `OSError` met while writing `out` means to the user; what is `kept`, and how a run that resumes goes on."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        what, fix = "no space left while writing; nothing was kept", "free some space, or name a folder on another disk"
+        what, fix = f"no space left while writing; {kept}", resume or "free some space, or name a folder on another disk"
         return UserError(what, where=out, value=error.strerror, next=fix)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
         return UserError(
             "the output folder cannot be written", where=out, value=error.strerror, expected="a writable, new folder"
         )
-    return Failure("writing failed; nothing was kept", where=out, value=error)
+    return Failure(f"writing failed; {kept}", where=out, value=error, next=resume)
 
 
 def tensors_header(tensors: dict[str, Tensor]) -> bytes:

@@ -1,0 +1,93 @@
+"""`openling convert`: a conversion from folder to folder that never holds the model."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from openling.commands.migrate import open_console, settings
+from openling.config.migrate import MigrateConfig
+from openling.errors import UserError, nearest
+
+STAGES = ("lightning", "mla")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `openling convert`; the fields of `layout`, `conversion` and `text` can be set too."""
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder (only read)")
+    parser.add_argument("out", type=Path, metavar="OUT", help="new folder; OUT.run beside it keeps the journal")
+    how = parser.add_mutually_exclusive_group()
+    how.add_argument("--copy", action="store_true", help="a folder of its own, clean of replaced tensors (default)")
+    how.add_argument("--link", action="store_true", help="share untouched shards with SOURCE; only new attention is written")
+    parser.add_argument("--stage", metavar="STAGE", help="lightning or mla; default: both, or what is left")
+    parser.add_argument("--weights-only", action="store_true", help="fit without text: reads the attention tensors alone")
+    parser.add_argument("--preset", default="best", metavar="best|paper", help="ours (default), or the report's procedure")
+    parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
+    parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names or paths")
+    parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run, or take part in it")
+    parser.set_defaults(takes_overrides=True, tokens=1, eval_text=None)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert; exit code 0."""
+    if args.stage is not None and args.stage not in STAGES:
+        close = nearest(args.stage, STAGES)
+        raise UserError("unknown stage", where="--stage", value=args.stage, expected=", ".join(STAGES), nearest=close)
+    return _hybrid(args)
+
+
+def _hybrid(args: argparse.Namespace) -> int:
+    from openling.migrate.stream import Job, convert_folder
+    from openling.model.device import pick_device
+
+    device = pick_device(args.device)
+    config = _with_stages(settings(args), args)
+    windows = None if args.weights_only else calibration(args.source, config, device)
+    console = open_console(stderr=True)
+    job = Job(args.source, args.out, config, "link" if args.link else "copy", windows, device)
+    report = convert_folder(job, resume=args.resume, say=lambda text: console.print(text, highlight=False))
+    for name, value in report.items():
+        if isinstance(value, (int, float)):
+            text = f"{value / 1e9:.3f} GB" if "bytes" in name else f"{value:.1f}"
+            console.print(f"{name.removesuffix(' bytes')}: {text}", highlight=False)
+    console.print(f"\nHybrid: {args.out}\nCheck:  openling verify {args.source} {args.out}", highlight=False, soft_wrap=True)
+    return 0
+
+
+def _with_stages(config: MigrateConfig, args: argparse.Namespace) -> MigrateConfig:
+    """Both stages, the one that was asked for, or the second where the source has been through the first."""
+    from openling.model.families import read_config
+    from openling.weights.io import read_hf_config
+
+    found = read_config(read_hf_config(args.source), where=args.source / "config.json")
+    left = STAGES if set(found.layer_kinds) == {"gqa"} else STAGES[1:]
+    return config.model_copy(update={"stages": (args.stage,) if args.stage else left})
+
+
+def calibration(source: Path, config: MigrateConfig, device: Any) -> list[Any]:
+    """The calibration text's batches of windows, as `openling migrate` cuts them."""
+    import numpy as np
+    import torch
+
+    from openling.data.corpus import BUILT_IN, mixture
+    from openling.data.pack import cut_windows, tokenise
+    from openling.migrate.pipeline import WINDOWS_PER_BATCH
+    from openling.model.families import read_config
+    from openling.weights.folder import load_tokenizer
+    from openling.weights.io import read_hf_config
+
+    model, text = read_config(read_hf_config(source)), config.text
+    tokenizer = load_tokenizer(source, model)
+    if tokenizer is None:
+        raise UserError(
+            "calibration needs the model's tokenizer",
+            where=source,
+            expected="tokenizer.json",
+            next="copy it there, or --weights-only",
+        )
+    documents = mixture(text.calibration, ["train" if n in BUILT_IN or n in text.evaluation else "all" for n in text.calibration])
+    tokens = tokenise(documents, tokenizer, vocab_size=model.vocab_size, max_tokens=text.calibration_tokens)
+    windows = cut_windows(tokens, text.sequence_length, where="calibration text")
+    return list(torch.from_numpy(windows.astype(np.int64)).to(device).split(WINDOWS_PER_BATCH))

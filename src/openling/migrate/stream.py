@@ -1,0 +1,440 @@
+"""Both conversions from folder to folder, for models of any size: one layer in memory, everything else moved as bytes.
+
+The fits are `convert.py`'s, fed by layers from disk, so the result is that of the in-memory path to the bit. `OUT.run/` holds
+`job.json` (settings, the source's shards), the units' claims and results (`weights/units.py`), residual streams, and `draft/`,
+which becomes OUT by one rename. Units: `file-NAME` moves or makes a file of kept tensors, `layer-N` is a fitted layer,
+`walk-STAGE` is all of a stage's. Whoever runs the same command with `--resume`, here or on another machine, takes part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import shutil
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from openling import __version__
+from openling.config.migrate import MigrateConfig
+from openling.errors import UserError
+from openling.migrate.calibrate import LayerStep, walk
+from openling.migrate.convert import Approximation, fit_lightning, fit_mla
+from openling.migrate.layout import lightning_stage, mla_stage
+from openling.migrate.stack import DerivedStack, FolderStack
+from openling.migrate.streams import DiskStreams, noise
+from openling.model.config import LING_ARCHITECTURE, ModelConfig
+from openling.model.ling import CallContext, Ling
+from openling.weights.delta import FilePlan, Mode, kept_tensors, plan_files
+from openling.weights.export import add_companions, add_launch_scripts, json_text, ling_config, model_card
+from openling.weights.files import check_unchanged, copy_file, copy_tensors, identity, link_file, read_ahead, write_shard
+from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
+from openling.weights.fp8 import Dequantised, Form, opened_values
+from openling.weights.io import INDEX, CheckpointReader, TensorFiles, write_error
+from openling.weights.names import Binding, bind
+from openling.weights.remote import REMOTE_FILE, remote_code
+from openling.weights.units import Units, write_json
+
+LAYER_FILE = "model-layer-{:05d}.safetensors"
+MANIFEST = "openling-files.json"
+# Files that are moved at the same time: hashing one overlaps with reading and writing another.
+MOVERS = 2
+# Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
+AHEAD_BYTES = 1 << 30
+WAIT_SECONDS = 0.5
+Stage = Literal["lightning", "mla"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is asked. windows: calibration batches [B, T] of token ids; None fits on the weights alone (`weights_only`)."""
+
+    source: Path
+    out: Path
+    config: MigrateConfig
+    mode: Mode
+    windows: list[Tensor] | None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def settings(self) -> dict[str, Any]:
+        """What must not change between the parts of a run."""
+        digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in self.windows or ()))
+        text = None if self.windows is None else digest.hexdigest()
+        chosen = self.config.model_dump(mode="json", include={"stages", "layout", "conversion", "seed"})
+        return chosen | {"mode": self.mode, "text": text}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One conversion of the job: the folder before it (as opened), the configuration after it."""
+
+    stage: Stage
+    before: ModelConfig
+    after: ModelConfig
+
+    @property
+    def layers(self) -> list[int]:
+        """Layers whose mixer changes."""
+        count = self.before.num_hidden_layers + self.before.num_nextn_predict_layers
+        return [i for i in range(count) if self.before.layer_kind(i) != self.after.layer_kind(i)]
+
+
+@dataclass(frozen=True)
+class Outline:
+    """All that the headers and the configuration say about a job."""
+
+    opened: Opened
+    raw: CheckpointReader
+    steps: list[Step]
+    files: list[FilePlan]
+    new: dict[str, torch.Size]  # our names, of fitted tensors
+
+    @property
+    def target(self) -> ModelConfig:
+        """The configuration of the result."""
+        return self.steps[-1].after
+
+    @property
+    def layers(self) -> list[int]:
+        """Every layer that is fitted."""
+        return sorted(i for step in self.steps for i in step.layers)
+
+    def attention_bytes(self) -> int:
+        """Stored bytes of the source's mixers that are replaced."""
+        prefixes = tuple(f"model.layers.{i}.attention." for i in self.layers)
+        names = [n for b in self.opened.bindings.values() if b.ours.startswith(prefixes) for n in b.theirs]
+        return sum(self.raw.nbytes(name) for name in names)
+
+
+def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
+    """Check the source and plan the result, reading nothing but headers."""
+    opened = open_folder(source)
+    raw = CheckpointReader(opened.folder)
+    layout = config.layout.model_dump()
+    steps, before = [], opened.config
+    for stage in config.stages:
+        if stage in ("lightning", "mla"):
+            after = lightning_stage(before, layout) if stage == "lightning" else mla_stage(before, layout)
+            steps.append(Step("lightning" if stage == "lightning" else "mla", before, after))
+            before = after
+    with torch.device("meta"):
+        model = Ling(before.replace(tie_word_embeddings=False))
+    shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+    fitted = tuple(f"model.layers.{i}.attention." for step in steps for i in step.layers)
+    new = {name: shape for name, shape in shapes.items() if name.startswith(fitted)}
+    old = dict(opened.bindings)
+    old.setdefault(LM_HEAD, old[EMBEDDINGS])  # engines cannot tie this family
+    kept_names = [name for name in shapes if name not in new]
+    bindings = bind(LING_ARCHITECTURE, model.config, kept_names, present=raw)
+    files = plan_files(raw, kept_tensors(old, bindings, opened.reader), mode)
+    return Outline(opened, raw, steps, files, new)
+
+
+def convert_folder(job: Job, *, resume: bool, say: Any = lambda text: None) -> dict[str, Any]:
+    """Convert `job.source` into the new folder `job.out`; what it took, as a dict (also in `OUT.run/report.json`)."""
+    out = job.out.absolute()
+    run = out.with_name(out.name + ".run")
+    if os.path.lexists(out):
+        if resume and (run / "report.json").exists() and not (run / "draft").exists():
+            return _finished(job, run)
+        raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
+    if out.resolve().is_relative_to(job.source.resolve()):
+        raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+    plan = outline(job.source, job.config, job.mode)
+    try:
+        shards = _join(job, plan, run, resume)
+        return _Conversion(job, plan, run, shards, say).go()
+    except OSError as error:
+        raise write_error(error, out, kept="what is done is kept", resume="free some space, then --resume") from error
+
+
+def _join(job: Job, plan: Outline, run: Path, resume: bool) -> dict[str, dict[str, object]]:
+    """Begin a run folder, or check that it is this job's; the identities of the source's shards."""
+    path = run / "job.json"
+    if not path.exists():
+        if resume:
+            raise UserError("there is nothing to resume", where=run, expected="job.json of an earlier run", next="omit --resume")
+        if run.exists() and any(run.iterdir()):
+            raise UserError("the run folder holds something else", where=run, next="choose another OUT, or remove it")
+        run.mkdir(parents=True, exist_ok=True)
+        _check_space(plan, run)
+        shards = {shard: identity(plan.raw.folder / shard) for shard in plan.raw.shards}
+        (run / "draft").mkdir(exist_ok=True)
+        write_json(path, {"settings": job.settings(), "shards": shards})
+        return shards
+    if not resume:
+        raise UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
+    found = _begun(job, run)
+    for shard, before in found.items():
+        check_unchanged(plan.raw.folder / shard, before, thorough=True)
+    return found
+
+
+def _begun(job: Job, run: Path) -> dict[str, dict[str, object]]:
+    """The source's shards when this run began; a `UserError` where it was begun with other settings."""
+    begun = json.loads((run / "job.json").read_text())
+    for name, value in job.settings().items():
+        if begun["settings"][name] != value:
+            raise UserError(
+                "the settings have changed since this run began",
+                where=name,
+                value=value,
+                expected=begun["settings"][name],
+                next=f"undo that, or remove {run}",
+            )
+    found: dict[str, dict[str, object]] = begun["shards"]
+    return found
+
+
+def _finished(job: Job, run: Path) -> dict[str, Any]:
+    """The report of a run that has published its output, by whichever process."""
+    _begun(job, run)
+    shutil.rmtree(run / "streams", ignore_errors=True)
+    report: dict[str, Any] = json.loads((run / "report.json").read_text())
+    return report
+
+
+def _check_space(plan: Outline, run: Path) -> None:
+    width = plan.opened.stored.itemsize
+    needed = sum(f.bytes for f in plan.files if f.action != "link") + sum(s.numel() for s in plan.new.values()) * width
+    free = shutil.disk_usage(run).free
+    if free < needed + (16 << 20):
+        raise UserError(
+            "no space left for the result",
+            where=run,
+            value=f"{free:,} bytes free",
+            expected=f"{needed:,}",
+            next="free some space, name a folder on another disk, or use --link on this one",
+        )
+
+
+class _Conversion:
+    """One process's part in a job."""
+
+    def __init__(self, job: Job, plan: Outline, run: Path, shards: dict[str, dict[str, object]], say: Any) -> None:
+        self.job, self.plan, self.run, self.shards, self.say = job, plan, run, shards, say
+        self.units, self.draft = Units(run), run / "draft"
+
+    def go(self) -> dict[str, Any]:
+        """Do what nobody else does, wait for the rest, publish."""
+        begun = time.monotonic()
+        with ThreadPoolExecutor(MOVERS) as pool:
+            moves = [pool.submit(self._move, file) for file in self.plan.files]
+            try:
+                self._fit_all()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            for move in moves:
+                move.result()
+        while not self._publish(begun):
+            time.sleep(WAIT_SECONDS)
+            for file in self.plan.files:  # whose process died
+                self._move(file)
+            self._fit_all()
+        report: dict[str, Any] = json.loads((self.run / "report.json").read_text())
+        return report
+
+    def _move(self, file: FilePlan) -> None:
+        unit, folder, out = f"file-{file.name}", self.plan.raw.folder, self.draft / file.name
+        with self.units.claim(unit) as mine:
+            if not mine:
+                return
+            sources = [file.source] if file.source else sorted({self.plan.raw.spans[t.pieces[0]].shard for t in file.tensors})
+            for shard in sources:
+                check_unchanged(folder / shard, self.shards[shard], thorough=False)
+            if file.source is None:
+                done = copy_tensors(self.plan.raw, list(file.tensors), out)
+            else:
+                done = (link_file if file.action == "link" else copy_file)(folder / file.source, out)
+            for shard in sources:
+                check_unchanged(folder / shard, self.shards[shard], thorough=False)
+            self.units.record(unit, asdict(done))
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _fit_all(self) -> None:
+        for number, step in enumerate(self.plan.steps):
+            if self.job.windows is None:
+                self._fit_alone(step)
+                continue
+            while self.units.result(f"walk-{step.stage}") is None:
+                with self.units.claim(f"walk-{step.stage}") as mine:
+                    if mine:
+                        self._fit_along(step, self._opened_before(number))
+                        self.units.record(f"walk-{step.stage}", {"layers": step.layers})
+                        shutil.rmtree(self.run / "streams" / step.stage)
+                        continue
+                time.sleep(WAIT_SECONDS)
+
+    def _opened_before(self, number: int) -> Opened:
+        """The model in front of a step: the source, and the layers that earlier steps made of it."""
+        opened, done = self.plan.opened, [i for step in self.plan.steps[:number] for i in step.layers]
+        if not done:
+            return opened
+        made = TensorFiles.of(self.draft, [LAYER_FILE.format(i) for i in done])
+        spans = {n: replace(s, shard=str((self.draft / s.shard).absolute())) for n, s in made.spans.items()}
+        raw = TensorFiles(opened.folder, self.plan.raw.spans | spans)
+        config = self.plan.steps[number].before
+        with torch.device("meta"):
+            shapes = {name: tensor.shape for name, tensor in Ling(config).state_dict().items()}
+        new = tuple(f"model.layers.{i}.attention." for i in done)
+        bindings = dict(opened.bindings) | {name: Binding(name, (name,)) for name in shapes if name.startswith(new)}
+        reader = opened_values(raw, opened.hf_config)
+        return replace(opened, config=config, reader=reader, bindings=bindings, shapes=shapes)
+
+    def _fit_along(self, step: Step, opened: Opened) -> None:
+        """Fit with calibration text, every layer on what the student makes of it so far."""
+        assert self.job.windows is not None
+        source, device = FolderStack(opened, self.job.device), self.job.device
+        streams = DiskStreams(self.run / "streams" / step.stage, device)
+        for at in walk(source, DerivedStack(source, step.after), self.job.windows, streams=streams):
+            self._ahead(opened, at.index + 1)
+            if at.index in step.layers:
+                self._write(at, self._fit(at, step))
+            self.say(f"{step.stage}: layer {at.index}")
+
+    def _fit_alone(self, step: Step) -> None:
+        """Fit every layer by itself, from its weights and normal inputs: whoever comes takes any layer."""
+        opened = replace(self.plan.opened, config=step.before)
+        source = FolderStack(opened, self.job.device, mixers_only=True)
+        student = DerivedStack(source, step.after)
+        text, width = self.job.config.text, step.before.hidden_size
+        batches, tokens = max(2, text.calibration_tokens // text.sequence_length), text.sequence_length
+        ids = torch.zeros(1, tokens, dtype=torch.long, device=self.job.device)
+        calls = [CallContext(s.rope(ids), None, None) for s in (source, student)]
+        for i in step.layers:
+            with self.units.claim(f"layer-{i}") as mine, torch.no_grad():
+                if mine:
+                    h = noise(width, i, batches=batches, tokens=tokens, seed=self.job.config.seed, device=self.job.device)
+                    at = LayerStep(i, source.layer(i), student.layer(i), h, h, calls[0], calls[1])
+                    self._write(at, self._fit(at, step))
+                    self.say(f"{step.stage}: layer {i}")
+
+    def _fit(self, at: LayerStep, step: Step) -> list[Approximation]:
+        options, seed = self.job.config.conversion, self.job.config.seed
+        if self.job.windows is None:  # normal inputs say nothing about distances, or about what a mixer should output
+            options = options.model_copy(update={"match_heads": False, "refit_output": False})
+        if step.stage == "lightning":
+            return fit_lightning(at, options, seed)
+        return fit_mla(at, options, step.before.rotary_dim)
+
+    def _write(self, at: LayerStep, found: list[Approximation]) -> None:
+        tensors = dict(self._stored(at))
+        done = write_shard(self.draft / LAYER_FILE.format(at.index), tensors)
+        self.units.record(f"layer-{at.index}", asdict(done) | {"approximations": [asdict(a) for a in found]})
+
+    def _stored(self, at: LayerStep) -> Iterator[tuple[str, Tensor]]:
+        """The fitted mixer as its file holds it: in the folder's dtype, or quantised as the source's mixer was."""
+        form, dtype = self._form(at.index), self.plan.opened.stored
+        if isinstance(self.plan.opened.reader, Dequantised):
+            dtype = self.plan.raw.dtype(f"model.layers.{at.index}.input_layernorm.weight")
+        for name, tensor in at.student.attention.state_dict().items():
+            full = f"model.layers.{at.index}.attention.{name}"
+            if form is None or tensor.dim() != 2:
+                yield full, tensor.to(dtype)
+                continue
+            values, scale = form.quantise(tensor)
+            yield from ((full, values), (full + form.suffix, scale))
+
+    def _form(self, layer: int) -> Form | None:
+        reader = self.plan.opened.reader
+        piece = self.plan.opened.bindings[f"model.layers.{layer}.attention.query_key_value.weight"].theirs[0]
+        return reader.forms.get(piece) if isinstance(reader, Dequantised) else None
+
+    def _ahead(self, opened: Opened, layer: int) -> None:
+        prefix = f"model.layers.{layer}."
+        names = [n for b in opened.bindings.values() if b.ours.startswith(prefix) for n in b.theirs]
+        if sum(opened.reader.nbytes(name) for name in names) <= AHEAD_BYTES:
+            read_ahead(opened.reader, names)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    def _publish(self, begun: float) -> bool:
+        """Make the draft the output, once every unit is done; True where it is, by whomever."""
+        names = [f"file-{f.name}" for f in self.plan.files] + [f"layer-{i}" for i in self.plan.layers]
+        results = {name: self.units.result(name) for name in names}
+        if any(result is None for result in results.values()):
+            return False
+        with self.units.claim("publish") as mine:
+            if mine:
+                for shard, before in self.shards.items():
+                    check_unchanged(self.plan.raw.folder / shard, before, thorough=True)
+                self._finish({n: r for n, r in results.items() if r is not None}, begun)
+                self.units.record("publish", {})
+                shutil.rmtree(self.run / "streams", ignore_errors=True)
+        return self.units.result("publish") is not None
+
+    def _finish(self, results: dict[str, dict[str, Any]], begun: float) -> None:
+        plan, out = self.plan, self.job.out.absolute()
+        weight_map = {t.name: f.name for f in plan.files for t in f.tensors}
+        made = TensorFiles.of(self.draft, [LAYER_FILE.format(i) for i in plan.layers])
+        weight_map |= {name: span.shard for name, span in made.spans.items()}
+        sizes = {t.name: sum(plan.raw.nbytes(p) for p in t.pieces) for f in plan.files for t in f.tensors}
+        metadata: dict[str, Any] = {"total_size": sum(sizes.values()) + made.total_bytes}
+        stale = [f.name for f in plan.files if f.stale]
+        metadata |= {"stale_in": stale} if stale else {}
+        self.add_file(INDEX, json_text({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}))
+        config = self._config()
+        self.add_file("config.json", json_text(config))
+        self.add_file(REMOTE_FILE, remote_code())
+        add_companions(self, plan.opened.folder, plan.target)
+        stages = ", ".join(step.stage for step in plan.steps)
+        fitted = "weights alone" if self.job.windows is None else f"{sum(w.numel() for w in self.job.windows)} tokens"
+        record = {"openling_version": __version__, "base_model": plan.opened.folder.name, "made by": "openling convert"}
+        record |= {"stages": stages, "fitted on": fitted}
+        if stale:
+            record |= {"note": "linked shards hold stale tensors; before serving: openling convert THIS CLEAN --to hf"}
+        else:
+            add_launch_scripts(self, config, plan.opened.folder, list(weight_map), metadata["total_size"])
+        self.add_file("openling.json", json_text(record))
+        self.add_file("README.md", model_card(out.name, config, plan.opened.folder, record))
+        files = {r["file"]: {k: r[k] for k in ("action", "bytes", "sha256")} for r in results.values()}
+        self.add_file(MANIFEST, json_text({"settings": self.job.settings(), "shards": self.shards, "files": files}))
+        write_json(self.run / "report.json", self._report(results, begun))
+        with suppress(FileNotFoundError):
+            for leftover in self.draft.glob(".*.tmp"):  # of processes that were killed
+                leftover.unlink()
+        if os.path.lexists(out):
+            raise UserError("the output has appeared meanwhile", where=out, next="move it away, then add --resume")
+        handle = os.open(self.draft, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+        self.draft.rename(out)
+
+    def add_file(self, name: str, data: str | bytes) -> None:
+        """Write a small file of the draft."""
+        path = self.draft / name
+        path.write_bytes(data.encode() if isinstance(data, str) else data)
+
+    def _config(self) -> dict[str, Any]:
+        opened = self.plan.opened
+        dtype = self.plan.raw.dtype(opened.bindings[EMBEDDINGS].theirs[0])
+        config = ling_config(self.plan.target, dtype)
+        quantised = opened.hf_config.get("quantization_config")
+        return config | ({"quantization_config": quantised} if quantised else {})
+
+    def _report(self, results: dict[str, dict[str, Any]], begun: float) -> dict[str, Any]:
+        moved: dict[str, int] = dict.fromkeys(("link", "copy", "filter", "new"), 0)
+        for result in results.values():
+            moved[result["action"]] += result["bytes"]
+        found = [a for r in results.values() for a in r.get("approximations", ())]
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return {
+            "seconds": time.monotonic() - begun,
+            "bytes linked": moved["link"],
+            "bytes copied": moved["copy"] + moved["filter"],
+            "bytes of new layers": moved["new"],
+            "bytes of old attention": self.plan.attention_bytes(),
+            "peak memory bytes": peak,
+            "approximations": found,
+        }

@@ -1,0 +1,215 @@
+"""Files of a checkpoint moved without torch: linked, copied whole or in part; every file appears whole or not at all.
+
+Bytes go from file to file inside the kernel (`copy_file_range`, which shares blocks where the file system can), in pieces; what
+arrived is hashed on the way. Memory is one piece per file at work.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from openling.errors import Failure, UserError
+from openling.weights.headers import write_header
+from openling.weights.io import TensorFiles, raw_bytes, tensors_header
+
+PIECE = 16 << 20
+# Of every source file this many blocks, evenly spread, tell whether it is still the same; all of it below 1 MiB.
+SAMPLES, BLOCK = 256, 4096
+_FICLONE = 0x40049409
+_NO_KERNEL_COPY = {errno.EXDEV, errno.ENOSYS, errno.EINVAL, errno.EOPNOTSUPP, errno.EPERM}
+
+Action = Literal["link", "copy", "filter", "new"]
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A tensor of a new folder whose bytes are those of source tensors, one after the other (rows of one matrix)."""
+
+    name: str
+    pieces: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Written:
+    """A file that is in place. sha256 is None for a link, whose bytes nobody has read."""
+
+    file: str
+    action: Action
+    bytes: int
+    sha256: str | None
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[int]:
+    """A descriptor to write and read a file that appears under its name only when the block ends without an error."""
+    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
+    try:
+        yield handle
+        os.fsync(handle)
+        draft.rename(path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            draft.unlink()
+        raise
+    finally:
+        os.close(handle)
+
+
+def write_shard(path: Path, tensors: dict[str, Tensor]) -> Written:
+    """A safetensors file of these tensors."""
+    digest, total = hashlib.sha256(), 0
+    with new_file(path) as out:
+        for view in (memoryview(tensors_header(tensors)), *map(raw_bytes, tensors.values())):
+            digest.update(view)
+            total += len(view)
+            write_all(out, view)
+    return Written(path.name, "new", total, digest.hexdigest())
+
+
+def write_all(out: int, view: memoryview) -> None:
+    """All bytes at the descriptor's place."""
+    while len(view):
+        view = view[os.write(out, view[: 1 << 30]) :]
+
+
+def link_file(source: Path, out: Path) -> Written:
+    """The same bytes under another name: a hard link or, where there are none, shared blocks; a `UserError` otherwise."""
+    size = source.stat().st_size
+    out.unlink(missing_ok=True)
+    try:
+        os.link(source.resolve(), out)
+    except OSError as refused:
+        try:
+            with source.open("rb") as file, new_file(out) as clone:
+                fcntl.ioctl(clone, _FICLONE, file.fileno())
+        except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES):
+                raise
+            raise UserError(
+                "a shard can be neither hard-linked nor reflinked to there",
+                where=source,
+                value=refused.strerror,
+                expected="an output on the same file system (and mount) as the source",
+                next="--copy, or an output folder beside the source",
+            ) from refused
+    return Written(out.name, "link", size, None)
+
+
+def copy_file(source: Path, out: Path) -> Written:
+    """A copy of a whole file."""
+    digest = hashlib.sha256()
+    with source.open("rb") as file, new_file(out) as handle:
+        size = os.fstat(file.fileno()).st_size
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        copy_range(file.fileno(), handle, 0, size, digest, source)
+    return Written(out.name, "copy", size, digest.hexdigest())
+
+
+def copy_tensors(reader: TensorFiles, tensors: list[Kept], out: Path) -> Written:
+    """A safetensors file of these tensors, their bytes copied as they are."""
+    entries = []
+    for kept in tensors:
+        spans = [reader.spans[piece] for piece in kept.pieces]
+        shape = (sum(s.shape[0] for s in spans), *spans[0].shape[1:]) if len(spans) > 1 else spans[0].shape
+        entries.append((kept.name, spans[0].dtype, shape, sum(s.nbytes for s in spans)))
+    header = write_header(entries)
+    digest, total = hashlib.sha256(header), len(header)
+    with new_file(out) as handle, contextlib.ExitStack() as files:
+        write_all(handle, memoryview(header))
+        opened: dict[str, int] = {}
+        for shard, start, end in _runs(reader, tensors):
+            if shard not in opened:
+                opened[shard] = files.enter_context((reader.folder / shard).open("rb")).fileno()
+            copy_range(opened[shard], handle, start, end - start, digest, reader.folder / shard)
+            total += end - start
+    return Written(out.name, "filter", total, digest.hexdigest())
+
+
+def _runs(reader: TensorFiles, tensors: list[Kept]) -> Iterator[tuple[str, int, int]]:
+    """Byte ranges of the pieces in order, neighbours joined."""
+    run: tuple[str, int, int] | None = None
+    for span in (reader.spans[piece] for kept in tensors for piece in kept.pieces):
+        if run is not None and (span.shard, span.start) == (run[0], run[2]):
+            run = run[0], run[1], span.end
+            continue
+        if run is not None:
+            yield run
+        run = span.shard, span.start, span.end
+    if run is not None:
+        yield run
+
+
+def copy_range(source: int, out: int, start: int, count: int, digest: hashlib._Hash, name: Path) -> None:
+    """Append `count` bytes from `start` on; `digest` sees what arrived."""
+    buffer = memoryview(bytearray(min(PIECE, count)))
+    place = os.lseek(out, 0, os.SEEK_CUR)
+    while count:
+        got = _copy_piece(source, out, start, min(count, PIECE), buffer)
+        if not got:
+            raise UserError("a weight shard has become shorter", where=name, next="copy or download this file again")
+        seen = 0
+        while seen < got:
+            more = os.preadv(out, [buffer[: got - seen]], place + seen)
+            digest.update(buffer[:more])
+            seen += more
+        os.posix_fadvise(source, start, got, os.POSIX_FADV_DONTNEED)
+        start, place, count = start + got, place + got, count - got
+
+
+def _copy_piece(source: int, out: int, start: int, count: int, buffer: memoryview) -> int:
+    try:
+        return os.copy_file_range(source, out, count, offset_src=start)
+    except OSError as error:
+        if error.errno not in _NO_KERNEL_COPY:
+            raise
+    got = os.preadv(source, [buffer[:count]], start)
+    write_all(out, buffer[:got])
+    return got
+
+
+def read_ahead(reader: TensorFiles, names: list[str]) -> None:
+    """Ask the system to load these tensors into its cache meanwhile; they cost this process no memory."""
+    for shard, start, end in _runs(reader, [Kept(name, (name,)) for name in names]):
+        handle = os.open(reader.folder / shard, os.O_RDONLY)
+        os.posix_fadvise(handle, start, end - start, os.POSIX_FADV_WILLNEED)
+        os.close(handle)
+
+
+def identity(path: Path) -> dict[str, object]:
+    """What a source file is recognised by: size, time of its last change, a hash of blocks all over it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        about = os.fstat(file.fileno())
+        for start in range(0, about.st_size, max(BLOCK, about.st_size // SAMPLES)):
+            file.seek(start)
+            digest.update(file.read(BLOCK))
+    return {"bytes": about.st_size, "changed_ns": about.st_mtime_ns, "samples": digest.hexdigest()}
+
+
+def check_unchanged(path: Path, before: dict[str, object], *, thorough: bool) -> None:
+    """Raise a Failure where a source file is no longer what it was; `thorough` reads its blocks too."""
+    about = path.stat()
+    now: dict[str, object] = {"bytes": about.st_size, "changed_ns": about.st_mtime_ns}
+    if thorough:
+        now = identity(path)
+    wrong = [key for key, value in now.items() if before[key] != value]
+    if wrong:
+        raise Failure(
+            "a shard of the source has changed on disk during the conversion",
+            where=path,
+            value=", ".join(f"{key}: {now[key]}" for key in wrong),
+            expected=", ".join(f"{key}: {before[key]}" for key in wrong),
+            next="restore that file and resume, or remove the run folder and begin again",
+        )

@@ -1,0 +1,131 @@
+"""FP8 checkpoints: weights as e4m3 with scales beside them, read as FP32 and written back in the same form.
+
+Two forms: block, `X.weight_scale_inv` [ceil(N / b), ceil(K / b)] with b = 128 unless config.json says otherwise; and per channel,
+`X.weight_scale` [N, 1] or [N]. In both, weight = stored * scale, in FP32: a bare cast of the stored values gives a random model.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from openling.errors import UserError
+from openling.weights.io import TensorFiles
+
+SUFFIXES = {"_scale_inv": "block", "_scale": "channel"}
+LARGEST = 448.0  # of e4m3
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+@dataclass(frozen=True)
+class Form:
+    """How a matrix is quantised: the scale's suffix, its dtype, whether it has a second dimension, and the block."""
+
+    kind: Literal["block", "channel"]
+    suffix: str
+    scale_dtype: torch.dtype
+    flat: bool
+    block: tuple[int, int]
+
+    def scale_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """Shape of the scales of a matrix [N, K]."""
+        if self.kind == "channel":
+            return (shape[0],) if self.flat else (shape[0], 1)
+        return tuple(math.ceil(n / b) for n, b in zip(shape, self.block, strict=True))
+
+    def widen(self, scale: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """Scales as FP32 that broadcast over a matrix of this shape."""
+        if self.kind == "channel":
+            return scale.float().reshape(-1, 1)
+        (rows, columns), (high, wide) = shape, self.block
+        return scale.float().repeat_interleave(high, 0)[:rows].repeat_interleave(wide, 1)[:, :columns]
+
+    def quantise(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """e4m3 values and scales of a matrix: each block's or row's largest value becomes the largest of e4m3."""
+        weight = weight.float()
+        rows, columns = weight.shape
+        high, wide = (1, columns) if self.kind == "channel" else self.block
+        padded = torch.nn.functional.pad(weight.abs(), (0, -columns % wide, 0, -rows % high))
+        largest = padded.unflatten(1, (-1, wide)).amax(2).unflatten(0, (-1, high)).amax(1)
+        scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+        scale = scale.reshape(self.scale_shape((rows, columns))).to(self.scale_dtype)
+        scaled = (weight / self.widen(scale, (rows, columns))).clamp(-LARGEST, LARGEST)
+        return scaled.to(torch.float8_e4m3fn), scale
+
+
+class Dequantised(TensorFiles):
+    """The tensors of a folder with its FP8 matrices as FP32; their scales are not listed.
+
+    `forms` says how each FP8 matrix is stored, `raw` has the tensors as they are. Raises UserError for an FP8 tensor without a
+    scale, a scale of the wrong shape, a scale without its FP8 tensor.
+    """
+
+    def __init__(self, raw: TensorFiles, hf_config: dict[str, Any]) -> None:
+        super().__init__(raw.folder, raw.spans)
+        self.raw = raw
+        quantised = hf_config.get("quantization_config") or {}
+        block = tuple(quantised.get("weight_block_size") or (128, 128))
+        self.forms = {name: self._form(name, block) for name in raw.names() if raw.dtype(name) in FP8}
+        self._scales = {name + form.suffix for name, form in self.forms.items()}
+        for name in raw.names():
+            if name.endswith(tuple(SUFFIXES)) and name not in self._scales:
+                weight = name.removesuffix("_inv").removesuffix("_scale")
+                found = str(raw.dtype(weight)) if weight in raw else "no such tensor"
+                raise UserError(
+                    "a scale without its FP8 tensor", where=f"{name} in {raw.folder}", value=found, expected=f"{weight} in FP8"
+                )
+
+    def _form(self, name: str, block: tuple[int, ...]) -> Form:
+        raw, shape = self.raw, self.raw.shape(name)
+        suffix = next((s for s in SUFFIXES if name + s in raw), None)
+        if suffix is None or len(shape) != 2:
+            raise UserError(
+                "an FP8 tensor has no scale" if suffix is None else "an FP8 tensor is not a matrix",
+                where=f"{name} in {raw.folder}",
+                value=list(shape),
+                expected=f"{name}_scale_inv, one per {block[0]} x {block[-1]} block, or {name}_scale, one per row",
+                next="copy or download the folder again",
+            )
+        scale = name + suffix
+        kind: Literal["block", "channel"] = "block" if suffix == "_scale_inv" else "channel"
+        form = Form(kind, suffix, raw.dtype(scale), len(raw.shape(scale)) == 1, (block[0], block[-1]))
+        if raw.shape(scale) != form.scale_shape(shape):
+            raise UserError(
+                "an FP8 scale has the wrong shape",
+                where=f"{scale} in {raw.folder}",
+                value=list(raw.shape(scale)),
+                expected=f"{list(form.scale_shape(shape))} for {list(shape)}, blocks of {block[0]} x {block[-1]}",
+                next="set weight_block_size in config.json's quantization_config, or copy the folder again",
+            )
+        return form
+
+    def names(self) -> list[str]:
+        """All tensor names but those of scales."""
+        return [name for name in self.raw.names() if name not in self._scales]
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.raw and name not in self._scales
+
+    def dtype(self, name: str) -> torch.dtype:
+        """FP32 for FP8 matrices."""
+        return torch.float32 if name in self.forms else self.raw.dtype(name)
+
+    def read_rows(self, name: str, first: int, count: int | None) -> Tensor:
+        """As `TensorFiles.read_rows`, dequantised in FP32."""
+        form = self.forms.get(name)
+        if form is None:
+            return self.raw.read_rows(name, first, count)
+        if count is not None:
+            return self.read_rows(name, 0, None)[first : first + count].clone()
+        stored = self.raw.read(name)
+        return stored.float() * form.widen(self.raw.read(name + form.suffix), tuple(stored.shape))
+
+
+def opened_values(raw: TensorFiles, hf_config: dict[str, Any]) -> TensorFiles:
+    """The tensors of a folder as values: itself, or dequantised where it holds FP8 matrices or scales."""
+    quantised = any(raw.spans[name].dtype.startswith("F8_E4") or name.endswith(tuple(SUFFIXES)) for name in raw.names())
+    return Dequantised(raw, hf_config) if quantised else raw

@@ -1,0 +1,60 @@
+"""The journal of a job that several processes, on several machines with a shared folder, may do together and resume.
+
+The job is a set of units with fixed names. `claims/UNIT` is locked (flock) by whoever works on a unit: the lock ends with the
+process, however that ends. `done/UNIT.json` appears whole when the unit is done and says what came of it, hashes included.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+class Units:
+    """Claims and results below a run folder, which must exist. The shared file system must know locks (flock)."""
+
+    def __init__(self, run: Path) -> None:
+        self.claims, self.done = run / "claims", run / "done"
+        for folder in (self.claims, self.done):
+            folder.mkdir(exist_ok=True)
+
+    def result(self, unit: str) -> dict[str, Any] | None:
+        """What came of a unit, or None while it is not done."""
+        try:
+            value: dict[str, Any] = json.loads((self.done / f"{unit}.json").read_text())
+        except FileNotFoundError:
+            return None
+        return value
+
+    @contextmanager
+    def claim(self, unit: str) -> Iterator[bool]:
+        """Hold a unit; False where it is done or somebody else holds it."""
+        handle = os.open(self.claims / unit, os.O_RDWR | os.O_CREAT)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                yield False
+                return
+            yield self.result(unit) is None
+        finally:
+            os.close(handle)
+
+    def record(self, unit: str, result: dict[str, Any]) -> None:
+        """A unit is done."""
+        write_json(self.done / f"{unit}.json", result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write JSON whole or not at all; several processes may write the same."""
+    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
+    with draft.open("w") as file:
+        json.dump(value, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+    draft.replace(path)
