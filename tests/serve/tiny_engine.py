@@ -54,8 +54,13 @@ _ids = itertools.count()
 
 
 def model(kind: str = "hybrid", seed: int = 0, dtype: torch.dtype = torch.float64) -> Ling:
+    """One of `KINDS`."""
+    return model_of(KINDS[kind], seed, dtype)
+
+
+def model_of(config: ModelConfig, seed: int = 0, dtype: torch.dtype = torch.float64) -> Ling:
     """Weights large enough that greedy continuations vary."""
-    m = Ling(KINDS[kind]).to(dtype)
+    m = Ling(config).to(dtype)
     m.init_weights(torch.Generator().manual_seed(seed))
     return m.eval()
 
@@ -98,6 +103,12 @@ def drain(e: Engine, *, most_steps: int = 5000) -> dict[str, list[Output]]:
 
 def tokens(outputs: list[Output]) -> list[int]:
     return [token for output in outputs for token in output.token_ids]
+
+
+@torch.no_grad()
+def log_probabilities(m: Ling, ids, temperature: float = 1.0) -> torch.Tensor:
+    """[T, V]: what the model says behind each token, without a cache."""
+    return (m(torch.tensor([ids]))[0] / temperature).log_softmax(-1)
 
 
 def expected(m: Ling, ids, count: int) -> list[int]:
