@@ -8,16 +8,21 @@ from collections.abc import AsyncIterator, Callable
 from live_server import byte_tokenizer
 
 from openling.config.serve import LimitsConfig, ServeConfig, TimeoutsConfig
+from openling.serve.engine import Engine
+from openling.serve.parsers import ReplyFormat
 from openling.serve.service import Service
 from openling.serve.text import ModelText
 from openling.serve.types import EngineStats, Output, Request
 
 
 class ScriptedEngine:
-    """Plays `script(request)`; remembers requests, and which replies were closed before their end."""
+    """Plays `script(request)`; remembers requests, and which replies were closed before their end.
 
-    def __init__(self, script: Callable[[Request], AsyncIterator[Output]]) -> None:
-        self.script, self.healthy = script, True
+    engine: compiles grammars.
+    """
+
+    def __init__(self, script: Callable[[Request], AsyncIterator[Output]], engine: Engine | None = None) -> None:
+        self.script, self.engine, self.healthy = script, engine, True
         self.requests: list[Request] = []
         self.running = 0
         self.left: list[str] = []
@@ -83,5 +88,5 @@ def scripted_service(script, *, limits=None, timeouts=None) -> Service:
     config = ServeConfig(
         limits=LimitsConfig(**(limits or {})), timeouts=TimeoutsConfig(**({"drain": 0.2, "idle": 1} | (timeouts or {})))
     )
-    text = ModelText(byte_tokenizer(), 258)
+    text = ModelText(byte_tokenizer(), 258, ReplyFormat(None, False))
     return Service(ScriptedEngine(script), text, config, "tiny", 1024)

@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory for caches (default: what is free)")
     parser.add_argument("--drafts", type=int, default=0, metavar="K", help="tokens that the MTP layer drafts (default 0)")
     parser.add_argument("--deterministic", action="store_true", help="a reply does not depend on the requests around it")
+    formats = "ling, ring, qwen, hermes, glm or none; auto (default): as its template shows"
+    parser.add_argument("--tool-parser", default="auto", metavar="NAME", help=f"how the model writes tool calls: {formats}")
+    parser.add_argument("--reasoning-parser", default="auto", metavar="NAME", help="think, none or auto (default)")
     parser.add_argument("--api-key-file", type=Path, metavar="FILE", help="API keys, one per line (or OPENLING_API_KEY)")
     parser.add_argument("--admin-key-file", type=Path, metavar="FILE", help="the admin key (or OPENLING_ADMIN_KEY)")
     parser.add_argument(
@@ -54,7 +57,8 @@ def run(args: argparse.Namespace) -> int:
     from openling.serve.engine_config import EngineConfig
     from openling.serve.server import bind
 
-    config = override(ServeConfig(model_id=args.model_id), args.overrides, flags=args.flags)
+    own = ServeConfig(model_id=args.model_id, tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser)
+    config = override(own, args.overrides, flags=args.flags)
     if args.memory_gib is not None and not args.memory_gib > 0:
         raise UserError("caches need memory", where="--memory-gib", value=args.memory_gib, expected="more than 0")
     engine = EngineConfig(

@@ -52,5 +52,7 @@ class ServeConfig(_Section):
     """The server's settings. Keys are never settings: they come from the environment or a file."""
 
     model_id: str | None = Field(None, description="name that clients ask for; null: the folder's")
+    tool_parser: str = Field("auto", description="how the model writes tool calls; auto: as its chat template shows")
+    reasoning_parser: str = Field("auto", description="whether it thinks in <think>; auto: as its chat template shows")
     limits: LimitsConfig = LimitsConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()

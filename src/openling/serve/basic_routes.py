@@ -8,8 +8,9 @@ from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 
 import openling
+from openling.serve.chat import render
 from openling.serve.problems import ApiError, bad, unavailable
-from openling.serve.protocol import DetokenizeRequest, TokenizeRequest
+from openling.serve.protocol import ChatRequest, DetokenizeRequest, TokenizeRequest
 from openling.serve.service import Service, json_response
 
 
@@ -70,15 +71,12 @@ async def tokenize(service: Service, http: HttpRequest) -> Response:
         service.check_size(prompt, "prompt")
         ids = await service.in_worker(lambda: service.text.encode(prompt, special=special))
     else:
-        ids = await _rendered(service, body)
+        chat = ChatRequest(messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs)
+        ids = (await render(service, chat)).ids
     reply: dict[str, Any] = {"tokens": ids, "count": len(ids), "max_model_len": service.max_model_len}
     if body.return_token_strs:
         reply["token_strs"] = [service.text.name(id, before) for id, before in zip(ids, [None, *ids], strict=False)]
     return json_response(reply)
-
-
-async def _rendered(service: Service, body: TokenizeRequest) -> list[int]:
-    raise bad("messages", "messages")
 
 
 async def detokenize(service: Service, http: HttpRequest) -> Response:

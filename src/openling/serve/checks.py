@@ -18,8 +18,6 @@ def check_sampling(body: SamplingFields, limits: LimitsConfig, vocab_size: int) 
     """n, stop strings, logit_bias and token ids within bounds; raises ApiError 400 naming the field and the bound."""
     if (body.n or 1) > limits.n:
         raise bad(f"n is {body.n}; at most {limits.n}", "n")
-    if (body.n or 1) > 1 and body.temperature == 0:
-        raise bad("n above 1 with temperature 0 would give the same reply n times", "n")
     if len(body.stop or ()) > limits.stop:
         raise bad(f"{len(body.stop or ())} stop strings; at most {limits.stop}", "stop")
     if any(len(stop) > limits.stop_characters for stop in body.stop or ()):

@@ -20,7 +20,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openling.errors import UserError
 from openling.serve import admin_routes as admin
-from openling.serve import basic_routes, completions, generate_route
+from openling.serve import anthropic_routes, basic_routes, chat, completions, generate_route
 from openling.serve.auth import Access, Keys
 from openling.serve.guard import Guard, Paths
 from openling.serve.problems import ApiError, unavailable
@@ -51,6 +51,9 @@ def endpoints() -> list[Endpoint]:
         Endpoint("/version", "GET", basic_routes.version, drains=True),
         Endpoint("/v1/models", "GET", basic_routes.models),
         Endpoint("/v1/models/{model:path}", "GET", basic_routes.model),
+        Endpoint("/v1/chat/completions", "POST", chat.chat_completions),
+        Endpoint("/v1/messages", "POST", anthropic_routes.messages),
+        Endpoint("/v1/messages/count_tokens", "POST", anthropic_routes.count_tokens),
         Endpoint("/v1/completions", "POST", completions.completions),
         Endpoint("/tokenize", "POST", basic_routes.tokenize),
         Endpoint("/detokenize", "POST", basic_routes.detokenize),
@@ -220,6 +223,11 @@ class Server:
         self.uvicorn.should_exit = True
         await serving
         stopping.cancel()
+
+    async def listening(self) -> None:
+        """Return once connections are accepted, or the server has ended."""
+        while not self.uvicorn.started and not self.uvicorn.should_exit:
+            await asyncio.sleep(0.005)
 
     def stop_on_signals(self) -> asyncio.Event:
         """An event that SIGTERM and SIGINT set; a second signal ends the drain."""

@@ -100,6 +100,7 @@ class Service:
     def close(self) -> None:
         """Let the workers go."""
         self._workers.shutdown(wait=False, cancel_futures=True)
+        self.text.close()
 
 
 class Call:

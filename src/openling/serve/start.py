@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 
 from openling.config.serve import ServeConfig
+from openling.data.chat import template_source
 from openling.model.device import pick_device
 from openling.ops.pick import kernels_reason
 from openling.serve.async_engine import AsyncEngine
 from openling.serve.auth import Keys, is_loopback
 from openling.serve.engine import Engine
 from openling.serve.engine_config import EngineConfig
+from openling.serve.parsers import choose
 from openling.serve.server import Server, build_app
 from openling.serve.service import Service
 from openling.serve.text import ModelText
@@ -40,16 +42,22 @@ async def _serve(loaded: Loaded, sock: socket.socket, engine_config: EngineConfi
     stop = server.stop_on_signals()
     service.engine.start()
     await service.stats()
+    running = asyncio.create_task(server.run(stop))
+    await server.listening()
     shown = f"[{host}]" if ":" in host else host
     lock = "API key needed" if keys.required else "no API key"
     print(f"Serving {service.model_id}, context {service.max_model_len}, at http://{shown}:{port}/ ({lock}).", file=sys.stderr)
-    await server.run(stop)
+    await asyncio.to_thread(service.text.warm_up)
+    await running
     return 0
 
 
 def build_service(loaded: Loaded, engine_config: EngineConfig, config: ServeConfig) -> Service:
     """The service around a loaded model, its engine not yet started. Raises UserError where there is no fast tokenizer."""
-    text = ModelText(loaded.tokenizer, loaded.config.vocab_size)
+    template = getattr(loaded.tokenizer, "chat_template", None)
+    source = template_source(loaded.tokenizer) if template is not None else None
+    formats = choose(source, tool_parser=config.tool_parser, reasoning_parser=config.reasoning_parser)
+    text = ModelText(loaded.tokenizer, loaded.config.vocab_size, formats)
     # The engine's queue is bounded by the server's limits, which can say per key who is to wait.
     limits = config.limits
     bounded = replace(engine_config, max_waiting=limits.replies, max_waiting_tokens=limits.prompt_tokens)
