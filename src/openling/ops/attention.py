@@ -17,7 +17,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
 from openling.ops.cpu import blockwise_attention
-from openling.ops.pick import kernels_for
+from openling.ops.pick import batch_invariant, kernels_for
+from openling.ops.rows import fixed_bmm
 
 # Choosing a backend costs a few microseconds: below this many pairs of a query and a key, torch's own choice stands.
 BIG_PAIRS = 512 * 512
@@ -202,6 +203,15 @@ def paged_absorbed_attention(
     if fast is not None:
         rows = pages_PSX[..., :rank], pages_PSX[..., rank:]
         context_BTHR = fast.mla_decode(query_BTHR, q_rope_BTHr, *rows, table_BP, lengths_B, scale, split_tokens)
+    elif batch_invariant() and len(lengths_B) > 1:
+        # A padded sequence's sums would be cut otherwise than those of the sequence alone.
+        widths = (-(-lengths_B // pages_PSX.shape[1])).clamp(min=1).tolist()
+        parts = []
+        for b, width in enumerate(widths):
+            one = slice(b, b + 1)
+            of_b = (q_nope_BTHD[one], q_rope_BTHr[one], pages_PSX, table_BP[one, :width], lengths_B[one], kv_b_HDR, nope_dim)
+            parts.append(paged_absorbed_attention(*of_b, scale=scale, split_tokens=split_tokens))
+        return torch.cat(parts)
     else:
         new, keys = query_BTHR.shape[1], table_BP.shape[1] * pages_PSX.shape[1]
         key = torch.arange(keys, device=pages_PSX.device)
@@ -253,7 +263,8 @@ def _per_head(x_BTHD: Tensor, w_HDE: Tensor) -> Tensor:
     """Each head times its own matrix, [B, T, H, E]; one batched product over heads, none of them copied."""
     batch, new, heads, dim = x_BTHD.shape
     rows = x_BTHD.permute(2, 0, 1, 3).reshape(heads, batch * new, dim)
-    return torch.bmm(rows, w_HDE).unflatten(1, (batch, new)).permute(1, 2, 0, 3)
+    out = fixed_bmm(rows, w_HDE) if batch_invariant() else torch.bmm(rows, w_HDE)
+    return out.unflatten(1, (batch, new)).permute(1, 2, 0, 3)
 
 
 def _decode_kernels(query_BTHR: Tensor, rows_BSX: Tensor) -> ModuleType | None:

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from openling.ops.norm import stream_kernels
+from openling.ops.rows import linear_rows
 
 
 def route(
@@ -42,7 +43,7 @@ def route(
         return fast.route(x_NM.to(half), weight_EM, expert_bias_E, *how)[:2]
     with torch.autocast(x_NM.device.type, enabled=False):
         dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
-        logits = x_NM.to(dtype) @ weight_EM.to(dtype).T
+        logits = linear_rows(x_NM.to(dtype), weight_EM.to(dtype))
         scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)
         choice = scores if expert_bias_E is None else scores + expert_bias_E.to(dtype)
         if n_group > 1:
@@ -92,8 +93,8 @@ def swiglu_experts(
         return fast.experts(x_NM.to(half), weight_Nk, index_Nk, gate_EFM, up_EFM, down_EMF)
 
     def run(expert: int, x: Tensor) -> Tensor:
-        inner = F.silu(F.linear(x, gate_EFM[expert])) * F.linear(x, up_EFM[expert])
-        return F.linear(inner, down_EMF[expert])
+        inner = F.silu(linear_rows(x, gate_EFM[expert])) * linear_rows(x, up_EFM[expert])
+        return linear_rows(inner, down_EMF[expert])
 
     return combine_experts(x_NM, weight_Nk, index_Nk, gate_EFM.shape[0], run)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from openling.ops.cpu import rotate
-from openling.ops.pick import kernels_for
+from openling.ops.pick import batch_invariant, kernels_for
 
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
@@ -84,7 +84,7 @@ def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     fast = kernels_for(x_BTHD)
     if fast is not None:
         return fast.apply_rope(x_BTHD, cos, sin, interleaved)
-    if x_BTHD.device.type == "cpu" and x_BTHD.shape[1] > 1:
+    if x_BTHD.device.type == "cpu" and (x_BTHD.shape[1] > 1 or batch_invariant()):
         return rotate(x_BTHD, cos, sin, interleaved)
     rotary = 2 * cos.shape[-1]
     dtype = torch.float64 if x_BTHD.dtype == torch.float64 else torch.float32

@@ -18,6 +18,9 @@ from openling.serve.engine import Engine
 from openling.serve.types import Output, Request
 
 T = TypeVar("T")
+# How long the thread sleeps while all requests wait for a grammar; the least time between two checks of an idle engine's books.
+BLOCKED_SECONDS = 0.002
+CHECK_SECONDS = 10.0
 log = logging.getLogger("openling")
 
 
@@ -31,6 +34,7 @@ class AsyncEngine:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._checked = -CHECK_SECONDS
         self._failure: BaseException | None = None
 
     @property
@@ -102,13 +106,24 @@ class AsyncEngine:
         try:
             while not self._stopping:
                 self._do_waiting_work(block=not self.engine.has_work())
+                if not self.engine.has_work():
+                    self._check_when_idle()
+                    continue
                 outputs = self.engine.step()
                 if outputs:
                     self._tell(self._publish, outputs)
+                elif self.engine.blocked:
+                    time.sleep(BLOCKED_SECONDS)
         except BaseException as error:
             log.exception("the engine's thread died")
             self._failure = error
             self._tell(self._fail)
+
+    def _check_when_idle(self) -> None:
+        """Leaked memory would show as an engine that slowly fills up: better that it refuses to go on."""
+        if not self._stopping and time.monotonic() - self._checked > CHECK_SECONDS:
+            self.engine.check_integrity()
+            self._checked = time.monotonic()
 
     def _do_waiting_work(self, *, block: bool) -> None:
         """Everything in the queue; with nothing to step, wait for the first of it."""

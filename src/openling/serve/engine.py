@@ -46,7 +46,7 @@ class Engine:
         self.max_model_len, self.store = store_for(model, self.config)
         self.drafts = self.store.drafts
         self.scheduler = Scheduler(self.config, self.store, self.max_model_len)
-        self.runner = Runner(model, self.store)
+        self.runner = Runner(model, self.store, invariant=self.config.deterministic)
         self.eos_ids = _eos_ids(model, tokenizer)
         self.sampler = Sampler(model.config.vocab_size, eos_ids=self.eos_ids, device=self.store.device)
         self.weight_version = self.config.weight_version
@@ -113,6 +113,11 @@ class Engine:
     def has_work(self) -> bool:
         """Whether a step would do something."""
         return bool(self._replies) and not self._paused
+
+    @property
+    def blocked(self) -> bool:
+        """Whether all requests wait for something else than computation: their grammars."""
+        return not self.scheduler.running and not any(s.admissible for s in self.scheduler.waiting)
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
@@ -181,7 +186,8 @@ class Engine:
         if self._drafter is not None:
             propose = self.config.draft_always or self._payoff.worth_it(sum(not s.done for s in sequences))
             if propose or plan.chunks:
-                self._drafter.follow(plan, forward, [len(o.token_ids) for o in outputs], propose=propose)
+                with self.runner.mode():
+                    self._drafter.follow(plan, forward, [len(o.token_ids) for o in outputs], propose=propose)
         for s in sequences:
             if s.done:
                 self.abort(s.id)

@@ -5,8 +5,11 @@ Legend: N tokens of the step, D decoding sequences, T tokens of each, R rows of 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +17,7 @@ from torch import Tensor
 
 from openling.model.ling import Ling, SparseMoE
 from openling.model.paged import PAGE, Chunk, PagedCache, PagedStore, RaggedBatch
+from openling.ops.rows import fix_linears
 from openling.serve.graphs import DecodeGraphs
 from openling.serve.scheduler import Plan, PromptChunk
 from openling.serve.sequence import Sequence
@@ -37,15 +41,39 @@ class Forward:
 class Runner:
     """The model over pooled memory."""
 
-    def __init__(self, model: Ling, store: PagedStore) -> None:
-        self.model, self.store = model, store
+    def __init__(self, model: Ling, store: PagedStore, *, invariant: bool = False) -> None:
+        self.model, self.store, self.invariant = model, store, invariant
+        if invariant:
+            fix_linears(model)
         self.cache = PagedCache(store)
         self.device = store.device
         self.graphs: DecodeGraphs | None = None
 
+    @contextmanager
+    def mode(self) -> Iterator[None]:
+        """Batch-invariant kernels inside the block, if this engine wants them."""
+        if not self.invariant:
+            yield
+            return
+        before, warn = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+        settings: Any = torch.utils.deterministic
+        fill = settings.fill_uninitialized_memory
+        # Filling what is about to be written costs a launch per tensor and makes nothing repeatable here.
+        settings.fill_uninitialized_memory = False
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn)
+            settings.fill_uninitialized_memory = fill
+
     @torch.inference_mode()
     def forward(self, plan: Plan) -> Forward:
         """One pass over the plan's tokens."""
+        with self.mode():
+            return self._forward(plan)
+
+    def _forward(self, plan: Plan) -> Forward:
         wanted = any(s.request.params.routed_experts for s in (*plan.decodes, *(c.sequence for c in plan.chunks)))
         if self.graphs is not None and not plan.chunks and not wanted:
             batch, hidden_NM, logits_NV = self.graphs.run(plan.decodes, plan.new)

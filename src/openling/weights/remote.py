@@ -19,6 +19,7 @@ SOURCES = (
     "errors.py",
     "model/config.py",
     "ops/cpu.py",
+    "ops/rows.py",
     "ops/lightning.py",
     "ops/norm.py",
     "ops/rope.py",

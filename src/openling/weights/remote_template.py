@@ -20,6 +20,11 @@ from openling.model.ling import MLP, Backbone
 from openling.ops.moe import combine_experts
 
 
+def batch_invariant() -> bool:
+    """Transformers' own products depend on the batch."""
+    return False
+
+
 def kernels_for(x: Tensor) -> ModuleType | None:
     """No kernels: exported code runs anywhere, in plain PyTorch only."""
     return None
