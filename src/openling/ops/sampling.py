@@ -9,6 +9,8 @@ Legend: B rows (one sampled token each), V vocabulary, N candidates of a row (li
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -72,6 +74,11 @@ def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: Tensor | fl
     """CTRL's penalty (arXiv 1909.05858) on tokens that were seen: logits above 0 over it, others times it."""
     lowered_BV = torch.where(logits_BV > 0, logits_BV / penalty, logits_BV * penalty)
     return torch.where(seen_BV, lowered_BV, logits_BV)
+
+
+def on_device(values: Any, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    """Numbers from the host as a tensor on `device`. Copies from pageable memory do not wait for the GPU if told not to block."""
+    return torch.as_tensor(values, dtype=dtype, device="cpu").to(device, non_blocking=True)
 
 
 def unpack_bits(words_BW: Tensor, vocab_size: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from openling.ops.sampling import penalise_repetition
+from openling.ops.sampling import on_device, penalise_repetition
 from openling.serve.types import Request, SamplingParams
 
 if TYPE_CHECKING:
@@ -30,8 +30,8 @@ class Penalties:
         self._slots: dict[str, tuple[int, SamplingParams]] = {}
         self._free: list[int] = []
 
-    def add(self, request: Request, reply: Sequence[int]) -> None:
-        """Count the prompt and the reply so far, if the request has a penalty."""
+    def add(self, request: Request) -> None:
+        """Mark the tokens of the prompt, if the request has a penalty."""
         params = request.params
         if params.repetition_penalty == 1 and not params.presence_penalty and not params.frequency_penalty:
             return
@@ -40,9 +40,7 @@ class Penalties:
         slot = self._free.pop()
         self._prompt_SV[slot] = False
         self._reply_SV[slot] = 0
-        self._prompt_SV[slot, torch.tensor(request.prompt_token_ids, dtype=torch.long, device=self.device)] = True
-        ids = torch.tensor(list(reply), dtype=torch.long, device=self.device)
-        self._reply_SV[slot].index_put_((ids,), torch.ones_like(ids, dtype=torch.int32), accumulate=True)
+        self._prompt_SV[slot, on_device(list(request.prompt_token_ids), self.device, torch.long)] = True
         self._slots[request.id] = slot, params
 
     def remove(self, request_id: str) -> None:
@@ -65,12 +63,12 @@ class Penalties:
                 params.append((p.repetition_penalty, p.presence_penalty, p.frequency_penalty))
         if not rows:
             return logits_RV
-        slot_P, row_P = torch.tensor([slots, rows], device=self.device)
+        slot_P, row_P = on_device([slots, rows], self.device)
         reply_PV = self._reply_SV[slot_P]
         if pending:
-            where, ids = torch.tensor(pending, device=self.device).unbind(-1)
+            where, ids = on_device(pending, self.device).unbind(-1)
             reply_PV.index_put_((where, ids), torch.ones_like(ids, dtype=torch.int32), accumulate=True)
-        repetition_P1, presence_P1, frequency_P1 = torch.tensor(params, device=self.device).T[:, :, None]
+        repetition_P1, presence_P1, frequency_P1 = on_device(params, self.device).T[:, :, None]
         x_PV = penalise_repetition(logits_RV[row_P], self._prompt_SV[slot_P] | (reply_PV > 0), repetition_P1)
         x_PV = x_PV - presence_P1 * (reply_PV > 0) - frequency_P1 * reply_PV
         return logits_RV.index_copy(0, row_P, x_PV)
@@ -81,7 +79,7 @@ class Penalties:
             (self._slots[chain.request_id][0], row, k, c) for row, c, chain, k in _rows(chains) if chain.request_id in self._slots
         ]
         if places:
-            slot_P, row_P, k_P, chain_P = torch.tensor(places, device=self.device).unbind(-1)
+            slot_P, row_P, k_P, chain_P = on_device(places, self.device).unbind(-1)
             drawn_P = (k_P <= accepted_C[chain_P]).int()
             self._reply_SV.index_put_((slot_P, token_R[row_P]), drawn_P, accumulate=True)
 

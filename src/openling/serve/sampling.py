@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
-from openling.ops.sampling import draw, filter_logits, to_units, unpack_bits
+from openling.ops.sampling import draw, filter_logits, on_device, to_units, unpack_bits
 from openling.serve.penalties import Penalties
 from openling.serve.types import Request, SamplingParams, TokenLogprob
 
@@ -135,11 +135,8 @@ class Sampler:
         self._plan_key: tuple[tuple[str, int], ...] = ()
         self._plan: _Plan | None = None
 
-    def add(self, request: Request, *, reply: Sequence[int] = ()) -> None:
-        """Take a request on. reply: tokens that it has already, when it comes back.
-
-        Raises UserError for ids outside the vocabulary.
-        """
+    def add(self, request: Request) -> None:
+        """Take a request on. Raises UserError for ids outside the vocabulary."""
         params = request.params
         for id in (*params.logit_bias, *params.stop_token_ids):
             if not 0 <= id < self.vocab_size:
@@ -149,12 +146,12 @@ class Sampler:
         self._states[request.id] = _State(
             params=params,
             seed=(secrets.randbits(64) if params.seed is None else params.seed) % 2**64,
-            bias_ids=torch.tensor(list(params.logit_bias), dtype=torch.long, device=self.device),
-            bias_values=torch.tensor(list(params.logit_bias.values()), dtype=torch.float32, device=self.device),
+            bias_ids=on_device(list(params.logit_bias), self.device, torch.long),
+            bias_values=on_device(list(params.logit_bias.values()), self.device, torch.float32),
             ends=(*params.stop_token_ids, *(() if params.ignore_eos else self.eos_ids)),
         )
         self._plan_key = ()
-        self._penalties.add(request, reply)
+        self._penalties.add(request)
 
     def remove(self, request_id: str) -> None:
         """Forget a request; one that is unknown is no error."""
@@ -185,7 +182,7 @@ class Sampler:
             token_R = drawn_R if plan.greedy_R is None else torch.where(plan.greedy_R, token_R, drawn_R)
         accepted_C = torch.zeros(len(chains), dtype=torch.long, device=self.device)
         if len(plan.draft_row_D):
-            draft_D = torch.tensor([token for chain in chains for token in chain.drafts], device=self.device)
+            draft_D = on_device([token for chain in chains for token in chain.drafts], self.device)
             accept_D = token_R[plan.draft_row_D] == draft_D
             if draft_probability_DV is not None and units_RV is not None:
                 token_R, accept_D = self._reject(token_R, accept_D, draft_D, units_RV, draft_probability_DV, plan, chains)
@@ -225,11 +222,11 @@ class Sampler:
             for id in state.ends
         ]
         if held:
-            rows, ids = torch.tensor(held, device=self.device).unbind(-1)
-            x_RV = x_RV.index_put((rows, ids), x_RV.new_tensor(float("-inf")))
+            rows, ids = on_device(held, self.device).unbind(-1)
+            x_RV = x_RV.index_put((rows, ids), x_RV.new_full((), float("-inf")))
         if mask is not None and mask.rows:
-            rows = torch.tensor(mask.rows, device=self.device)
-            allowed_NV = unpack_bits(mask.words_NW.to(self.device, non_blocking=True), self.vocab_size)
+            rows = on_device(mask.rows, self.device)
+            allowed_NV = unpack_bits(on_device(mask.words_NW, self.device), self.vocab_size)
             x_RV = x_RV.index_copy(0, rows, x_RV[rows].masked_fill(~allowed_NV, float("-inf")))
         return x_RV
 
@@ -285,7 +282,7 @@ class Sampler:
         return row_logprobs(logits_RV, tempered_RV, token_R, wanted)
 
     def _uniform(self, seeds: np.ndarray, positions: Sequence[int], stream: int) -> Tensor:
-        return torch.from_numpy(uniform(seeds, positions, stream)).to(self.device, non_blocking=True)
+        return on_device(uniform(seeds, positions, stream), self.device)
 
     def _planned(self, chains: Sequence[Chain]) -> _Plan:
         """The settings of a batch, kept while it stays the same."""
@@ -299,13 +296,14 @@ class Sampler:
         params = [state.params for state in states]
         greedy = [p.temperature == 0 for p in params]
         drawn = [p for p in params if p.temperature > 0]
-        floats = torch.tensor(
+        floats = on_device(
             [(p.temperature or 1.0, p.min_p, *((0, 1.0) if p.temperature == 0 else (p.top_k, p.top_p))) for p in params],
-            dtype=torch.float64,
-        ).to(self.device)
+            self.device,
+            torch.float64,
+        )
         temperature_R, min_p_R, top_k_R, top_p_R = floats.unbind(-1)
         drafts = [len(chain.drafts) for chain in chains]
-        chain_row = torch.tensor([c for c, count in enumerate(drafts) for _ in range(count)], dtype=torch.long)
+        chain_row = [c for c, count in enumerate(drafts) for _ in range(count)]
         draft_rows = [start + k for start, count in zip(first_rows(chains), drafts, strict=True) for k in range(count)]
         return _Plan(
             states=states,
@@ -314,19 +312,19 @@ class Sampler:
             top_k_R=top_k_R.long(),
             top_p_R=top_p_R,
             min_p_R=min_p_R.float(),
-            greedy_R=torch.tensor(greedy, device=self.device) if any(greedy) else None,
+            greedy_R=on_device(greedy, self.device) if any(greedy) else None,
             all_greedy=all(greedy),
             candidates=_candidates(drawn),
             bias=self._bias(states),
-            draft_row_D=torch.tensor(draft_rows, dtype=torch.long, device=self.device),
-            chain_shape=(chain_row.to(self.device), len(chains)),
+            draft_row_D=on_device(draft_rows, self.device, torch.long),
+            chain_shape=(on_device(chain_row, self.device, torch.long), len(chains)),
         )
 
     def _bias(self, states: Sequence[_State]) -> tuple[Tensor, Tensor, Tensor] | None:
         biased = [(row, state) for row, state in enumerate(states) if len(state.bias_ids)]
         if not biased:
             return None
-        rows = torch.tensor([row for row, state in biased for _ in range(len(state.bias_ids))], device=self.device)
+        rows = on_device([row for row, state in biased for _ in range(len(state.bias_ids))], self.device)
         return rows, torch.cat([state.bias_ids for _, state in biased]), torch.cat([state.bias_values for _, state in biased])
 
 
