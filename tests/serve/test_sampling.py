@@ -15,6 +15,7 @@ from transformers.generation.logits_process import (
 )
 
 from openling.errors import UserError
+from openling.ops import sampling as ops
 from openling.ops.sampling import UNIT_BITS, draw, filter_logits, to_units, unpack_bits
 from openling.serve.sampling import Chain, RowMask, Sampler, prompt_logprobs, uniform
 from openling.serve.types import Request, SamplingParams
@@ -130,6 +131,24 @@ def test_enough_candidates_give_the_answer_of_all():
     found = [filter_logits(x, **settings_, candidates=n) for n in (40, 41, 300, None)]
     assert all(torch.equal(one, found[0]) for one in found)
     assert (found[0] > -torch.inf).sum(-1).tolist()[3] == 1
+
+
+def test_few_candidates_give_the_answer_of_a_sort(monkeypatch):
+    """On a CPU; rows for which few are enough, and rows for which they are not."""
+    x = logits(6, width=400)
+    x[3:] = x[3:] / 30  # nearly flat: top_p takes hundreds
+    rows = {
+        "temperature_B": torch.ones(6),
+        "top_k_B": torch.tensor([0, 300, 0, 0, 0, 5]),
+        "top_p_B": torch.tensor([0.3, 0.9, 1.0, 0.9, 1.0, 0.5]),
+        "min_p_B": torch.zeros(6),
+    }
+    expected = filter_logits(x, **rows)
+    for few in (1, 10, 390):
+        monkeypatch.setattr(ops, "FEW", few)
+        for part in (slice(0, 1), slice(2, 3), slice(4, 6), slice(0, 6)):
+            found = filter_logits(x[part], **{name: row[part] for name, row in rows.items()})
+            assert torch.equal(found, expected[part])
 
 
 def test_equal_logits_share_their_fate():

@@ -1,10 +1,10 @@
 """Sampling as tensor arithmetic: penalties, filters, masks and exact draws, for a batch whose rows differ in every setting.
 
 Every filter is a threshold on the logits, so that equal logits share their fate and no sort order is visible. Sums over the
-vocabulary that decide something are sums of integers (probabilities in units of 2^-40): exact, and so the same in any order, on
-any device, in any batch. Nothing here waits for a GPU.
+vocabulary that decide something are sums of integers (probabilities in units of 2^-40 of the likeliest token's): exact, and so the
+same in any order, on any device, in any batch. Nothing here waits for a GPU.
 
-Legend: B rows (one sampled token each), V vocabulary, N candidates of a row (likeliest first), W words of 32 bits, U = 2^40.
+Legend: B rows (one sampled token each), V vocabulary, N candidates of a row (likeliest first), W words of 32 bits.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Resolution of probabilities in exact sums. The sum of V of them stays far below 2^63; what is smaller is never drawn.
+# Resolution of probabilities in exact sums, relative to the likeliest token's; what is smaller is never drawn. Sums of a million
+# of them stay below 2^63.
 UNIT_BITS = 40
+# Candidates that a CPU looks at before it sorts the whole vocabulary for top_p.
+FEW = 1024
 
 
 def filter_logits(
@@ -24,38 +27,58 @@ def filter_logits(
     """Logits over the temperature (above 0), -inf where top_k, top_p or min_p rule a token out; the likeliest always stays.
 
     Off: top_k 0, top_p 1, min_p 0. Order: temperature, top_k, top_p (of what top_k left), min_p, as in transformers.
-    candidates: how many of the likeliest tokens top_k and top_p need to see, the same answer for any number that is enough:
-    None all of them, 0 if both are off in every row, else at least the largest top_k if no row has top_p without top_k.
+    candidates: how many of the likeliest tokens top_k and top_p need to see: 0 if both are off in every row, the largest top_k
+    (or more) if no row has top_p without top_k, else None. The result does not depend on it.
     """
     x_BV = logits_BV / temperature_B[:, None]
-    floor_B1 = x_BV.amax(-1, keepdim=True) + min_p_B.to(x_BV).log()[:, None]  # log 0 = -inf: off
+    most_B1 = x_BV.amax(-1, keepdim=True)
+    floor_B1 = most_B1 + min_p_B.to(x_BV).log()[:, None]  # log 0 = -inf: off
     if candidates != 0:
-        n = x_BV.shape[-1] if candidates is None else min(candidates, x_BV.shape[-1])
-        best_BN = x_BV.sort(-1, descending=True).values if n == x_BV.shape[-1] else x_BV.topk(n).values
-        floor_B1 = torch.maximum(floor_B1, _candidate_floor(best_BN, top_k_B, top_p_B)[:, None])
+        floor_B1 = torch.maximum(floor_B1, _candidate_floor(x_BV, most_B1, top_k_B, top_p_B, candidates)[:, None])
     return x_BV.masked_fill(x_BV < floor_B1, float("-inf"))
 
 
-def _candidate_floor(best_BN: Tensor, top_k_B: Tensor, top_p_B: Tensor) -> Tensor:
+def _candidate_floor(x_BV: Tensor, most_B1: Tensor, top_k_B: Tensor, top_p_B: Tensor, candidates: int | None) -> Tensor:
     """The smallest logit that top_k and top_p let through, [B]; -inf where both are off."""
+    vocab_size = x_BV.shape[-1]
+    if candidates is not None and candidates < vocab_size:
+        return _floor_among(x_BV.topk(candidates).values, most_B1, top_k_B, top_p_B, whole_B=None)[0]
+    whole_B = units_of(x_BV, most_B1).sum(-1)
+    if not x_BV.is_cuda and vocab_size > FEW:  # asking whether that was enough would wait for a GPU
+        floor_B, enough_B = _floor_among(x_BV.topk(FEW).values, most_B1, top_k_B, top_p_B, whole_B)
+        if bool(enough_B.all()):
+            return floor_B
+    return _floor_among(x_BV.sort(-1, descending=True).values, most_B1, top_k_B, top_p_B, whole_B)[0]
+
+
+def _floor_among(
+    best_BN: Tensor, most_B1: Tensor, top_k_B: Tensor, top_p_B: Tensor, whole_B: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """`_candidate_floor` from the likeliest N, and whether these were enough. whole_B: units of whole rows, for top_p alone."""
     n = best_BN.shape[-1]
-    off = float("-inf")
-    k_B = torch.where(top_k_B > 0, top_k_B, n).clamp(max=n)
-    in_k_BN = torch.arange(n, device=best_BN.device) < k_B[:, None]
-    units_BN = to_units(best_BN.masked_fill(~in_k_BN, off).softmax(-1))
+    in_k_BN = (torch.arange(n, device=best_BN.device) < top_k_B[:, None]) | (top_k_B == 0)[:, None]
+    units_BN = units_of(best_BN, most_B1) * in_k_BN
     reached_BN = units_BN.cumsum(-1)
+    seen_B = (top_k_B > 0) & (top_k_B <= n)
+    whole_B = reached_BN[:, -1] if whole_B is None else torch.where(seen_B, reached_BN[:, -1], whole_B)
     # Candidates before which less than top_p has been collected: the smallest set that reaches it.
-    wanted_B1 = (top_p_B.double() * reached_BN[:, -1]).ceil().long()[:, None]
-    in_p_BN = (reached_BN - units_BN < wanted_B1) & in_k_BN
-    in_p_BN[:, 0] = True
-    kept_B = in_p_BN.sum(-1)
-    floor_B = best_BN.gather(-1, kept_B[:, None] - 1)[:, 0]
-    return floor_B.masked_fill((top_k_B == 0) & (top_p_B >= 1), off)
+    wanted_B = (top_p_B.double() * whole_B).ceil().long()
+    kept_B = ((reached_BN - units_BN < wanted_B[:, None]) & in_k_BN).sum(-1).clamp(min=1)
+    off_B = (top_k_B == 0) & (top_p_B >= 1)
+    floor_B = best_BN.gather(-1, kept_B[:, None] - 1)[:, 0].masked_fill(off_B, float("-inf"))
+    return floor_B, off_B | seen_B | ((top_k_B == 0) & (reached_BN[:, -1] >= wanted_B))
+
+
+def units_of(logits_BV: Tensor, most_B1: Tensor | None = None) -> Tensor:
+    """Probabilities that are proportional to exp(logits), as whole numbers: 2^40 for `most_B1`, the largest logit."""
+    if most_B1 is None:
+        most_B1 = logits_BV.amax(-1, keepdim=True)
+    return to_units((logits_BV - most_B1).exp_())
 
 
 def to_units(probability_BV: Tensor) -> Tensor:
-    """Probabilities as whole numbers of 2^-40, int64."""
-    return (probability_BV * float(1 << UNIT_BITS)).round().long()
+    """Numbers from 0 to 1 as whole numbers of 2^-40, int64."""
+    return (probability_BV * float(1 << UNIT_BITS)).round_().long()
 
 
 def draw(units_BV: Tensor, uniform_B: Tensor) -> Tensor:

@@ -69,8 +69,13 @@ class Penalties:
             where, ids = on_device(pending, self.device).unbind(-1)
             reply_PV.index_put_((where, ids), torch.ones_like(ids, dtype=torch.int32), accumulate=True)
         repetition_P1, presence_P1, frequency_P1 = on_device(params, self.device).T[:, :, None]
-        x_PV = penalise_repetition(logits_RV[row_P], self._prompt_SV[slot_P] | (reply_PV > 0), repetition_P1)
-        x_PV = x_PV - presence_P1 * (reply_PV > 0) - frequency_P1 * reply_PV
+        x_PV, said_PV = logits_RV[row_P], reply_PV > 0
+        if any(repetition != 1 for repetition, _, _ in params):
+            x_PV = penalise_repetition(x_PV, self._prompt_SV[slot_P] | said_PV, repetition_P1)
+        if any(presence for _, presence, _ in params):
+            x_PV = x_PV - presence_P1 * said_PV
+        if any(frequency for _, _, frequency in params):
+            x_PV = x_PV - frequency_P1 * reply_PV
         return logits_RV.index_copy(0, row_P, x_PV)
 
     def count(self, chains: Sequence[Chain], token_R: Tensor, accepted_C: Tensor) -> None:

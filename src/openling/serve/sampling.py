@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
-from openling.ops.sampling import draw, filter_logits, on_device, to_units, unpack_bits
+from openling.ops.sampling import draw, filter_logits, on_device, to_units, units_of, unpack_bits
 from openling.serve.penalties import Penalties
 from openling.serve.types import Request, SamplingParams, TokenLogprob
 
@@ -239,7 +239,7 @@ class Sampler:
             min_p_B=plan.min_p_R,
             candidates=plan.candidates,
         )
-        return to_units(filtered_RV.softmax(-1))
+        return units_of(filtered_RV)
 
     def _probability(self, processed_RV: Tensor, plan: _Plan) -> Tensor:
         one_hot_RV = torch.zeros_like(processed_RV).scatter_(-1, processed_RV.argmax(-1, keepdim=True), 1.0)
