@@ -1,7 +1,7 @@
 """Sampling as tensor arithmetic: penalties, filters, masks and exact draws, for a batch whose rows differ in every setting.
 
 Every filter is a threshold on the logits, so that equal logits share their fate and no sort order is visible. Sums over the
-vocabulary that decide something are sums of integers (probabilities in units of 2^-40 of the likeliest token's): exact, and so the
+vocabulary that decide something are sums of integers (probabilities in units of 2^-40 of the largest): exact, and so the
 same in any order, on any device, in any batch. Nothing here waits for a GPU.
 
 Legend: B rows (one sampled token each), V vocabulary, N candidates of a row (likeliest first), W words of 32 bits.
