@@ -61,6 +61,7 @@ class Engine:
 
     def _prepare(self) -> None:
         """What refers to the memory of model and store."""
+        self.runner.pack()
         if self.store.device.type == "cuda" and not self.config.eager:
             self.use_graphs(CudaCapture())
         if self.drafts:
@@ -269,6 +270,7 @@ class Engine:
         What was computed with the old ones is forgotten: requests, also paused ones, start again with the tokens they have.
         """
         control.exchange(self.model, named_tensors, hashes)
+        self.runner.pack()
         self.scheduler.flush()
         self.weight_version = version
 

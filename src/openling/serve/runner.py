@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from openling.model.ling import Ling, SparseMoE
 from openling.model.paged import PAGE, Chunk, PagedCache, PagedStore, RaggedBatch
+from openling.ops.cpu import packed_linears
 from openling.ops.rows import fix_linears
 from openling.serve.graphs import DecodeGraphs
 from openling.serve.scheduler import Plan, PromptChunk
@@ -48,6 +49,13 @@ class Runner:
         self.cache = PagedCache(store)
         self.device = store.device
         self.graphs: DecodeGraphs | None = None
+        self._packed = ExitStack()
+
+    def pack(self) -> None:
+        """On a CPU, lay weights out for single rows, where that pays; again after every change of them."""
+        self._packed.close()
+        if not self.invariant:
+            self._packed.enter_context(packed_linears(self.model))
 
     @contextmanager
     def mode(self) -> Iterator[None]:
