@@ -276,7 +276,8 @@ def case_transformers(scale: Scale) -> Rows:
         num_hidden_layers=c.num_hidden_layers, num_attention_heads=c.num_attention_heads,
         num_key_value_heads=c.num_key_value_heads, head_dim=c.head_dim, max_position_embeddings=2048,
     )  # fmt: skip
-    theirs = transformers.Qwen3ForCausalLM(shape).to(device, dtype).eval()
+    with torch.device(device):
+        theirs = transformers.Qwen3ForCausalLM(shape).to(dtype).eval()
     options = {"cache_implementation": "static"} if device.type == "cuda" else {}
     peer = generate_rate(theirs, ids, scale.new_tokens, **options)
     name = "transformers Qwen3 of this shape" + (", static cache, compiled" if options else "")

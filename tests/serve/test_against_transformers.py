@@ -1,4 +1,4 @@
-"""Greedy replies equal transformers' `generate` on the exported folder: 200 random prompts of random lengths, run in every way."""
+"""Greedy replies equal transformers' `generate` on the exported folder: 200 random prompts of random lengths, in every way."""
 
 import random
 

@@ -89,6 +89,11 @@ def run(e: Engine, requests, *, most_steps: int = 5000) -> dict[str, list[Output
     return drain(e, most_steps=most_steps)
 
 
+def run_patiently(e: Engine, requests) -> dict[str, list[Output]]:
+    """`run` for requests that wait for a grammar to be compiled."""
+    return run(e, requests, most_steps=10**7)
+
+
 def drain(e: Engine, *, most_steps: int = 5000) -> dict[str, list[Output]]:
     found: dict[str, list[Output]] = {}
     for _ in range(most_steps):

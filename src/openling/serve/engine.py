@@ -122,6 +122,7 @@ class Engine:
 
     # -- a step --------------------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def step(self) -> list[Output]:
         """Compute one batch; what became new of each request in it."""
         if not self.has_work():
@@ -174,7 +175,7 @@ class Engine:
         chains = [Chain(s.id, s.reply_tokens, d) for s, d in zip(sequences, drafts, strict=True)]
         rows = [first + k for first, d in zip(forward.first_rows, drafts, strict=True) for k in range(len(d) + 1)]
         logits_RV = self._logits(forward, rows)
-        sampled = self.sampler.sample(logits_RV, chains, mask=self._mask(chains))
+        sampled = self.sampler.sample(logits_RV.float(), chains, mask=self._mask(chains))
         if plan.new > 1 and self.store.window is not None and forward.batch.slots is not None:
             self.store.window.advance(forward.batch.slots, sampled.accepted_C[:decodes] + 1)
         added = sampled.tokens()
@@ -238,9 +239,9 @@ class Engine:
         rows: list[int] = []
         words: list[Tensor] = []
         for first, chain in zip(first_rows(chains), chains, strict=True):
-            matcher = self._replies[chain.request_id].matcher
-            if matcher is not None:
-                words.append(matcher.masks(chain.drafts))
+            allowed = self._replies[chain.request_id].mask(chain.drafts)
+            if allowed is not None:
+                words.append(allowed)
                 rows += range(first, first + len(chain.drafts) + 1)
         return RowMask(rows, torch.cat(words)) if rows else None
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 import torch
 from torch import Tensor
 
+from openling.errors import Failure
 from openling.serve.detokenize import Detokenizer, TokenBytes
 from openling.serve.grammar import Matcher
 from openling.serve.sampling import prompt_logprobs
@@ -25,8 +26,19 @@ class Reply:
         self.experts: list[list[list[int]]] = []
         self._experts_of = 0
         self.matcher: Matcher | None = None
+        self.failure: str | None = None
         self._stops = frozenset(params.stop_token_ids) | (frozenset() if params.ignore_eos else frozenset(end_ids))
         self._text = Detokenizer(tokens, stop=params.stop, include_stop=params.include_stop) if tokens is not None else None
+
+    def mask(self, drafts: tuple[int, ...]) -> Tensor | None:
+        """What the grammar allows next and after each draft; a grammar that gives up ends its reply, not the step."""
+        if self.matcher is None or self.failure is not None:
+            return None
+        try:
+            return self.matcher.masks(drafts)
+        except Failure as error:
+            self.failure = str(error)
+            return None
 
     def add_prompt_logprobs(self, start: int, hidden_TM: Tensor, logits_of: Callable[[Tensor], Tensor]) -> None:
         """Take those of the prompt's tokens behind position `start`, from the final hidden states of a chunk."""
@@ -49,6 +61,8 @@ class Reply:
 
     def extend(self, tokens: list[int], logprobs: list[TokenLogprob] | None, weight_version: str) -> Output:
         """Add sampled tokens up to the one that ends the reply; those behind it never were."""
+        if self.failure is not None:
+            return self.end("error", weight_version, self.failure)
         sequence, params = self.sequence, self.sequence.request.params
         text, reason, stop = "", None, None
         kept: list[int] = []
@@ -59,10 +73,11 @@ class Reply:
             text += piece
             if reason is not None:
                 break
-        if reason is not None and self._text is not None:
-            text += self._text.finish()
         if self.matcher is not None:
             self.matcher.advance(kept)
+            reason = reason or ("stop" if self.matcher.is_finished else None)
+        if reason is not None and self._text is not None:
+            text += self._text.finish()
         logprobs = logprobs[: len(kept)] if logprobs is not None and params.logprobs is not None else None
         return self._output(kept, text, logprobs, weight_version, reason, stop)
 
