@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -59,11 +60,24 @@ def served(model: Path, *flags: str, key: str | None = None) -> Iterator[Served]
     reader.start()
     try:
         assert found.wait(60) and address, "".join(log)
+        _wait_until_ready(address[0], process)
         yield Served(address[0], model, process, log, time.perf_counter() - begun)
     finally:
         process.kill()
         process.wait()
         reader.join()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[str]) -> None:
+    """/health needs no key."""
+    for _ in range(600):
+        assert process.poll() is None
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.05)
+    raise AssertionError("the server does not answer")
 
 
 @contextmanager
