@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import json
 import os
 import random
@@ -203,12 +204,16 @@ async def abuse(rng: random.Random, server: Server) -> str:
             writer.write(nonsense(rng, server))
             await writer.drain()
             return (await reader.readline()).decode("latin-1").strip()[:40] or "closed"
-        whole = post(server, chat(max_tokens=rng.randrange(1, 2000), stream=rng.random() < 0.8))
+        options = {"max_tokens": rng.randrange(1, 2000), "stream": rng.random() < 0.8}
+        completion = json.dumps({"prompt": "hello", "ignore_eos": True} | options).encode()
+        whole = rng.choice((post(server, chat(**options)), post(server, completion, "/v1/completions")))
         writer.write(whole[: rng.randrange(len(whole))] if kind == "half" else whole)
         await writer.drain()
         if kind == "mid-stream":
-            for _ in range(rng.randrange(1, 30)):
-                await reader.readline()
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(rng.random() / 2):
+                    while await reader.readline():
+                        pass
         return kind
     except ConnectionError:
         return "closed"

@@ -173,7 +173,8 @@ def claude(nano_server: Served) -> Iterator[anthropic.Anthropic]:
 
 
 def test_messages(claude: anthropic.Anthropic) -> None:
-    asked = {"model": "nano", "system": "Be brief.", "messages": ASK[1:], "max_tokens": 12, "temperature": 0}
+    asked = {"model": "nano", "system": "Be brief.", "messages": ASK[1:], "max_tokens": 12}
+    asked["extra_body"] = {"temperature": 0}
     reply = claude.messages.create(**asked)
     assert (reply.role, reply.type) == ("assistant", "message")
     assert reply.stop_reason in ("end_turn", "max_tokens")
