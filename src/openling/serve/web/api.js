@@ -46,7 +46,10 @@ async function refusal(response) {
 }
 
 function readError(body) {
-  return typeof body?.error === "string" ? body.error : (body?.error?.message ?? body?.message ?? "");
+  const error = body?.error;
+  if (typeof error === "string") return error;
+  const message = error?.message ?? body?.message ?? "";
+  return error?.param && !message.includes(error.param) ? `${error.param}: ${message}` : message;
 }
 
 /** The models served: [{id, max_model_len, ...}]. */
