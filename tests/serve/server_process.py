@@ -15,6 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from openling.bench.nano import write_nano
 
 ADMIN_KEY = "admin-key-of-the-tests"
@@ -22,13 +24,13 @@ ADMIN_KEY = "admin-key-of-the-tests"
 
 @dataclass
 class Served:
-    """A running server. `url` ends without a slash."""
+    """A running server. `url` ends without a slash; `start_seconds`: processor time until it answered."""
 
     url: str
     model: Path
     process: subprocess.Popen[str]
     log: list[str]
-    up_seconds: float
+    start_seconds: float
 
     def stop(self) -> int:
         """SIGTERM, then the exit code."""
@@ -41,7 +43,6 @@ def served(model: Path, *flags: str, key: str | None = None) -> Iterator[Served]
     """Serve a folder; with `key`, only for those who have it."""
     env = os.environ | {"OPENLING_ADMIN_KEY": ADMIN_KEY, "OMP_NUM_THREADS": "1"} | ({"OPENLING_API_KEY": key} if key else {})
     command = [sys.executable, "-m", "openling.cli", "serve", str(model), "--port", "0", *flags]
-    begun = time.perf_counter()
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
     log: list[str] = []
     address: list[str] = []
@@ -61,7 +62,8 @@ def served(model: Path, *flags: str, key: str | None = None) -> Iterator[Served]
     try:
         assert found.wait(60) and address, "".join(log)
         _wait_until_ready(address[0], process)
-        yield Served(address[0], model, process, log, time.perf_counter() - begun)
+        used = psutil.Process(process.pid).cpu_times()
+        yield Served(address[0], model, process, log, used.user + used.system)
     finally:
         process.kill()
         process.wait()
