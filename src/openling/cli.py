@@ -22,6 +22,7 @@ VERBS = {
     "plan": ("openling.migrate.plan", "what a migration yields and costs, from config.json alone"),
     "migrate": ("openling.commands.migrate", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
     "convert": ("openling.commands.convert", "the same conversions from disk to disk, at any size; checkpoint formats"),
+    "verify": ("openling.commands.verify", "re-check a finished conversion against its source"),
     "generate": ("openling.commands.complete", "one completion from any checkpoint folder"),
     "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
     "serve": ("openling.commands.serve", "an OpenAI-compatible server with a chat page"),

@@ -1,59 +1,30 @@
-"""Conversion from folder to folder: the in-memory result to the bit, whatever is untouched byte for byte, and resume."""
+"""Conversion from folder to folder: the in-memory result to the bit, whatever is untouched byte for byte, FP8."""
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
-from test_convert import build, teacher_config, windows
+from stream_jobs import job, quantised, same, settings, teacher, tensors
+from test_convert import windows
 
 import openling
-from openling.config.migrate import preset
 from openling.migrate.convert import to_lightning, to_mla
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.pipeline import _round
-from openling.migrate.stream import Job, convert_folder
+from openling.migrate.stream import convert_folder
+from openling.migrate.verify import verify
+from openling.weights.delta import copy_folder
 from openling.weights.export import save
+from openling.weights.fp8 import Dequantised, Form
 from openling.weights.io import INDEX, CheckpointReader
 
-LAYOUT = {"group_size": 2, "kv_lora_rank": 16, "q_lora_rank": 24}
 FAMILIES = ("LlamaForCausalLM", "MixtralForCausalLM", "BailingMoeV2ForCausalLM")
-
-
-def settings(name="best", stages=("lightning", "mla"), **changes):
-    return preset(name, stages=stages, layout=LAYOUT, **changes)
-
-
-def teacher(folder: Path, family: str = "BailingMoeV2ForCausalLM", dtype=torch.bfloat16, **changes) -> Path:
-    """A folder of several shards in the family's own names."""
-    c = teacher_config(family).replace(**changes)
-    hf = {"architectures": [family], **_hf(family)}
-    return save(build(c), folder, dtype=dtype, hf_config=hf, shard_bytes=20_000)
-
-
-def _hf(family):
-    from test_convert import BASE
-    from test_convert import FAMILIES as ALL
-
-    return {**BASE, **ALL[family]}
-
-
-def job(source, out, *, mode="copy", text=True, config=None):
-    return Job(source, out, config or settings(), mode, windows() if text else None)
-
-
-def tensors(folder):
-    reader = CheckpointReader(folder)
-    return {name: reader.read(name) for name in reader.names()}
-
-
-def same(a, b):
-    assert a.keys() == b.keys()
-    for name in a:
-        assert a[name].dtype == b[name].dtype, name
-        assert torch.equal(a[name].view(torch.uint8), b[name].view(torch.uint8)), name
+FORMS = {
+    "block": Form("block", "_scale_inv", torch.float32, False, (8, 16)),
+    "channel": Form("channel", "_scale", torch.bfloat16, False, (128, 128)),
+}
 
 
 def in_memory(source, out, config):
@@ -121,3 +92,67 @@ def test_weights_alone_need_neither_text_nor_the_experts(tmp_path, monkeypatch):
     same(tensors(tmp_path / "out"), tensors(tmp_path / "again"))
     logits = openling.load(tmp_path / "out", dtype=torch.float32).model(windows()[0][:1])
     assert logits.isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_fp8_in_and_out(form, tmp_path):
+    """What is untouched keeps bytes and scales; what is new was fitted on FP32 values and quantised in the same form."""
+    source = quantised(teacher(tmp_path / "plain"), tmp_path / "source", form)
+    convert_folder(job(source, tmp_path / "out"), resume=False)
+    old, new = tensors(source), tensors(tmp_path / "out")
+    untouched = [name for name in new if ".attention." not in name]
+    assert any(name.endswith(form.suffix) for name in untouched)
+    same({n: new[n] for n in untouched}, {n: old[n] for n in untouched})
+    loaded = openling.load(source, dtype=torch.float32)
+    layout, quiet = settings().layout.model_dump(), {"on_layer": lambda i: None, "bf16": True}
+    half, _ = to_lightning(
+        loaded.model, lightning_stage(loaded.config, layout), windows(), settings().conversion, seed=0, **quiet
+    )
+    state, fitted = half.state_dict(), [n for n in new if ".layers.0.attention." in n and not n.endswith(form.suffix)]
+    assert len(fitted) == 6
+    for name in fitted:
+        if state[name].dim() == 2:
+            values, scale = form.quantise(state[name])
+            assert torch.equal(new[name].view(torch.uint8), values.view(torch.uint8)), name
+            assert torch.equal(new[name + form.suffix], scale)
+        else:
+            assert torch.equal(new[name], state[name].bfloat16())
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert config["quantization_config"] == {"quant_method": "fp8", "weight_block_size": list(form.block)}
+    assert {c.outcome for c in verify(source, tmp_path / "out") if "heads" not in c.name} == {"ok"}
+    assert openling.load(tmp_path / "out", dtype=torch.float32).model(windows()[0][:1]).isfinite().all()
+
+
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+@pytest.mark.parametrize("shape", [(16, 32), (13, 33), (1, 5)])
+def test_fp8_rounding(form, shape):
+    """The error of e4m3 is at most 2^-4 of a value, or half the smallest step where it is tiny beside its block's largest."""
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    values, scale = form.quantise(weight)
+    assert scale.shape == form.scale_shape(shape)
+    wide = form.widen(scale, shape).expand(shape)
+    # A BF16 scale may be too small by 2^-8: the largest value is then cut off to 448.
+    bound = torch.maximum(weight.abs() * (2**-4 + 2**-8), wide * 2**-10)
+    assert ((values.float() * wide - weight).abs() <= bound).all()
+    again, scale_again = form.quantise(values.float() * wide)
+    if form.scale_dtype == torch.float32:
+        assert torch.equal(again.view(torch.uint8), values.view(torch.uint8))
+        assert torch.allclose(scale_again, scale, rtol=1e-6)
+
+
+def test_dequantised_rows_are_rows_of_the_whole(tmp_path):
+    source = quantised(teacher(tmp_path / "plain"), tmp_path / "source", FORMS["block"])
+    raw = CheckpointReader(source)
+    reader = Dequantised(raw, json.loads((source / "config.json").read_text()))
+    name = next(iter(reader.forms))
+    assert torch.equal(reader.read_rows(name, 3, 2), reader.read(name)[3:5])
+    assert not [n for n in reader.names() if n.endswith("_scale_inv")]
+
+
+def test_a_clean_copy_of_a_linked_folder(tmp_path):
+    source = teacher(tmp_path / "source")
+    convert_folder(job(source, tmp_path / "out", mode="link", text=False), resume=False)
+    copy_folder(tmp_path / "out", tmp_path / "clean")
+    same(tensors(tmp_path / "clean"), tensors(tmp_path / "out"))
+    assert "stale_in" not in json.loads((tmp_path / "clean" / INDEX).read_text())["metadata"]
+    assert all(p.stat().st_nlink == 1 for p in (tmp_path / "clean").iterdir())

@@ -1,4 +1,4 @@
-"""`openling convert`: a conversion from folder to folder that never holds the model."""
+"""`openling convert`: a conversion from folder to folder that never holds the model, and a folder's format."""
 
 from __future__ import annotations
 
@@ -11,12 +11,16 @@ from openling.config.migrate import MigrateConfig
 from openling.errors import UserError, nearest
 
 STAGES = ("lightning", "mla")
+FORMATS = ("hybrid", "hf", "dcp")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `openling convert`; the fields of `layout`, `conversion` and `text` can be set too."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder (only read)")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder; OUT.run beside it keeps the journal")
+    parser.add_argument(
+        "--to", default="hybrid", metavar="hybrid|hf|dcp", help="hybrid (default): new attention; hf, dcp: a format"
+    )
     how = parser.add_mutually_exclusive_group()
     how.add_argument("--copy", action="store_true", help="a folder of its own, clean of replaced tensors (default)")
     how.add_argument("--link", action="store_true", help="share untouched shards with SOURCE; only new attention is written")
@@ -32,10 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert; exit code 0."""
+    if args.to not in FORMATS:
+        close = nearest(args.to, FORMATS)
+        raise UserError("unknown format", where="--to", value=args.to, expected=", ".join(FORMATS), nearest=close)
     if args.stage is not None and args.stage not in STAGES:
         close = nearest(args.stage, STAGES)
         raise UserError("unknown stage", where="--stage", value=args.stage, expected=", ".join(STAGES), nearest=close)
-    return _hybrid(args)
+    return _hybrid(args) if args.to == "hybrid" else _format(args)
+
+
+def _format(args: argparse.Namespace) -> int:
+    """The same tensors as safetensors or DCP; a safetensors folder to `hf` becomes a clean copy, with nothing stale."""
+    from openling.weights.dcp import METADATA, from_dcp, to_dcp
+    from openling.weights.delta import copy_folder
+
+    if args.to == "dcp":
+        out = to_dcp(args.source, args.out)
+    else:
+        out = (from_dcp if (args.source / METADATA).exists() else copy_folder)(args.source, args.out)
+    open_console(stderr=True).print(f"Written: {out}", highlight=False, soft_wrap=True)
+    return 0
 
 
 def _hybrid(args: argparse.Namespace) -> int:

@@ -34,6 +34,7 @@ from openling.migrate.plan import load_config, plan
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
+from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
 from openling.weights.export import save
@@ -151,8 +152,10 @@ class _Migration:
         evaluation = self._evaluation(found.vocab_size)
         fingerprints = self._fingerprints(evaluation)
         self.journal: dict[str, Any] = {"model": str(model), **fingerprints, "config": config.model_dump(mode="json"), "done": []}
+        self.journal["bf16_products"] = bf16_matmuls_pay()
         if (self.run / "journal.json").exists():
             self.journal = continued(self.run, self.journal, config)
+            settle_bf16_matmuls(self.journal["bf16_products"])
         self.source = _load(model, self.device)
         self.teacher = self.source if teacher is None else _load(teacher, self.device)
         write_json(self.run / "journal.json", self.journal)

@@ -34,9 +34,19 @@ from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
 from openling.model.config import LING_ARCHITECTURE, ModelConfig
 from openling.model.ling import CallContext, Ling
+from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.weights.delta import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.export import add_companions, add_launch_scripts, json_text, ling_config, model_card
-from openling.weights.files import check_unchanged, copy_file, copy_tensors, identity, link_file, read_ahead, write_shard
+from openling.weights.files import (
+    MANIFEST,
+    check_unchanged,
+    copy_file,
+    copy_tensors,
+    identity,
+    link_file,
+    read_ahead,
+    write_shard,
+)
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
 from openling.weights.fp8 import Dequantised, Form, opened_values
 from openling.weights.io import INDEX, CheckpointReader, TensorFiles, write_error
@@ -45,7 +55,6 @@ from openling.weights.remote import REMOTE_FILE, remote_code
 from openling.weights.units import Units, write_json
 
 LAYER_FILE = "model-layer-{:05d}.safetensors"
-MANIFEST = "openling-files.json"
 # Files that are moved at the same time: hashing one overlaps with reading and writing another.
 MOVERS = 2
 # Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
@@ -169,7 +178,7 @@ def _join(job: Job, plan: Outline, run: Path, resume: bool) -> dict[str, dict[st
         _check_space(plan, run)
         shards = {shard: identity(plan.raw.folder / shard) for shard in plan.raw.shards}
         (run / "draft").mkdir(exist_ok=True)
-        write_json(path, {"settings": job.settings(), "shards": shards})
+        write_json(path, {"settings": job.settings(), "shards": shards, "bf16_products": bf16_matmuls_pay()})
         return shards
     if not resume:
         raise UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
@@ -191,6 +200,7 @@ def _begun(job: Job, run: Path) -> dict[str, dict[str, object]]:
                 expected=begun["settings"][name],
                 next=f"undo that, or remove {run}",
             )
+    settle_bf16_matmuls(begun["bf16_products"])
     found: dict[str, dict[str, object]] = begun["shards"]
     return found
 

@@ -36,14 +36,26 @@ def bf16_matmuls_pay() -> bool:
     """Whether this CPU multiplies BF16 matrices clearly faster than FP32 ones: a self-test of 50 ms, said once in the log.
 
     Both are timed in turns and the best turn of each counts: a resumed run must find what the run before it found, however busy
-    the machine is.
+    the machine is. `settle_bf16_matmuls` leaves nothing to chance.
     """
+    if _settled is not None:
+        return _settled
     turns = [(_product_seconds(torch.bfloat16), _product_seconds(torch.float32)) for _ in range(SELF_TEST_TURNS)]
     bf16, fp32 = (min(times) for times in zip(*turns, strict=True))
     pays = fp32 > CLEARLY_FASTER * bf16
     how = f"BF16 products run at {fp32 / bf16:.1f} times the rate of FP32 ones"
     logging.getLogger("openling").info("CPU matrix products in %s: %s", "BF16" if pays else "FP32", how)
     return pays
+
+
+_settled: bool | None = None
+
+
+def settle_bf16_matmuls(pay: bool | None) -> None:
+    """Take another process's answer of `bf16_matmuls_pay` for this one's (None: test again): parts of a run must round alike."""
+    global _settled
+    _settled = pay
+    bf16_matmuls_pay.cache_clear()
 
 
 def _product_seconds(dtype: torch.dtype) -> float:

@@ -7,14 +7,18 @@ long as most of its bytes are still valid. Tensors kept under another name never
 
 from __future__ import annotations
 
+import json
+import os
+import shutil
 from collections import defaultdict
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from openling.errors import UserError
-from openling.weights.files import Kept
+from openling.weights.files import Kept, companions, copy_file, copy_tensors
 from openling.weights.fp8 import Dequantised
-from openling.weights.io import SINGLE, CheckpointReader, TensorFiles
+from openling.weights.io import INDEX, SINGLE, CheckpointReader, TensorFiles, write_error
 from openling.weights.names import Binding
 
 Mode = Literal["link", "copy"]
@@ -94,3 +98,31 @@ def _renamed(reader: TensorFiles, tensors: list[Kept]) -> list[FilePlan]:
 
 def _bytes(reader: TensorFiles, tensors: list[Kept]) -> int:
     return sum(reader.nbytes(piece) for tensor in tensors for piece in tensor.pieces)
+
+
+def copy_folder(source: str | Path, out: str | Path) -> Path:
+    """A clean copy of a checkpoint folder: the tensors its index promises and the small files, nothing stale."""
+    reader, final = CheckpointReader(source), Path(out).absolute()
+    if os.path.lexists(final):
+        raise UserError("the output folder exists already", where=final, next="name another folder, or remove this one first")
+    draft = final.with_name(f".{final.name}.partial")
+    try:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+        plans = plan_files(reader, [Kept(name, (name,)) for name in reader.names()], "copy")
+        for plan in plans:
+            if plan.source is None:
+                copy_tensors(reader, list(plan.tensors), draft / plan.name)
+            else:
+                copy_file(reader.folder / plan.source, draft / plan.name)
+        weight_map = {t.name: plan.name for plan in plans for t in plan.tensors}
+        index = {"metadata": {"total_size": reader.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
+        (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        for path in companions(reader.folder):
+            shutil.copyfile(path, draft / path.name)
+        draft.rename(final)
+    except OSError as error:
+        raise write_error(error, final) from error
+    finally:
+        shutil.rmtree(draft, ignore_errors=True)
+    return final

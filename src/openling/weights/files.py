@@ -21,9 +21,11 @@ from torch import Tensor
 
 from openling.errors import Failure, UserError
 from openling.weights.headers import write_header
-from openling.weights.io import TensorFiles, raw_bytes, tensors_header
+from openling.weights.io import INDEX, TensorFiles, raw_bytes, tensors_header
 
 PIECE = 16 << 20
+# What a conversion wrote and from what: the hashes that `openling verify` checks.
+MANIFEST = "openling-files.json"
 # Of every source file this many blocks, evenly spread, tell whether it is still the same; all of it below 1 MiB.
 SAMPLES, BLOCK = 256, 4096
 _FICLONE = 0x40049409
@@ -185,6 +187,13 @@ def read_ahead(reader: TensorFiles, names: list[str]) -> None:
         handle = os.open(reader.folder / shard, os.O_RDONLY)
         os.posix_fadvise(handle, start, end - start, os.POSIX_FADV_WILLNEED)
         os.close(handle)
+
+
+def companions(folder: Path) -> list[Path]:
+    """The files of a checkpoint folder that are no weights."""
+    weights = (".safetensors", ".distcp", ".bin", ".gguf")
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
+    return [path for path in files if path.suffix not in weights and path.name not in (INDEX, MANIFEST)]
 
 
 def identity(path: Path) -> dict[str, object]:

@@ -1,0 +1,200 @@
+"""`openling verify SOURCE OUT`: what can be checked of a finished conversion from the two folders alone.
+
+Bytes are compared piece by piece, so memory does not depend on the model; files that are links to the source's are known to be
+the same and not read. A check that cannot be made says why (`not run`), and never counts as passed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from openling.migrate.lightning import replicate
+from openling.model.config import LING_ARCHITECTURE
+from openling.weights.delta import kept_tensors
+from openling.weights.files import MANIFEST, PIECE, Kept, identity
+from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder, read_binding
+from openling.weights.fp8 import Dequantised
+from openling.weights.io import TensorFiles, read_json
+from openling.weights.names import bind
+
+Outcome = Literal["ok", "wrong", "not run"]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One check, and what was found: counts, or the first thing that is wrong."""
+
+    name: str
+    outcome: Outcome
+    found: str
+
+
+def verify(source: Path, out: Path) -> list[Check]:
+    """Every check of `out` against `source`; a UserError where one of them is no readable checkpoint folder."""
+    old, new = open_folder(source), open_folder(out)  # names, shapes, index and config of both agree from here on
+    tensors = len(_raw(new).names())
+    checks = [Check("index, headers, config", "ok", f"{tensors:,} tensors of {', '.join(sorted(set(new.config.layer_kinds)))}")]
+    manifest = read_json(out / MANIFEST) if (out / MANIFEST).exists() else None
+    checks.append(_source_unchanged(source, manifest))
+    checks.append(_files(source, out, manifest))
+    checks.append(_untouched(old, new))
+    checks.append(_rewritten(old, new))
+    checks.append(_lightning_heads(old, new, manifest))
+    return checks
+
+
+def _raw(opened: Opened) -> TensorFiles:
+    return opened.reader.raw if isinstance(opened.reader, Dequantised) else opened.reader
+
+
+def _source_unchanged(source: Path, manifest: dict[str, Any] | None) -> Check:
+    name = "source as it was converted"
+    if manifest is None:
+        return Check(name, "not run", f"OUT has no {MANIFEST}")
+    for shard, before in manifest["shards"].items():
+        path = source / shard
+        now = identity(path) if path.exists() else {"bytes": "absent"}
+        if any(now.get(key) != before[key] for key in ("bytes", "samples")):
+            return Check(name, "wrong", f"{shard}: now {now['bytes']} bytes, then {before['bytes']}; its blocks differ")
+    return Check(name, "ok", f"{len(manifest['shards'])} shards (size and blocks all over each)")
+
+
+def _files(source: Path, out: Path, manifest: dict[str, Any] | None) -> Check:
+    """Hashes of the journal; links are compared with the source's file."""
+    name = "files as they were written"
+    if manifest is None:
+        return Check(name, "not run", f"OUT has no {MANIFEST}")
+    linked = 0
+    for file, about in manifest["files"].items():
+        path = out / file
+        if not path.is_file() or path.stat().st_size != about["bytes"]:
+            return Check(name, "wrong", f"{file}: {path.stat().st_size if path.is_file() else 'no'} bytes, not {about['bytes']}")
+        if about["sha256"] is None:
+            linked += 1
+        elif _sha256(path) != about["sha256"]:
+            return Check(name, "wrong", f"{file}: its sha256 is no longer {about['sha256'][:16]}...")
+    return Check(name, "ok", f"{len(manifest['files']) - linked} hashes, {linked} links")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _changed(old: Opened, new: Opened) -> list[int]:
+    count = new.config.num_hidden_layers + new.config.num_nextn_predict_layers
+    return [i for i in range(count) if old.config.layer_kind(i) != new.config.layer_kind(i)]
+
+
+def _untouched(old: Opened, new: Opened) -> Check:
+    name = "untouched tensors identical"
+    fitted = tuple(f"model.layers.{i}.attention." for i in _changed(old, new))
+    bindings = dict(old.bindings)
+    bindings.setdefault(LM_HEAD, bindings[EMBEDDINGS])
+    names = [n for n in new.shapes if not n.startswith(fitted) and n in new.bindings]
+    kept = kept_tensors(bindings, bind(LING_ARCHITECTURE, new.config, names, present=new.reader), old.reader)
+    ours, theirs = _raw(new), _raw(old)
+    total = 0
+    for tensor in kept:
+        wrong = _difference(tensor, ours, theirs)
+        if wrong:
+            return Check(name, "wrong", f"{tensor.name}: {wrong}")
+        total += ours.nbytes(tensor.name)
+    return Check(name, "ok", f"{len(kept):,} tensors, {total / 1e9:.3f} GB")
+
+
+def _difference(kept: Kept, ours: TensorFiles, theirs: TensorFiles) -> str | None:
+    """What differs between a tensor and its source pieces, or None."""
+    if kept.name not in ours:
+        return "absent"
+    span, pieces = ours.spans[kept.name], [theirs.spans[p] for p in kept.pieces]
+    if (span.dtype, span.nbytes) != (pieces[0].dtype, sum(p.nbytes for p in pieces)):
+        return f"{span.dtype} of {span.nbytes} bytes, not {pieces[0].dtype}"
+    path = ours.folder / span.shard
+    start = span.start
+    for piece in pieces:
+        other = theirs.folder / piece.shard
+        if not (path.samefile(other) and start == piece.start):
+            pairs = zip(_blocks(path, start, piece.nbytes), _blocks(other, piece.start, piece.nbytes), strict=True)
+            if any(a != b for a, b in pairs):
+                return "its bytes differ"
+        start += piece.nbytes
+    return None
+
+
+def _blocks(path: Path, start: int, count: int) -> Iterator[bytes]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for at in range(0, count, PIECE):
+            yield os.pread(handle, min(PIECE, count - at), start + at)
+    finally:
+        os.close(handle)
+
+
+def _rewritten(old: Opened, new: Opened) -> Check:
+    """Presence and shapes are known from the headers; here: finite, and not left empty."""
+    changed, count = _changed(old, new), 0
+    device = torch.device("cpu")
+    for i in changed:
+        for name in (n for n in new.bindings if n.startswith(f"model.layers.{i}.attention.")):
+            tensor = read_binding(new, name, new.shapes[name], device)  # refuses NaN and infinities
+            count += 1
+            if tensor.dim() == 2 and not tensor.any() and not name.endswith("g_proj.weight"):
+                return Check("rewritten tensors present", "wrong", f"{name} is all zero")
+    return Check("rewritten tensors present", "ok", f"{count} tensors of {len(changed)} layers, finite, shapes as in config.json")
+
+
+def _lightning_heads(old: Opened, new: Opened, manifest: dict[str, Any] | None) -> Check:
+    """Exact by construction: every Lightning head is a teacher's head, with the K and V that this head read."""
+    name = "Lightning heads are the source's"
+    layers = [i for i in _changed(old, new) if new.config.layer_kind(i) == "lightning"]
+    settings = (manifest or {}).get("settings")
+    if not layers:
+        return Check(name, "not run", "no layer became Lightning")
+    if settings is None or settings["conversion"]["kv_heads"] != "replicate":
+        return Check(name, "not run", "trained since, or with random K/V heads: not exact")
+    if isinstance(old.reader, Dequantised):
+        return Check(name, "not run", "FP8: heads are quantised anew, not exact")
+    for i in layers:
+        wrong = _head_order(old, new, i)
+        if wrong:
+            return Check(name, "wrong", f"layer {i}: {wrong}")
+    return Check(name, "ok", f"{len(layers)} layers: q, k, v, QK-norm are a joint permutation of replicated heads, bit for bit")
+
+
+def _head_order(old: Opened, new: Opened, layer: int) -> str | None:
+    prefix, c = f"model.layers.{layer}.attention.", old.config
+
+    def read(opened: Opened, name: str) -> Tensor:
+        return read_binding(opened, prefix + name, opened.shapes[prefix + name], torch.device("cpu"), old.stored)
+
+    q, k, v = (
+        read(old, "query_key_value.weight")
+        .unflatten(0, (-1, c.head_dim))
+        .split((c.num_attention_heads, c.num_key_value_heads, c.num_key_value_heads))
+    )
+    k, v = replicate(k, c.num_attention_heads), replicate(v, c.num_attention_heads)
+    found = read(new, "query_key_value.weight").unflatten(0, (3, c.num_attention_heads, c.head_dim))
+    left = set(range(c.num_attention_heads))
+    for head in range(c.num_attention_heads):
+        wanted = found[:, head]
+        match = next((h for h in left if all(map(torch.equal, wanted, (q[h], k[h], v[h])))), None)
+        if match is None:
+            return f"head {head} is none of the source's"
+        left.remove(match)
+    norms = [n for n in ("query_layernorm.weight", "key_layernorm.weight") if prefix + n in old.bindings]
+    return next((f"{n} differs" for n in norms if not torch.equal(read(old, n), read(new, n))), None)
+
+
+def as_json(checks: list[Check]) -> str:
+    """For other programs."""
+    return json.dumps([{"check": c.name, "outcome": c.outcome, "found": c.found} for c in checks], indent=1)
