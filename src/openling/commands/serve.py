@@ -6,10 +6,14 @@ import argparse
 import importlib.util
 import os
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from openling.config.load import override
 from openling.config.serve import ServeConfig
 from openling.errors import UserError
+
+if TYPE_CHECKING:
+    from openling.serve.engine_config import EngineConfig
 
 NEEDED = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 
@@ -54,26 +58,43 @@ def run(args: argparse.Namespace) -> int:
             "serving needs packages that are not installed", value=", ".join(missing), next="pip install 'openling[serve]'"
         )
     from openling.serve.auth import check_binding, read_keys
-    from openling.serve.engine_config import EngineConfig
     from openling.serve.server import bind
 
-    own = ServeConfig(model_id=args.model_id, tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser)
-    config = override(own, args.overrides, flags=args.flags)
-    if args.memory_gib is not None and not args.memory_gib > 0:
-        raise UserError("caches need memory", where="--memory-gib", value=args.memory_gib, expected="more than 0")
-    engine = EngineConfig(
-        max_running=args.max_running,
-        max_model_len=args.max_model_len,
-        memory_bytes=None if args.memory_gib is None else int(args.memory_gib * 2**30),
-        drafts=args.drafts,
-        deterministic=args.deterministic,
-    )
+    config = _config(args)
+    engine = _engine(args)
     keys = read_keys(os.environ, args.api_key_file, args.admin_key_file)
     check_binding(args.host, keys, allow_public=args.allow_public_without_key)
     sock = bind(args.host, args.port)
     from openling.serve.start import serve
 
     return serve(args.model, sock=sock, device=args.device, engine=engine, config=config, keys=keys)
+
+
+def _config(args: argparse.Namespace) -> ServeConfig:
+    if args.model_id is not None and not (args.model_id.isprintable() and args.model_id.strip()):
+        raise UserError(
+            "this name cannot be asked for", where="--model-id", value=repr(args.model_id), expected="printable characters"
+        )
+    own = ServeConfig(model_id=args.model_id, tool_parser=args.tool_parser, reasoning_parser=args.reasoning_parser)
+    return override(own, args.overrides, flags=args.flags)
+
+
+def _engine(args: argparse.Namespace) -> EngineConfig:
+    from openling.serve.engine_config import EngineConfig
+
+    if args.memory_gib is not None and not args.memory_gib > 0:
+        raise UserError("caches need memory", where="--memory-gib", value=args.memory_gib, expected="more than 0")
+    try:
+        return EngineConfig(
+            max_running=args.max_running,
+            max_model_len=args.max_model_len,
+            memory_bytes=None if args.memory_gib is None else max(1, int(args.memory_gib * 2**30)),
+            drafts=args.drafts,
+            deterministic=args.deterministic,
+        )
+    except UserError as error:  # the setting as it was typed
+        flag = f"--{error.parts['where']}".replace("_", "-")
+        raise UserError(error.what, **(error.parts | {"where": flag})) from None
 
 
 def _cluster(args: argparse.Namespace) -> int:

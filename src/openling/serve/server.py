@@ -12,6 +12,7 @@ from functools import partial
 from typing import Any
 
 import uvicorn
+from pydantic import BaseModel
 from starlette.requests import Request as HttpRequest
 from starlette.responses import Response
 from starlette.routing import Route, Router
@@ -20,11 +21,14 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from openling.errors import UserError
 from openling.serve import admin_routes as admin
-from openling.serve import anthropic_routes, basic_routes, chat, completions, generate_route
+from openling.serve import anthropic_routes, basic_routes, chat, completions, generate_route, protocol_admin
 from openling.serve.auth import Access, Keys
 from openling.serve.guard import Guard, Paths
+from openling.serve.openapi import document
 from openling.serve.problems import ApiError, unavailable
-from openling.serve.service import Service
+from openling.serve.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from openling.serve.protocol_anthropic import CountRequest, MessagesRequest
+from openling.serve.service import Service, json_response
 from openling.serve.web import PAGE_HEADERS, page_files
 
 Handler = Callable[[Service, HttpRequest], Awaitable[ASGIApp]]
@@ -32,7 +36,7 @@ Handler = Callable[[Service, HttpRequest], Awaitable[ASGIApp]]
 
 @dataclass(frozen=True)
 class Endpoint:
-    """One route. `drains`: answered while the server is stopping."""
+    """One route. drains: answered while the server is stopping; binary: takes bytes; streams: answers events where asked to."""
 
     path: str
     method: str
@@ -40,47 +44,59 @@ class Endpoint:
     access: Access = "api"
     drains: bool = False
     binary: bool = False
+    body: type[BaseModel] | None = None
+    streams: bool = False
+    answers: str = "application/json"
 
 
 def endpoints() -> list[Endpoint]:
     """Every route but the page's files."""
+    messages = "/v1/messages"
     return [
         Endpoint("/health", "GET", basic_routes.health, "open", drains=True),
         Endpoint("/ready", "GET", basic_routes.ready, drains=True),
-        Endpoint("/metrics", "GET", basic_routes.metrics, drains=True),
+        Endpoint("/metrics", "GET", basic_routes.metrics, drains=True, answers="text/plain"),
         Endpoint("/version", "GET", basic_routes.version, drains=True),
+        Endpoint("/openapi.json", "GET", openapi_document),
         Endpoint("/v1/models", "GET", basic_routes.models),
         Endpoint("/v1/models/{model:path}", "GET", basic_routes.model),
-        Endpoint("/v1/chat/completions", "POST", chat.chat_completions),
-        Endpoint("/v1/messages", "POST", anthropic_routes.messages),
-        Endpoint("/v1/messages/count_tokens", "POST", anthropic_routes.count_tokens),
-        Endpoint("/v1/completions", "POST", completions.completions),
-        Endpoint("/tokenize", "POST", basic_routes.tokenize),
-        Endpoint("/detokenize", "POST", basic_routes.detokenize),
+        Endpoint("/v1/chat/completions", "POST", chat.chat_completions, body=ChatRequest, streams=True),
+        Endpoint("/v1/completions", "POST", completions.completions, body=CompletionRequest, streams=True),
+        Endpoint(messages, "POST", anthropic_routes.messages, body=MessagesRequest, streams=True),
+        Endpoint(f"{messages}/count_tokens", "POST", anthropic_routes.count_tokens, body=CountRequest),
+        Endpoint("/tokenize", "POST", basic_routes.tokenize, body=TokenizeRequest),
+        Endpoint("/detokenize", "POST", basic_routes.detokenize, body=DetokenizeRequest),
         Endpoint("/tokenizer_info", "GET", basic_routes.tokenizer_info),
         *admin_endpoints(),
     ]
 
 
+async def openapi_document(service: Service, http: HttpRequest) -> Response:
+    """GET /openapi.json: every route, what it takes and what it answers."""
+    return json_response(document(endpoints()))
+
+
 def admin_endpoints() -> list[Endpoint]:
     """The routes behind the admin key; names that RL tools know from SGLang stand beside ours."""
-    named: list[tuple[str, Handler, tuple[str, ...]]] = [
-        ("/generate", generate_route.generate, ()),
-        ("/pause", admin.pause, ("/pause_generation",)),
-        ("/resume", admin.resume, ("/continue_generation",)),
-        ("/abort", admin.abort, ("/abort_request",)),
-        ("/update_weights", admin.update_weights, ("/update_weights_from_disk",)),
-        ("/update_weights/begin", admin.begin_update, ()),
-        ("/update_weights/commit", admin.commit_update, ()),
-        ("/flush_cache", admin.flush_cache, ()),
-        ("/release_memory", admin.release_memory, ("/release_memory_occupation",)),
-        ("/resume_memory", admin.resume_memory, ("/resume_memory_occupation",)),
+    named: list[tuple[str, Handler, type[BaseModel], tuple[str, ...]]] = [
+        ("/generate", generate_route.generate, protocol_admin.GenerateRequest, ()),
+        ("/pause", admin.pause, protocol_admin.PauseRequest, ("/pause_generation",)),
+        ("/resume", admin.resume, protocol_admin.Empty, ("/continue_generation",)),
+        ("/abort", admin.abort, protocol_admin.AbortRequest, ("/abort_request",)),
+        ("/update_weights", admin.update_weights, protocol_admin.UpdateRequest, ("/update_weights_from_disk",)),
+        ("/update_weights/begin", admin.begin_update, protocol_admin.BeginRequest, ()),
+        ("/update_weights/commit", admin.commit_update, protocol_admin.CommitRequest, ()),
+        ("/flush_cache", admin.flush_cache, protocol_admin.Empty, ()),
+        ("/release_memory", admin.release_memory, protocol_admin.Empty, ("/release_memory_occupation",)),
+        ("/resume_memory", admin.resume_memory, protocol_admin.Empty, ("/resume_memory_occupation",)),
     ]
-    found = [Endpoint(path, "POST", handler, "admin") for name, handler, others in named for path in (name, *others)]
+    found = [
+        Endpoint(path, "POST", handler, "admin", body=body) for name, handler, body, others in named for path in (name, *others)
+    ]
     found.append(Endpoint("/flush_cache", "GET", admin.flush_cache, "admin"))
     found.append(Endpoint("/update_weights/stream", "POST", admin.stream_update, "admin", binary=True))
     found.append(Endpoint("/weights/checksum", "GET", admin.checksum, "admin"))
-    found.append(Endpoint("/weights/{name:path}", "GET", admin.weight, "admin"))
+    found.append(Endpoint("/weights/{name:path}", "GET", admin.weight, "admin", answers="application/octet-stream"))
     return found
 
 

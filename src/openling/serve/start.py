@@ -11,6 +11,7 @@ from pathlib import Path
 
 from openling.config.serve import ServeConfig
 from openling.data.chat import template_source
+from openling.errors import UserError
 from openling.model.device import pick_device
 from openling.ops.pick import kernels_reason
 from openling.serve.async_engine import AsyncEngine
@@ -30,6 +31,14 @@ def serve(folder: Path, *, sock: socket.socket, device: str, engine: EngineConfi
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     chosen = pick_device(device)
     loaded = load(folder, device=chosen)
+    longest = loaded.config.max_position_embeddings
+    if engine.max_model_len is not None and engine.max_model_len > longest:
+        raise UserError(
+            "the model was not made for such a context",
+            where="--max-model-len",
+            value=engine.max_model_len,
+            expected=f"at most {longest}",
+        )
     print(f"Ops: {kernels_reason(chosen)}.", file=sys.stderr)
     return asyncio.run(_serve(loaded, sock, engine, config, keys))
 
