@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +18,7 @@ from server_process import Served, served_nano  # noqa: E402
 
 pytestmark = pytest.mark.clients
 HERE = Path(__file__).parent
-PROGRAMS = Path(os.environ.get("OPENLING_CLIENTS", HERE.parents[2] / ".venv-clients")) / "bin"
+PROGRAMS = HERE.parents[2] / ".venv-clients" / "bin"
 QUESTIONS = [
     {"question": "The sky is", "choices": ["blue", "a kind of fish", "é"], "answer": 0},
     {"question": "Two\nand two make", "choices": ["four", "5", "many, many more than that"], "answer": 0},
