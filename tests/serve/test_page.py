@@ -76,8 +76,8 @@ def test_text_streams_and_thinking_is_folded_away(page: Page, script: Script) ->
     ("effort", "sent"),
     [
         ("none", {"chat_template_kwargs": {"enable_thinking": False}}),
-        ("high", {"reasoning_effort": "high"}),
-        ("xhigh", {"chat_template_kwargs": {"reasoning_effort": "xhigh"}}),
+        ("high", {"reasoning_effort": "high", "chat_template_kwargs": {"enable_thinking": True}}),
+        ("xhigh", {"chat_template_kwargs": {"enable_thinking": True, "reasoning_effort": "xhigh"}}),
     ],
 )
 def test_effort(page: Page, script: Script, effort: str, sent: dict[str, Any]) -> None:

@@ -28,10 +28,10 @@ export function requestBody(model, messages, settings) {
   for (const name of NUMBERS) if (Number.isFinite(settings[name])) body[name] = settings[name];
   const tools = readTools(settings.tools);
   if (tools) body.tools = tools;
-  // "xhigh" is not among OpenAI's values, so it goes to the chat template by name.
-  if (settings.effort === "none") body.chat_template_kwargs = { enable_thinking: false };
-  else if (settings.effort === "high") body.reasoning_effort = "high";
-  else body.chat_template_kwargs = { reasoning_effort: settings.effort };
+  // Templates differ in what they read: a switch, an effort, or nothing. "xhigh" is not among OpenAI's values.
+  body.chat_template_kwargs = { enable_thinking: settings.effort !== "none" };
+  if (settings.effort === "high") body.reasoning_effort = "high";
+  else if (settings.effort === "xhigh") body.chat_template_kwargs.reasoning_effort = "xhigh";
   return body;
 }
 
