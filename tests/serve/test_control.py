@@ -5,6 +5,7 @@ import tiny_engine as tiny
 import torch
 
 from openling.errors import UserError
+from openling.model.paged import Sizes
 from openling.serve.control import tensor_hash, weights
 from openling.serve.types import Grammar
 
@@ -133,6 +134,26 @@ def test_memory_is_given_back_and_taken_again():
     e.resume()
     outputs += tiny.drain(e)[r.id]
     assert tiny.tokens(outputs) == tiny.expected(m, ids, 20)
+
+
+def test_engines_that_cannot_be():
+    m = tiny.model("mtp")
+    with pytest.raises(UserError, match="max_position_embeddings"):
+        tiny.engine(m, max_model_len=1025)
+    with pytest.raises(UserError, match="cannot draft"):
+        tiny.engine(m, drafts=1, deterministic=True)
+    with pytest.raises(UserError, match="0 to 3"):
+        tiny.engine(m, drafts=4)
+    with pytest.raises(UserError, match="1 or more"):
+        tiny.engine(m, max_running=0)
+    with pytest.raises(UserError, match="holds no page"):
+        tiny.engine(m, pages=None, memory_bytes=1000)
+    assert tiny.engine(m, pages=3).max_model_len == 192
+    budget = tiny.engine(m, pages=None, slots=2, memory_bytes=10**6)
+    sizes = Sizes.of(m.config, torch.float64, 0)
+    assert budget.store.pages == (10**6 - 2 * sizes.slot) // sizes.page
+    held = [budget.store.states, *budget.store.rows.values()]
+    assert sum(x.nbytes for x in held) == 2 * sizes.slot + (budget.store.pages + 1) * sizes.page
 
 
 def test_refusals_name_the_numbers():

@@ -41,6 +41,11 @@ class EngineConfig:
         for name in (*positive, *(n for n in optional if getattr(self, n) is not None)):
             if getattr(self, name) < 1:
                 raise UserError("this engine setting has no meaning", where=name, value=getattr(self, name), expected="1 or more")
+        if self.deterministic and self.drafts:
+            # Whether a step verifies drafts depends on all its requests, and verifying rounds otherwise than decoding.
+            raise UserError(
+                "a deterministic engine cannot draft", where="drafts", value=self.drafts, expected="0, or deterministic off"
+            )
         if not 0 <= self.drafts <= 3:
             # Kernels take a certain token and up to three drafts in one call.
             raise UserError("this many drafts cannot be verified at once", where="drafts", value=self.drafts, expected="0 to 3")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 
 from openling.errors import UserError
@@ -9,6 +11,7 @@ from openling.model.ling import Ling
 from openling.model.paged import PAGE, PagedStore, Sizes
 from openling.serve.engine_config import EngineConfig
 
+log = logging.getLogger("openling")
 # Slots for cached states beside those of running sequences, as a share of these.
 CACHED_STATES = 1.0
 # Of the memory that is free on a GPU, and of a budget nobody named on a CPU.
@@ -23,7 +26,13 @@ def store_for(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
     drafts = config.drafts if model.model.mtp_layers() else 0
     sizes = Sizes.of(model.config, dtype, drafts)
     slots = config.slots or (config.max_running + max(1, int(CACHED_STATES * config.max_running)))
-    length = config.max_model_len or model.config.max_position_embeddings
+    trained = model.config.max_position_embeddings
+    length = config.max_model_len or trained
+    if length > trained:
+        raise UserError(
+            "the model was not trained for contexts of this length", where="max_model_len", value=length,
+            expected=f"at most {trained} tokens (max_position_embeddings)",
+        )  # fmt: skip
     wanted = config.max_running * -(-(length + 2 * drafts) // PAGE)
     pages = config.pages
     if pages is None:
@@ -35,7 +44,12 @@ def store_for(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
             value=config.memory_bytes, expected=f"{slots * sizes.slot + sizes.page} bytes for {slots} slots, or fewer slots",
         )  # fmt: skip
     store = PagedStore(model.config, pages=pages, slots=slots, drafts=drafts, dtype=dtype, device=device)
-    return min(length, pages * PAGE - 2 * drafts), store
+    most = min(length, pages * PAGE - 2 * drafts)
+    if most < length:
+        log.warning(
+            "memory for %d tokens of context, not the model's %d: a larger memory budget serves longer ones", most, length
+        )
+    return most, store
 
 
 def _budget(device: torch.device) -> int:

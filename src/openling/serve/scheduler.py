@@ -107,7 +107,7 @@ class Scheduler:
 
     def schedule(self, new: int = 1) -> Plan:
         """Choose the work of a step, with `new` tokens for each decoding sequence, and take the memory for it."""
-        plan = Plan(new=new)
+        plan, preempted = Plan(new=new), self.preemptions
         for sequence in list(self.running):
             if (
                 sequence.active
@@ -120,7 +120,8 @@ class Scheduler:
             if sequence.active and not sequence.decoding:
                 budget -= self._add_chunk(plan, sequence, budget, preempt=True)
         for sequence in list(self.waiting)[:ADMISSION_WINDOW]:
-            if budget < 1 or len(self.running) >= self.config.max_running:
+            # Who had to leave in this step must not come back in it: the memory is for those that stay.
+            if budget < 1 or len(self.running) >= self.config.max_running or self.preemptions > preempted:
                 break
             if not sequence.admissible or self._awaits_sibling(sequence):
                 continue
