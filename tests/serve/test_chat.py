@@ -437,7 +437,7 @@ def test_errors_of_messages_have_anthropics_shape(scripted):
     answer = scripted.client.post(MESSAGES, {"model": "tiny", "messages": HI})
     assert answer.status == 400
     assert answer.json["type"] == "error"
-    assert answer.error == {"type": "invalid_request_error", "message": "max_tokens: missing required parameter 'max_tokens'"}
+    assert answer.error == {"type": "invalid_request_error", "message": "missing required parameter 'max_tokens'"}
 
     async def fails(request):
         yield piece(request, "x")

@@ -224,6 +224,8 @@ def test_bodies_and_headers_beyond_their_bounds(bounded):
     chunk = b"2710\r\n" + b" " * 10_000 + b"\r\n"
     head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nTransfer-Encoding: chunked\r\n\r\n"
     assert raw(client.port, head + 3 * chunk).startswith(b"HTTP/1.1 413")
+    endless = head.replace(b"Transfer-Encoding: chunked", b"Content-Length: 9000000") + b" " * 100_000
+    assert raw(client.port, endless).startswith(b"HTTP/1.1 413")
     long_header = b"GET /health HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 5000
     answer = raw(client.port, long_header)
     assert answer.startswith(b"HTTP/1.1 400")
@@ -482,3 +484,12 @@ def test_stopping_does_not_wait_beyond_the_deadline():
         server.shut_down()
         sock.close()
     assert service.engine.left
+
+
+def test_a_schema_that_fails_while_the_reply_is_made_is_the_requests_fault():
+    from openling.serve.merged import _failed
+    from openling.serve.types import Grammar, Request, SamplingParams
+
+    request = Request("r", (1,), SamplingParams(grammar=Grammar("json_object")))
+    error = _failed(request, Output("r", finish_reason="error", error="too complex\nNoExtensionBias"))
+    assert (error.status, error.code, "NoExtensionBias" in error.message) == (400, "invalid_grammar", False)

@@ -14,6 +14,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from starlette.exceptions import HTTPException
@@ -26,6 +27,7 @@ from openling.serve.problems import ApiError
 log = logging.getLogger("openling.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
+_DISCARD_SECONDS = 2.0
 CLIENT_LEFT = 499  # as in nginx: only logs and metrics see it
 
 
@@ -100,6 +102,8 @@ class Guard:
         except ClientGone:
             exchange.status = CLIENT_LEFT
         except ApiError as error:
+            if error.status == 413:
+                await self._discard(receive)
             await self._answer(error, exchange, sender)
         except HTTPException as error:
             await self._answer(_routing_error(error, scope), exchange, sender)
@@ -154,6 +158,17 @@ class Guard:
             return message
 
         return bounded
+
+    async def _discard(self, receive: Receive) -> None:
+        """Read on for a moment: a client that is still sending would see a broken connection instead of the answer."""
+        most = 2 * self._limits.body_bytes
+        with suppress(TimeoutError):
+            async with asyncio.timeout(min(self._timeouts.body, _DISCARD_SECONDS)):
+                while most > 0:
+                    message = await receive()
+                    most -= len(message.get("body", b""))
+                    if not message.get("more_body", False):
+                        return
 
     def _most_bytes(self, path: str) -> int:
         return self._limits.weight_bytes if path in self._paths.binary else self._limits.body_bytes

@@ -76,7 +76,7 @@ class Replies:
             raise as_api_error(output)
         self._time(index, output)
         if output.finish_reason == "error":
-            raise ApiError(500, output.error or "the engine could not finish this reply", code="engine_error")
+            raise _failed(self._requests[index], output)
         self._open -= output.finish_reason is not None
         return index, output
 
@@ -120,6 +120,14 @@ class Replies:
             clock.last = now
         if output.finish_reason is not None:
             self._timings.finished(now - clock.began, output)
+
+
+def _failed(request: Request, output: Output) -> ApiError:
+    """Why a reply could not be finished. A grammar that compiled and then failed is of the request's making."""
+    reason = (output.error or "the engine could not finish this reply").partition("\n")[0]
+    if request.params.grammar is not None:
+        return bad(f"the grammar of this reply failed: {reason}", "response_format", "invalid_grammar")
+    return ApiError(500, reason, code="engine_error")
 
 
 def _end_of(last: Output) -> Output:

@@ -49,14 +49,19 @@ class ApiError(Exception):
         """The class of error, in the words that OpenAI's and Anthropic's clients know."""
         return TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
 
+    @property
+    def told(self) -> str:
+        """The message with the field at fault: many clients show nothing else."""
+        named = self.param is None or self.param.partition("[")[0].partition(".")[0] in self.message
+        return self.message if named else f"{self.param}: {self.message}"
+
     def openai(self) -> dict[str, Any]:
         """The body that OpenAI's clients expect."""
-        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+        return {"error": {"message": self.told, "type": self.type, "param": self.param, "code": self.code}}
 
     def anthropic(self, request_id: str | None = None) -> dict[str, Any]:
         """The body that Anthropic's clients expect."""
-        message = f"{self.param}: {self.message}" if self.param else self.message
-        return {"type": "error", "error": {"type": self.type, "message": message}, "request_id": request_id}
+        return {"type": "error", "error": {"type": self.type, "message": self.told}, "request_id": request_id}
 
 
 def bad(message: str, param: str | None = None, code: str | None = None) -> ApiError:
