@@ -4,11 +4,13 @@ import json
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from live_server import live
 from scripted_engine import says, scripted_service
 
+from openling.config.serve import LimitsConfig, TimeoutsConfig
 from openling.serve.auth import Keys
 from openling.serve.server import endpoints
 
@@ -60,6 +62,7 @@ def test_importing_openling_needs_no_server_package_and_serve_says_what_to_insta
     """Modules of the extra are made impossible to import, as on a machine without it."""
     program = """
 import sys
+from pathlib import Path
 ABSENT = ("starlette", "uvicorn", "prometheus_client", "llguidance")
 class Absent:
     def find_spec(self, name, path=None, target=None):
@@ -77,3 +80,16 @@ sys.exit(main(["serve", "nowhere"]))
     assert run.returncode == 2
     assert "starlette, uvicorn, prometheus_client, llguidance" in run.stderr
     assert "pip install 'openling[serve]'" in run.stderr
+
+
+def test_the_documentation_names_every_route_and_every_bound():
+    text = (Path(__file__).parents[2] / "docs" / "api.md").read_text(encoding="utf-8")
+    missing = [
+        e.path for e in endpoints() if f"`{e.path.replace(':path}', '}')}`" not in text.replace("POST ", "").replace("GET ", "")
+    ]
+    for model in (LimitsConfig, TimeoutsConfig):
+        for name, field in model.model_fields.items():
+            default = f"{field.default:g}" if isinstance(field.default, float) else f"{field.default:,}"
+            if f"| `{name}` | {default} | {field.description} |" not in text:
+                missing.append(name)
+    assert missing == []
