@@ -26,13 +26,13 @@ class TokenBytes:
 
     def __init__(self, tokenizer: Any, *, shown: Collection[str] = MARKS) -> None:
         self._backend = tokenizer.backend_tokenizer
-        spec = json.loads(self._backend.to_str())
-        kinds = _decoder_kinds(spec.get("decoder"))
+        decoder = self._backend.decoder
+        # A decoder's pickled state is its part of tokenizer.json; the whole file would take a large vocabulary's time.
+        kinds = _decoder_kinds(json.loads(decoder.__getstate__())) if decoder is not None else set()
         self._byte_level = "ByteLevel" in kinds
         self._pieces = "ByteFallback" in kinds or "Metaspace" in kinds
-        self._added = {token["id"]: token["content"] for token in spec.get("added_tokens", ())}
-        special = {token["id"] for token in spec.get("added_tokens", ()) if token["special"]}
-        self._hidden = {id for id in special if self._added[id] not in shown}
+        added = self._backend.get_added_tokens_decoder()  # decoded like other tokens, as long as they are no special ones
+        self._hidden = {id for id, token in added.items() if token.special and token.content not in shown}
         self._cache: dict[int, bytes] = {}
 
     def of(self, id: int, *, after: int | None = None) -> bytes:
@@ -68,8 +68,6 @@ class TokenBytes:
 
     def _own(self, id: int) -> bytes | None:
         """Bytes that do not depend on neighbours; None where they do. An id without a token has none."""
-        if id in self._added:
-            return self._added[id].encode()
         piece = self._backend.id_to_token(id)
         if piece is None:
             return b""
@@ -153,10 +151,8 @@ def _utf8() -> codecs.IncrementalDecoder:
     return codecs.getincrementaldecoder("utf-8")(errors="replace")
 
 
-def _decoder_kinds(decoder: dict[str, Any] | None) -> set[str]:
+def _decoder_kinds(decoder: dict[str, Any]) -> set[str]:
     """The types of a tokenizer.json's decoder, sequences taken apart."""
-    if decoder is None:
-        return set()
     return {decoder["type"]}.union(*(_decoder_kinds(part) for part in decoder.get("decoders", ())))
 
 

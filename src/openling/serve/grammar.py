@@ -34,11 +34,15 @@ _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 @dataclass(frozen=True)
 class GrammarLimits:
-    """What a grammar may cost. seconds: from `submit` to a matcher, the wait for a free thread included."""
+    """What a grammar may cost. seconds: from `submit` to a matcher, the wait for a free thread included.
+
+    Reading a large vocabulary takes seconds once: `start_seconds` more for grammars that come before that is done.
+    """
 
     max_chars: int = 262_144
     max_depth: int = 64
     seconds: float = 5.0
+    start_seconds: float = 30.0
     cached: int = 64
     threads: int = 2
 
@@ -129,10 +133,9 @@ class GrammarCompiler:
             future.set_result(self._matcher(compiled))
             return future
         self._start_threads()
-        late = UserError(
-            "the grammar takes too long to compile", value=grammar.kind, expected=f"{self.limits.seconds:g} s at most"
-        )
-        timer = threading.Timer(self.limits.seconds, lambda: _settle(future, error=late))
+        seconds = self.limits.seconds + (0 if "_ll_tokenizer" in self.__dict__ else self.limits.start_seconds)
+        late = UserError("the grammar takes too long to compile", value=grammar.kind, expected=f"{seconds:g} s at most")
+        timer = threading.Timer(seconds, lambda: _settle(future, error=late))
         timer.daemon = True
         timer.start()
         future.add_done_callback(lambda _: timer.cancel())
