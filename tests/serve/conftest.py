@@ -11,8 +11,6 @@ if TYPE_CHECKING:
     from selenium import webdriver
     from server_process import Served
 
-API_KEY = "key-of-the-tests"
-
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
@@ -25,7 +23,7 @@ def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chro
 @pytest.fixture(scope="session")
 def nano_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     """`openling serve` on the nano model, with an API key."""
-    from server_process import served_nano
+    from server_process import API_KEY, served_nano
 
     with served_nano(tmp_path_factory.mktemp("served") / "nano", key=API_KEY) as server:
         yield server

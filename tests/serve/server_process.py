@@ -20,6 +20,7 @@ import psutil
 from openling.bench.nano import write_nano
 
 ADMIN_KEY = "admin-key-of-the-tests"
+API_KEY = "key-of-the-tests"
 
 
 @dataclass

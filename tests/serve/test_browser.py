@@ -11,9 +11,7 @@ import pytest
 from browser import Page
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
-from server_process import Served, served
-
-from conftest import API_KEY
+from server_process import API_KEY, Served, served
 
 
 @pytest.fixture

@@ -9,10 +9,9 @@ import anthropic
 import openai
 import pytest
 import torch
-from server_process import Served
+from server_process import API_KEY, Served
 
 import openling
-from conftest import API_KEY
 
 WEATHER = {
     "type": "function",
