@@ -279,9 +279,12 @@ def test_thinking_is_kept_apart(scripted):
     ("body", "kwargs"),
     [
         ({"reasoning_effort": "none"}, {"enable_thinking": False}),
-        ({"reasoning_effort": "high"}, {"reasoning_effort": "high"}),
+        ({"reasoning_effort": "high"}, {"reasoning_effort": "high", "enable_thinking": True}),
         ({"chat_template_kwargs": {"reasoning_effort": "xhigh"}}, {"reasoning_effort": "xhigh"}),
-        ({"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "xhigh"}}, {"reasoning_effort": "xhigh"}),
+        (
+            {"reasoning_effort": "high", "chat_template_kwargs": {"reasoning_effort": "xhigh", "enable_thinking": False}},
+            {"reasoning_effort": "xhigh", "enable_thinking": False},
+        ),
     ],
 )
 def test_effort_reaches_the_template(body, kwargs):

@@ -493,3 +493,20 @@ def test_a_schema_that_fails_while_the_reply_is_made_is_the_requests_fault():
     request = Request("r", (1,), SamplingParams(grammar=Grammar("json_object")))
     error = _failed(request, Output("r", finish_reason="error", error="too complex\nNoExtensionBias"))
     assert (error.status, error.code, "NoExtensionBias" in error.message) == (400, "invalid_grammar", False)
+
+
+def test_sigterm_lets_the_reply_finish_and_the_process_exits_with_0(tmp_path):
+    from server_process import served_nano
+
+    with served_nano(tmp_path / "nano", "--timeouts.idle", "1") as server:
+        client = Client(int(server.url.rpartition(":")[2]))
+        sock = open_stream(client, {"prompt": "ab", "max_tokens": 60, "ignore_eos": True, "stream": True})
+        found = sock.recv(65536)
+        assert found.startswith(b"HTTP/1.1 200")
+        server.process.terminate()
+        while part := sock.recv(65536):
+            found += part
+        assert b"[DONE]" in found
+        assert found.count(b'"finish_reason":"length"') == 1
+        assert server.process.wait(30) == 0
+        assert not any("Traceback" in line for line in server.log)

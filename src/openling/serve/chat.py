@@ -116,6 +116,7 @@ class Prompt:
 async def render(service: Service, body: ChatRequest) -> Prompt:
     """The prompt of a chat request. Raises ApiError 400."""
     if body.prompt_token_ids is not None:
+        tokens_to_make(None, len(body.prompt_token_ids), service.max_model_len, "prompt_token_ids")
         check_ids(body.prompt_token_ids, service.text.vocab_size, "prompt_token_ids")
         return Prompt("", list(body.prompt_token_ids))
     messages, tools = plain_messages(body.messages or []), _tools(body)
@@ -142,6 +143,7 @@ def template_kwargs(body: ChatRequest) -> dict[str, Any]:
         kwargs.setdefault("enable_thinking", False)
     elif body.reasoning_effort is not None:
         kwargs.setdefault("reasoning_effort", body.reasoning_effort)
+        kwargs.setdefault("enable_thinking", True)  # templates with a switch know no levels
     try:
         return checked_kwargs(kwargs)
     except UserError as error:

@@ -67,6 +67,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]
     for ids in found:
         if not ids:
             raise bad("a prompt holds at least one token", "prompt")
+        tokens_to_make(None, len(ids), service.max_model_len, "prompt")  # before every id is looked at
         check_ids(ids, service.text.vocab_size, "prompt")
     return found
 

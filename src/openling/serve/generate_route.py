@@ -24,11 +24,11 @@ async def generate(service: Service, http: HttpRequest) -> ASGIApp:
     """Answer POST /generate: one object, or a list of n."""
     body = await service.read(http, GenerateRequest)
     given = body.sampling_params
-    check_ids(body.prompt_token_ids, service.text.vocab_size, "prompt_token_ids")
     check_top_logprobs(body.top_logprobs, service.config.limits, "top_logprobs")
     fields = SamplingFields(**given.model_dump(exclude_none=True, exclude=_OTHERS))
     check_sampling(fields, service.config.limits, service.text.vocab_size)
     max_tokens = tokens_to_make(given.max_tokens, len(body.prompt_token_ids), service.max_model_len, "prompt_token_ids")
+    check_ids(body.prompt_token_ids, service.text.vocab_size, "prompt_token_ids")
     wants_logprobs = body.return_logprob or body.top_logprobs is not None
     work = [
         (
