@@ -24,6 +24,23 @@ def with_engine(engine, body):
     return asyncio.run(main())
 
 
+def test_calls_that_wait_when_the_thread_dies_are_told():
+    e = tiny.engine(tiny.model())
+
+    def die(engine):
+        raise SystemExit("gone")
+
+    async def main():
+        served = AsyncEngine(e)
+        served.start()
+        calls = [asyncio.create_task(served.call(f)) for f in (die, lambda engine: 1)]
+        for call in calls:
+            with pytest.raises(Exception, match="died"):
+                await call
+
+    asyncio.run(asyncio.wait_for(main(), 60))
+
+
 async def collect(served, request):
     return [output async for output in served.generate(request)]
 
@@ -69,6 +86,21 @@ def test_refusals_come_before_the_first_output():
         assert len(await second) == 8
 
     with_engine(e, body)
+
+
+def test_an_idle_engine_that_lost_memory_refuses_to_go_on():
+    e = tiny.engine(tiny.model())
+
+    async def main():
+        e.scheduler.pages.take()  # nobody's
+        served = AsyncEngine(e)
+        served.start()
+        while served.healthy:
+            await asyncio.sleep(0.01)
+        with pytest.raises(Exception, match="leaked"):
+            await collect(served, tiny.request(tiny.prompt(5)))
+
+    asyncio.run(asyncio.wait_for(main(), 60))
 
 
 def test_a_dead_thread_fails_every_stream_and_is_not_healthy():

@@ -31,6 +31,7 @@ class AsyncEngine:
         self.engine = engine
         self._work: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
         self._streams: dict[str, asyncio.Queue[Output | BaseException]] = {}
+        self._calls: set[asyncio.Future[Any]] = set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
         self._stopping = False
@@ -74,6 +75,8 @@ class AsyncEngine:
             else:
                 self._tell(_settle, result, value, None)
 
+        self._calls.add(result)
+        result.add_done_callback(self._calls.discard)
         self._submit(work)
         return await result
 
@@ -105,10 +108,10 @@ class AsyncEngine:
     def _run(self) -> None:
         try:
             while not self._stopping:
-                self._do_waiting_work(block=not self.engine.has_work())
-                if not self.engine.has_work():
+                idle = not self.engine.has_work()
+                if idle:
                     self._check_when_idle()
-                    continue
+                self._do_waiting_work(block=idle)
                 outputs = self.engine.step()
                 if outputs:
                     self._tell(self._publish, outputs)
@@ -121,7 +124,7 @@ class AsyncEngine:
 
     def _check_when_idle(self) -> None:
         """Leaked memory would show as an engine that slowly fills up: better that it refuses to go on."""
-        if not self._stopping and time.monotonic() - self._checked > CHECK_SECONDS:
+        if time.monotonic() - self._checked > CHECK_SECONDS:
             self.engine.check_integrity()
             self._checked = time.monotonic()
 
@@ -154,12 +157,15 @@ class AsyncEngine:
                 stream.put_nowait(output)
 
     def _fail(self) -> None:
+        died = Failure("the engine's thread died", value=repr(self._failure))
         for stream in self._streams.values():
-            stream.put_nowait(Failure("the engine's thread died", value=repr(self._failure)))
+            stream.put_nowait(died)
+        for call in list(self._calls):
+            _settle(call, None, died)
 
 
 def _settle(future: asyncio.Future[Any], value: Any, error: Exception | None) -> None:
-    if future.cancelled():
+    if future.done():  # its caller has left
         return
     if error is not None:
         future.set_exception(error)

@@ -16,7 +16,10 @@ class _Rate:
     steps: int = 0
 
     def add(self, rate: float) -> None:
-        self.tokens_per_second += (rate - self.tokens_per_second) * max(NEWEST, 1 / (self.steps + 1))
+        """The very first step compiles and captures: not counted. Later outliers of that kind count as half the usual rate."""
+        if self.steps:
+            rate = max(rate, self.tokens_per_second / 2)
+            self.tokens_per_second += (rate - self.tokens_per_second) * max(NEWEST, 1 / self.steps)
         self.steps += 1
 
 
