@@ -11,6 +11,7 @@ from test_convert import windows
 
 import openling
 from openling.migrate.convert import to_lightning, to_mla
+from openling.migrate.estimate import estimate
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.pipeline import _round
 from openling.migrate.stream import convert_folder
@@ -156,3 +157,18 @@ def test_a_clean_copy_of_a_linked_folder(tmp_path):
     same(tensors(tmp_path / "clean"), tensors(tmp_path / "out"))
     assert "stale_in" not in json.loads((tmp_path / "clean" / INDEX).read_text())["metadata"]
     assert all(p.stat().st_nlink == 1 for p in (tmp_path / "clean").iterdir())
+
+
+@pytest.mark.parametrize("mode", ["copy", "link"])
+def test_a_dry_run_says_what_then_happens(mode, tmp_path):
+    source = teacher(tmp_path / "source")
+    said = estimate(source, settings(), mode, beside=tmp_path, weights_only=True)
+    report = convert_folder(job(source, tmp_path / "out", mode=mode, text=False), resume=False)
+    assert said.linked == report["bytes linked"]
+    headers = sum(int.from_bytes(p.read_bytes()[:8], "little") + 8 for p in (tmp_path / "out").glob("*.safetensors"))
+    assert 0 <= report["bytes of new layers"] - said.written <= headers
+    assert 0 <= report["bytes copied"] - said.copied <= headers
+    assert said.read_for_fits == report["bytes of old attention"] < CheckpointReader(source).total_bytes
+    assert sum(row.bytes for row in said.rows) == CheckpointReader(source).total_bytes
+    assert {row.becomes for row in said.rows if row.name == "attention"} == {"lightning", "mla"}
+    assert {row.becomes for row in said.rows if row.name != "attention"} == {"kept"}

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from openling.commands.migrate import open_console, settings
 from openling.config.migrate import MigrateConfig
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names or paths")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run, or take part in it")
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, from the headers, and stop")
     parser.set_defaults(takes_overrides=True, tokens=1, eval_text=None)
 
 
@@ -64,6 +66,9 @@ def _hybrid(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     config = _with_stages(settings(args), args)
+    if args.dry_run:
+        print(dry_run(args.source, args.out, config, "link" if args.link else "copy", weights_only=args.weights_only))
+        return 0
     windows = None if args.weights_only else calibration(args.source, config, device)
     console = open_console(stderr=True)
     job = Job(args.source, args.out, config, "link" if args.link else "copy", windows, device)
@@ -74,6 +79,19 @@ def _hybrid(args: argparse.Namespace) -> int:
             console.print(f"{name.removesuffix(' bytes')}: {text}", highlight=False)
     console.print(f"\nHybrid: {args.out}\nCheck:  openling verify {args.source} {args.out}", highlight=False, soft_wrap=True)
     return 0
+
+
+def dry_run(source: Path, out: Path, config: MigrateConfig, mode: Literal["link", "copy"], **how: bool) -> str:
+    """What a conversion would do, in words. Writes nothing but a short-lived file that measures the disk."""
+    from openling.migrate.estimate import estimate, say
+    from openling.weights.io import CheckpointReader
+
+    streamed = how.pop("streamed", True)
+    beside = next(folder for folder in out.absolute().parents if folder.is_dir())
+    found = estimate(source, config, mode, beside=beside, **how)
+    reader = CheckpointReader(source)
+    values = sum(math.prod(reader.shape(name)) for name in reader.names())
+    return say(found, streamed=streamed, total_bytes=4 * values)
 
 
 def _with_stages(config: MigrateConfig, args: argparse.Namespace) -> MigrateConfig:

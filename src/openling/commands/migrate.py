@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import shlex
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--eval-text", nargs="+", metavar="TEXT", help="held-out text, another domain: names or paths")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run")
-    parser.add_argument("--dry-run", action="store_true", help="print every setting and stop (null: chosen for the model)")
+    parser.add_argument("--dry-run", action="store_true", help="print every setting and what would be done, and stop")
     parser.epilog = "Any setting that --dry-run prints can be set too, e.g. --linear_warmup.train.lr 1e-4."
     parser.set_defaults(takes_overrides=True)
 
@@ -60,6 +61,10 @@ def run(args: argparse.Namespace) -> int:
     config = settings(args)
     if args.dry_run:
         print(config.model_dump_json(indent=2))
+        if args.model.exists() and {"lightning", "mla"} & set(config.stages):
+            from openling.commands.convert import dry_run
+
+            print(dry_run(args.model, args.out, config, "copy", streamed=False), file=sys.stderr)
         return 0
     from openling.migrate.pipeline import migrate
     from openling.model.device import pick_device

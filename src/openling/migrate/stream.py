@@ -123,6 +123,11 @@ class Outline:
         names = [n for b in self.opened.bindings.values() if b.ours.startswith(prefixes) for n in b.theirs]
         return sum(self.raw.nbytes(name) for name in names)
 
+    def new_bytes(self) -> int:
+        """Bytes of the fitted layers' files, but for headers and FP8 scales."""
+        width = 1 if isinstance(self.opened.reader, Dequantised) else self.opened.stored.itemsize
+        return sum(shape.numel() for shape in self.new.values()) * width
+
 
 def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
     """Check the source and plan the result, reading nothing but headers."""
@@ -214,8 +219,7 @@ def _finished(job: Job, run: Path) -> dict[str, Any]:
 
 
 def _check_space(plan: Outline, run: Path) -> None:
-    width = plan.opened.stored.itemsize
-    needed = sum(f.bytes for f in plan.files if f.action != "link") + sum(s.numel() for s in plan.new.values()) * width
+    needed = sum(f.bytes for f in plan.files if f.action != "link") + plan.new_bytes()
     free = shutil.disk_usage(run).free
     if free < needed + (16 << 20):
         raise UserError(

@@ -1,0 +1,270 @@
+"""Streaming conversion of synthetic Ling-2.0-shaped checkpoints: rates beside the disk's own, bytes moved, memory, equality.
+
+    python benchmarks/streaming.py WORK_FOLDER [1|10|40]      # GB; three times that must be free; writes benchmarks/results/
+
+Weights are made up (one random block, repeated), BF16. The disk's rates and ours come from the same run, cold cache for every
+read. Every conversion runs in a process of its own, whose peak memory it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openling.config.migrate import preset
+from openling.environment import write_results
+from openling.migrate.stream import Job, convert_folder, outline
+from openling.model.config import LING_ARCHITECTURE, ModelConfig
+from openling.model.ling import Ling
+from openling.weights.files import copy_range
+from openling.weights.io import CheckpointReader, FolderWriter
+from openling.weights.names import bind
+
+RESULTS = Path(__file__).parent / "results" / "migration"
+# GB: layers, routed experts, bytes of a shard.
+SIZES = {1: (8, 16, 128 << 20), 10: (8, 192, 1 << 30), 40: (24, 256, 4 << 30)}
+BLOCK = 16 << 20
+MEMORY_GOAL = 4 * 2**30
+TEXT = {"sequence_length": 512, "calibration_tokens": 8192}
+
+
+def shape(layers: int, experts: int) -> dict[str, Any]:
+    """config.json of a small Ling-2.0: the mini model's widths."""
+    return {
+        "architectures": ["BailingMoeV2ForCausalLM"],
+        "vocab_size": 32000,
+        "hidden_size": 2048,
+        "intermediate_size": 5120,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "partial_rotary_factor": 0.5,
+        "num_experts": experts,
+        "num_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "moe_intermediate_size": 512,
+        "n_group": 4,
+        "topk_group": 2,
+        "first_k_dense_replace": 1,
+        "routed_scaling_factor": 2.5,
+        "torch_dtype": "bfloat16",
+    }
+
+
+def generate(folder: Path, size: int) -> None:
+    """Write the checkpoint."""
+    from openling.model.families import read_config
+
+    layers, experts, shard_bytes = SIZES[size]
+    hf = shape(layers, experts)
+    config: ModelConfig = read_config(hf)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Ling(config).state_dict().items()}
+    block = (0.02 * torch.randn((1 << 24) + 997, generator=torch.Generator().manual_seed(0))).bfloat16()
+    offset = 0
+    with FolderWriter(folder, shard_bytes=shard_bytes) as writer:
+        for binding in bind(LING_ARCHITECTURE, config, shapes):
+            for name, piece in zip(binding.theirs, binding.piece_shapes(shapes[binding.ours]), strict=True):
+                count = piece.numel()
+                offset = (offset + 104729) % 997
+                values = block[offset : offset + (1 << 24)].repeat(-(-count // (1 << 24)))[:count].view(piece)
+                writer.add(name, (1 + values if "norm" in name else values).clone())
+        writer.add_file("config.json", json.dumps(hf))
+
+
+def forget(folder: Path) -> None:
+    """Drop the folder's files from the system's cache, so that they are read from the disk."""
+    for path in folder.glob("*.safetensors"):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+def disk(source: Path, place: Path) -> dict[str, float]:
+    """Bytes per second: a sequential write, a cold read, and a plain copy (read and write) of all shards, one after the other."""
+    shards = sorted(source.glob("*.safetensors"))
+    total = sum(path.stat().st_size for path in shards)
+    data = os.urandom(BLOCK)
+    begun = time.perf_counter()
+    with (place / "written").open("wb") as file:
+        for _ in range(total // BLOCK):
+            file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    write = total / (time.perf_counter() - begun)
+    (place / "written").unlink()
+    forget(source)
+    begun = time.perf_counter()
+    for path in shards:
+        with path.open("rb", buffering=0) as file:
+            while file.readinto(bytearray(BLOCK)):
+                pass
+    read = total / (time.perf_counter() - begun)
+    forget(source)
+    begun = time.perf_counter()
+    for path in shards:
+        subprocess.run(["dd", f"if={path}", f"of={place / 'copied'}", "bs=16M", "conv=fsync"], check=True, capture_output=True)
+    copy = total / (time.perf_counter() - begun)
+    (place / "copied").unlink()
+    return {"write": write, "read": read, "copy": copy}
+
+
+class NoHash:
+    """In place of a digest, where only the movement is measured."""
+
+    def update(self, data: memoryview) -> None:
+        """Nothing."""
+
+
+def moved_alone(source: Path, place: Path) -> float:
+    """Bytes per second of our copying without hashes and fits, one file after the other."""
+    forget(source)
+    begun, total = time.perf_counter(), 0
+    for path in sorted(source.glob("*.safetensors")):
+        with path.open("rb") as file, (place / "moved").open("w+b") as out:
+            size = path.stat().st_size
+            copy_range(file.fileno(), out.fileno(), 0, size, NoHash(), path)  # type: ignore[arg-type]
+            os.fsync(out.fileno())
+            total += size
+    (place / "moved").unlink()
+    return total / (time.perf_counter() - begun)
+
+
+def settings() -> Any:
+    """Preset `best`, a little calibration."""
+    return preset("best", stages=("lightning", "mla"), text=TEXT)
+
+
+def windows() -> list[torch.Tensor]:
+    """Calibration token ids."""
+    ids = torch.randint(32000, (16, 256), generator=torch.Generator().manual_seed(0))
+    return list(ids.split(8))
+
+
+def io_bytes() -> dict[str, int]:
+    """What this process has read and written by system calls."""
+    pairs = (line.split(": ") for line in Path("/proc/self/io").read_text().splitlines())
+    return {name: int(value) for name, value in pairs}
+
+
+def part(source: Path, out: Path, mode: str, text: str) -> None:
+    """One conversion; prints its report. Runs in a process of its own."""
+    before = io_bytes()
+    job = Job(source, out, settings(), "link" if mode == "link" else "copy", windows() if text == "text" else None)
+    report = convert_folder(job, resume=False)
+    after = io_bytes()
+    report |= {"bytes read": after["rchar"] - before["rchar"], "bytes written": after["wchar"] - before["wchar"]}
+    report.pop("approximations")
+    print(json.dumps(report))
+
+
+def converted(source: Path, out: Path, mode: str, text: str = "no text") -> dict[str, Any]:
+    """`part` in its own process, cold."""
+    for folder in (out, out.with_name(out.name + ".run")):
+        shutil.rmtree(folder, ignore_errors=True)
+    forget(source)
+    words = [sys.executable, __file__, "--part", str(source), str(out), mode, text]
+    done = subprocess.run(words, check=True, capture_output=True, text=True)
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return report
+
+
+def equal_to_memory(source: Path, out: Path) -> bool:
+    """Whether the streamed result with calibration text is that of the whole model in memory, bit for bit."""
+    from openling.migrate.convert import to_lightning, to_mla
+    from openling.migrate.layout import lightning_stage, mla_stage
+    from openling.migrate.pipeline import _round
+    from openling.weights.folder import load
+
+    config = settings()
+    loaded, layout = load(source), config.layout.model_dump()
+    model, quiet = loaded.model.float(), {"on_layer": lambda i: None, "bf16": True}
+    model, _ = to_lightning(model, lightning_stage(loaded.config, layout), windows(), config.conversion, seed=0, **quiet)
+    _round(model, torch.bfloat16)
+    model, _ = to_mla(model, mla_stage(model.config, layout), windows(), config.conversion, **quiet)
+    state, reader = model.state_dict(), CheckpointReader(out)
+    new = outline(source, config, "copy").new
+    return all(torch.equal(state[name].bfloat16(), reader.read(name)) for name in new)
+
+
+def plan_seconds() -> float:
+    """`openling plan ling-1t`, start of Python included."""
+    begun = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "openling.cli", "plan", "ling-1t"], check=True, capture_output=True)
+    return time.perf_counter() - begun
+
+
+def at_least(name: str, value: float, unit: str, goal: float, **more: Any) -> dict[str, Any]:
+    """A row whose goal is a lower bound."""
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value >= goal, **more}
+
+
+def at_most(name: str, value: float, unit: str, goal: float, **more: Any) -> dict[str, Any]:
+    """A row whose goal is an upper bound."""
+    return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value <= goal, **more}
+
+
+def measure(work: Path, size: int) -> list[dict[str, Any]]:
+    """All rows of one size."""
+    source, out = work / f"ling-{size}gb", work / "out"
+    if not source.exists():
+        generate(source, size)
+    rates = disk(source, work)
+    rows = [{"name": f"disk, sequential {name}", "value": rate, "unit": "bytes/s"} for name, rate in rates.items()]
+    copied = converted(source, out, "copy")
+    moved = copied["bytes copied"] + copied["bytes of new layers"]
+    beside: dict[str, Any] = {"peer": "dd bs=16M conv=fsync of the same shards", "peer_value": rates["copy"]}
+    rate = moved / copied["seconds"]
+    beside |= {"ratio": rate / rates["copy"]}
+    rows += [at_least("copy mode, conversion and hashes included", rate, "bytes/s", 0.85 * rates["copy"], **beside)]
+    alone = moved_alone(source, work)
+    beside |= {"ratio": alone / rates["copy"]}
+    rows += [at_least("copying alone, no hashes", alone, "bytes/s", 0.85 * rates["copy"], **beside)]
+    rows += [at_most("copy mode, peak memory", copied["peak memory bytes"], "bytes", MEMORY_GOAL)]
+    linked = converted(source, out, "link")
+    both = linked["bytes of old attention"] + linked["bytes of new layers"]
+    total = linked["bytes read"] + linked["bytes written"]
+    about = {"peer": "old + new attention", "peer_value": both, "ratio": total / both}
+    rows += [
+        {"name": "link mode, time", "value": linked["seconds"], "unit": "s"},
+        at_most("link mode without text, bytes read and written", total, "bytes", 1.1 * both, **about),
+        at_most("link mode without text, peak memory", linked["peak memory bytes"], "bytes", MEMORY_GOAL),
+    ]
+    walked = converted(source, out, "link", "text")
+    rows += [
+        {"name": "link mode with 4096 tokens of text, time", "value": walked["seconds"], "unit": "s"},
+        at_most("link mode with text, peak memory", walked["peak memory bytes"], "bytes", MEMORY_GOAL),
+    ]
+    if size == 1:
+        rows += [at_least("streamed and in-memory results equal bit for bit", equal_to_memory(source, out), "", 1)]
+    rows += [at_most("plan for 1T", plan_seconds(), "s", 10)]
+    for folder in (source, out, work / "out.run"):
+        shutil.rmtree(folder)
+    return rows
+
+
+def main() -> int:
+    """Measure one size and write its results."""
+    if sys.argv[1] == "--part":
+        part(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
+        return 0
+    work, size = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    work.mkdir(parents=True, exist_ok=True)
+    rows = measure(work, size)
+    path = RESULTS / f"streaming-{size}gb.json"
+    write_results(path, f"python benchmarks/streaming.py WORK_FOLDER {size}", rows)
+    print(path.read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
