@@ -24,7 +24,7 @@ from openling.serve import control
 from openling.serve.detokenize import TokenBytes
 from openling.serve.engine_config import EngineConfig
 from openling.serve.grammar import GrammarCompiler, Matcher
-from openling.serve.graphs import Capture, CudaCapture, DecodeGraphs
+from openling.serve.graphs import Capture, CudaCapture, DecodeGraphs, can_capture
 from openling.serve.memory import store_for
 from openling.serve.payoff import Payoff
 from openling.serve.replies import Reply
@@ -62,7 +62,7 @@ class Engine:
     def _prepare(self) -> None:
         """What refers to the memory of model and store."""
         self.runner.pack()
-        if self.store.device.type == "cuda" and not self.config.eager:
+        if not self.config.eager and can_capture(self.model):
             self.use_graphs(CudaCapture())
         if self.drafts:
             self._drafter = Drafter(self.runner, self.drafts, most=self.config.max_running)

@@ -18,9 +18,12 @@ import torch
 from torch import Tensor
 
 from openling.model.paged import PAGE, RaggedBatch
+from openling.ops.fused import decode_kernels
+from openling.ops.pick import kernels_for
 from openling.serve.sequence import Sequence
 
 if TYPE_CHECKING:
+    from openling.model.ling import Ling
     from openling.serve.runner import Runner
 
 Replay = Callable[[], Any]
@@ -51,6 +54,15 @@ class CudaCapture:
             return out
 
         return replay
+
+
+def can_capture(model: Ling) -> bool:
+    """Whether a decoding step of this model runs in kernels alone: the plain twins wait for the host, which a graph cannot."""
+    c, weight = model.config, model.lm_head.weight
+    if kernels_for(weight) is None:
+        return False
+    lightning = "lightning" in c.layer_kinds
+    return not lightning or decode_kernels(weight, c.num_attention_heads, c.head_dim, c.group_norm_size) is not None
 
 
 def ladder(most: int) -> list[int]:
