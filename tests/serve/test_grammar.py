@@ -122,8 +122,11 @@ def test_a_random_model_writes_what_the_schema_says():
 
 def test_white_space_ends():
     m = matcher(Grammar("json_object"))
-    m.advance(ids("{" + 40 * " "))
-    assert ids("\n")[0] not in allowed(m.masks())[0]
+    m.advance(ids("{" + "\n" + 24 * " "))
+    assert not allowed(m.masks())[0] & set(ids(" \n\t"))
+    m = matcher(Grammar("json_object"))
+    m.advance(ids("{ "))
+    assert not allowed(m.masks())[0] & set(ids(" \n\t"))
 
 
 def test_words_of_other_tokenizers():
@@ -139,6 +142,7 @@ def test_words_of_other_tokenizers():
         (Grammar("json_schema", '{"type": "obj"}'), "obj"),
         (Grammar("json_schema", '{"$ref": "http://127.0.0.1/x"}'), "cannot be compiled"),
         (Grammar("json_schema", '{"items":' * 100 + "{}" + "}" * 100), "101 levels"),
+        (Grammar("json_schema", '{"$ref": "#"}'), "nothing can be written"),
         (Grammar("json_schema", " " * 300_000), "300000 characters"),
         (Grammar("json_schema", '{"type": "string", "minLength": 5, "maxLength": 2}'), "cannot be compiled"),
         (Grammar("regex", "[ab"), "unclosed"),

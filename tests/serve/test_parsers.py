@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from openling.data.messages import MARKS
 from openling.data.template import LocalTemplate, builtin_template
 from openling.errors import Failure, UserError
-from openling.serve.detokenize import MARKS
 from openling.serve.grammar import GrammarCompiler
 from openling.serve.parsers import Parsed, ReplyParser, choose
 from openling.serve.types import Grammar
@@ -171,7 +171,7 @@ def test_ring_reads_what_its_template_writes(content, reasoning, calls):
         ('<tool_call>{"name": "f", "arguments": {"a": 1', ("", "", [("f", '{"a": 1')])),
         ('<tool_call>{"name": "f", "arguments": {"a": 1</tool_call>x', ("x", "", [("f", '{"a": 1')])),
         (f'<tool_call>{{"name": "f"}}\n{JSON_CALL}', ("", "", [("f", "{}"), ("f", '{"a": 1}')])),
-        ('a <tool_call>{"na', ('a <tool_call>{"na', "", [])),
+        ('a <tool_call>{"na', ("a", "", [])),
         ('a <tool_call> is a tag {"name": "f"}', ('a <tool_call> is a tag {"name": "f"}', "", [])),
         ('<tool_call>{"x": 1}</tool_call>', ('<tool_call>{"x": 1}</tool_call>', "", [])),
         (f'<tool_call>{{"x"}} {JSON_CALL}', ('<tool_call>{"x"}', "", [("f", '{"a": 1}')])),
@@ -202,7 +202,7 @@ def test_json_calls_and_thinking(text, expected):
         (f"<tool_call>f\n{XML_CALL}", ("", "", [("f", "{}"), ("f", '{"a": 1}')])),
         ("<tool_call> is a tag\nof mine", ("<tool_call> is a tag\nof mine", "", [])),
         ("<tool_call>f\nwords</tool_call>", ("<tool_call>f\nwords</tool_call>", "", [])),
-        ("<tool_call>f", ("<tool_call>f", "", [])),
+        ("<tool_call>f", ("", "", [])),
         ("<tool_call>bad</tool_call>", ("", "", [("bad", "{}")])),
     ],
 )

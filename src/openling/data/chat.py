@@ -5,11 +5,12 @@ Tokens are truth: a conversation that has ids is never encoded again. `ChatRende
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openling.data.messages import checked_kwargs, normalise
+from openling.data.messages import MARKS, checked_kwargs, normalise
 from openling.data.template import IsolatedTemplate, LocalTemplate, Rendered, Template
 from openling.errors import Failure, UserError
 
@@ -39,6 +40,7 @@ class ChatRenderer:
         self.template = template
         self._specials = {k: v for k, v in tokenizer.special_tokens_map.items() if isinstance(v, str)}
         self._developer = "developer" in template.source
+        self._control = _control_tokens(tokenizer)
 
     def close(self) -> None:
         """End the process of an isolated template."""
@@ -152,7 +154,7 @@ class ChatRenderer:
         variables = {
             **self._specials,
             **checked_kwargs(kwargs),
-            "messages": normalise(messages, developer=self._developer),
+            "messages": [self._harmless(m) for m in normalise(messages, developer=self._developer)],
             "tools": list(tools) if tools else None,
             "add_generation_prompt": add_generation_prompt,
         }
@@ -165,9 +167,22 @@ class ChatRenderer:
             ) from error
         return rendered
 
+    def _harmless(self, message: dict[str, Any]) -> dict[str, Any]:
+        """What users and tools write, without control tokens: a zero-width space in each keeps them from opening a turn of others."""
+        if message["role"] not in ("user", "tool") or self._control is None:
+            return message
+        return message | {"content": self._control.sub(lambda m: f"{m[0][:1]}\u200b{m[0][1:]}", message["content"])}
+
     def _ids(self, text: str) -> list[int]:
         # The template writes the special tokens that belong there.
         return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
+def _control_tokens(tokenizer: Any) -> re.Pattern[str] | None:
+    """A tokenizer's special tokens, but for those that mark thinking and calls, which text may speak of."""
+    special = (token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+    control = sorted((t for t in special if t not in MARKS and len(t) > 1), key=len, reverse=True)
+    return re.compile("|".join(map(re.escape, control))) if control else None
 
 
 def template_source(tokenizer: Any) -> str:

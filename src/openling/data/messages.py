@@ -11,6 +11,10 @@ from typing import Any
 
 from openling.errors import UserError, nearest
 
+# Marks of thinking and tool calls, special tokens in some tokenizers: text and templates hold them, and parsers read them.
+MARKS = frozenset(
+    ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
+)
 ROLES = ("system", "developer", "user", "assistant", "tool")
 # What a request may hand to a template besides messages and tools, and of which type.
 TEMPLATE_KWARGS: dict[str, type] = {

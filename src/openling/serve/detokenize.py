@@ -14,10 +14,8 @@ from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import Any
 
-# Marks that parsers read: shown even where a tokenizer calls them special.
-MARKS = frozenset(
-    ("<think>", "</think>", "<tool_call>", "</tool_call>", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>")
-)
+from openling.data.messages import MARKS
+
 _BYTE_PIECE = re.compile("<0x([0-9A-Fa-f]{2})>")
 
 

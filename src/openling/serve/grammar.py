@@ -27,8 +27,8 @@ from openling.errors import Failure, UserError
 from openling.serve.detokenize import TokenBytes
 from openling.serve.types import Grammar
 
-# Room for readable indentation, none for endless white space, which small models fall into.
-WHITE_SPACE = r"[\x20\x0A\x0D\x09]{1,40}"
+# A space, or a line's indentation: no room for endless white space, which small models fall into.
+WHITE_SPACE = r" |\n {0,24}"
 _STRINGS = re.compile(r'"(?:[^"\\]|\\.)*"', re.DOTALL)
 
 
@@ -172,6 +172,10 @@ class GrammarCompiler:
         compiled = LLMatcher(tokens, _source(grammar), log_level=0)
         if compiled.is_error():
             raise UserError("the grammar cannot be compiled", where=grammar.kind, value=_first_lines(compiled.get_error()))
+        start = compiled.deep_copy()
+        start.compute_bitmask()
+        if start.is_error() or start.is_stopped():  # as {"$ref": "#"}, which refers to itself for ever
+            raise UserError("nothing can be written that matches the grammar", where=grammar.kind)
         with self._lock:
             self._cache[grammar] = compiled
             if len(self._cache) > self.limits.cached:

@@ -13,6 +13,9 @@ from openling.serve.parsers.tool_call import CLOSE, OPEN
 from openling.serve.types import Grammar
 
 _OBJECT = {"type": "object"}
+_ANSWER_STYLE = {"whitespace_pattern": WHITE_SPACE}
+# JSON in calls as templates write it.
+_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 
 
 def tool_grammar(
@@ -35,7 +38,8 @@ def tool_grammar(
 def after_thinking(grammar: Grammar, *, special: Collection[str]) -> Grammar:
     """The grammar of a reply to a prompt that has opened <think>: thinking, then what `grammar` says, which is of a JSON kind."""
     schema = json.loads(grammar.text) if grammar.kind == "json_schema" else _OBJECT
-    return Grammar("lark", "\n".join(["start: think answer", f"answer: {_json(schema)}", *_think(True, special)]) + "\n")
+    answer = f"answer: {_json(schema, _ANSWER_STYLE)}"
+    return Grammar("lark", "\n".join(["start: think answer", answer, *_think(True, special)]) + "\n")
 
 
 def _think(thinks: bool, special: Collection[str]) -> list[str]:
@@ -77,10 +81,9 @@ def _text_until(rule: str, tag: str, special: Collection[str]) -> str:
     return f"{rule}: /(?s:.*)/ {tag}" if tag in special else f"{rule}[suffix={_text(tag)}]: /(?s:.*)/"
 
 
-def _json(schema: Any) -> str:
-    # A rule that starts a JSON value of its own; white space bounded as in `grammar`.
+def _json(schema: Any, style: Mapping[str, Any] = _STYLE) -> str:
     if isinstance(schema, Mapping):
-        schema = {**schema, "x-guidance": {"whitespace_pattern": WHITE_SPACE}}
+        schema = {**schema, "x-guidance": style}
     return "%json " + json.dumps(schema)
 
 

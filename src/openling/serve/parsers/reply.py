@@ -49,7 +49,7 @@ class ReplyParser:
 
     thinking: whether <think> at the beginning opens reasoning; opened: the prompt has opened it already. tools: how calls are
     written, None to read none; schemas: JSON schema of each function's arguments. White space around thinking and between
-    calls is left out. Text in <tool_call> that is no call stays content.
+    calls is left out. Text in <tool_call> that is no call stays content, but the beginning of a call that was cut off does not.
     """
 
     def __init__(
@@ -124,12 +124,12 @@ class ReplyParser:
         call = ToolCall(self._found, self._calls, self._new_id())
         self._source.record()
         if self._tools == "json":
-            yield from read_json_call(self._source, call)
+            ending = yield from read_json_call(self._source, call)
         else:
-            yield from read_xml_call(self._source, call, self._schemas)
+            ending = yield from read_xml_call(self._source, call, self._schemas)
         read = self._source.recorded()
-        if call.begun:
-            self._calls += 1
+        if call.begun or ending == END:
+            self._calls += call.begun
             content.restart()
         else:
             content(OPEN)
