@@ -168,7 +168,7 @@ class ChatRenderer:
         return rendered
 
     def _harmless(self, message: dict[str, Any]) -> dict[str, Any]:
-        """What users and tools write, without control tokens: a zero-width space in each keeps them from opening a turn of others."""
+        """What users and tools write, without control tokens: a zero-width space in each keeps them from ending a turn."""
         if message["role"] not in ("user", "tool") or self._control is None:
             return message
         return message | {"content": self._control.sub(lambda m: f"{m[0][:1]}\u200b{m[0][1:]}", message["content"])}
