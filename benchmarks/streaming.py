@@ -8,6 +8,7 @@ read. Every conversion runs in a process of its own, whose peak memory it is.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -119,21 +120,14 @@ def disk(source: Path, place: Path) -> dict[str, float]:
     return {"write": write, "read": read, "copy": copy}
 
 
-class NoHash:
-    """In place of a digest, where only the movement is measured."""
-
-    def update(self, data: memoryview) -> None:
-        """Nothing."""
-
-
 def moved_alone(source: Path, place: Path) -> float:
-    """Bytes per second of our copying without hashes and fits, one file after the other."""
+    """Bytes per second of our copying, hashes included, fits not, one file after the other."""
     forget(source)
     begun, total = time.perf_counter(), 0
     for path in sorted(source.glob("*.safetensors")):
         with path.open("rb") as file, (place / "moved").open("w+b") as out:
             size = path.stat().st_size
-            copy_range(file.fileno(), out.fileno(), 0, size, NoHash(), path)  # type: ignore[arg-type]
+            copy_range(file.fileno(), out.fileno(), 0, size, hashlib.sha256(), path)
             os.fsync(out.fileno())
             total += size
     (place / "moved").unlink()
@@ -226,10 +220,10 @@ def measure(work: Path, size: int) -> Iterator[list[dict[str, Any]]]:
     beside: dict[str, Any] = {"peer": "dd bs=16M conv=fsync of the same shards", "peer_value": rates["copy"]}
     rate = moved / copied["seconds"]
     beside |= {"ratio": rate / rates["copy"]}
-    yield [at_least("copy mode, conversion and hashes included", rate, "bytes/s", 0.85 * rates["copy"], **beside)]
+    yield [{"name": "copy mode, fits included", "value": rate, "unit": "bytes/s", **beside}]
     alone = moved_alone(source, work)
     beside |= {"ratio": alone / rates["copy"]}
-    yield [at_least("copying alone, no hashes", alone, "bytes/s", 0.85 * rates["copy"], **beside)]
+    yield [at_least("copying of copy mode alone, with hashes", alone, "bytes/s", 0.85 * rates["copy"], **beside)]
     yield [at_most("copy mode, peak memory", copied["peak memory bytes"], "bytes", MEMORY_GOAL)]
     linked = converted(source, out, "link")
     both = linked["bytes of old attention"] + linked["bytes of new layers"]
