@@ -70,6 +70,12 @@ def _product_seconds(dtype: torch.dtype) -> float:
     return shortest
 
 
+@cache
+def packs_bf16() -> bool:
+    """Whether oneDNN has BF16 products for this processor: not before AVX-512 (or AVX-NE-CONVERT)."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 @contextmanager
 def packed_linears(module: nn.Module) -> Iterator[None]:
     """Inside the block single rows meet a copy of the BF16 weights that is laid out for them: twice PyTorch's speed.
@@ -78,7 +84,7 @@ def packed_linears(module: nn.Module) -> Iterator[None]:
     """
     linears = [m for m in module.modules() if type(m) is nn.Linear and m.weight.dtype == torch.bfloat16]
     large = sum(m.weight.nbytes for m in linears) > PACKED_BYTES and all(m.weight.device.type == "cpu" for m in linears)
-    linears = linears if large and torch.backends.mkldnn.is_available() and bf16_matmuls_pay() else []
+    linears = linears if large and packs_bf16() and bf16_matmuls_pay() else []
     for m in linears:
         m.__dict__["forward"] = _PackedLinear(m)
     try:
