@@ -42,6 +42,10 @@ def sweep(run: Path) -> None:
 def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str, Any]:
     """The journal of a run begun earlier; a `UserError` where settings, models or texts are not those of `new`."""
     old = read_json(run / "journal.json")
+    if missing := new.keys() - old.keys():
+        raise UserError(
+            "an older version began this run", where=run, expected=", ".join(sorted(missing)), next=f"remove {run} and start again"
+        )
     _check_same_settings(old["config"], config, run)
     for what in ("source model", "teacher", "texts"):
         if old[what] != new[what]:
