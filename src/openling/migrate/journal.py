@@ -44,7 +44,7 @@ def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str
     old = read_json(run / "journal.json")
     if missing := new.keys() - old.keys():
         raise UserError(
-            "an older version began this run", where=run, expected=", ".join(sorted(missing)), next=f"remove {run} and start again"
+            "an older version began this run", where=run, expected=", ".join(sorted(missing)), next=f"remove {run}, start again"
         )
     _check_same_settings(old["config"], config, run)
     for what in ("source model", "teacher", "texts"):

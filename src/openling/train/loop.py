@@ -26,6 +26,7 @@ from openling.config.train import FREE_ON_RESUME, TrainConfig
 from openling.data.pack import Batches
 from openling.errors import Failure, UserError
 from openling.model.ling import Ling
+from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.ops.loss import HeadLoss, head_loss
 from openling.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, sole_writer, write_json
 from openling.train.metrics import Display, MetricsLog, memory_bytes
@@ -182,6 +183,8 @@ class _Run:
             state = load_checkpoint(checkpoint, chosen, self.optimizer)
             self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
             batches.load_state_dict(state["data"])
+            if self.device.type == "cpu":  # what comes after rounds as what came before did
+                settle_bf16_matmuls(state["bf16_products"])
         self.log = MetricsLog(run / "metrics.jsonl", step=self.step)
         self.display = Display(config.total_steps, first_step=self.step, silent=silent, max_seconds=config.max_seconds)
 
@@ -222,6 +225,7 @@ class _Run:
     def _save(self) -> None:
         self.log.sync()
         state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data": self.batches.state_dict()}
+        state["bf16_products"] = bf16_matmuls_pay() if self.device.type == "cpu" else None
         save_checkpoint(self.run, self.chosen, self.optimizer, state)
 
     def _advance(self) -> dict[str, Any]:
