@@ -182,7 +182,7 @@ def test_a_closed_pipe_is_no_error(model: Path) -> None:
 
 
 def test_interrupt(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "choose", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+    monkeypatch.setattr(generate, "choose", lambda *args: signal.raise_signal(signal.SIGINT))  # to this thread, at once
     assert main(["generate", str(model), "hi"]) == 130
     said = capsys.readouterr().err.splitlines()
     assert said[0].startswith("Ops: ")
