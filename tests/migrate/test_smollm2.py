@@ -61,8 +61,8 @@ def test_greedy_tokens_equal_transformers_on_20_prompts(teacher, reference):
     assert len(PROMPTS) == 20
     for prompt in PROMPTS:
         ids = torch.tensor([teacher.tokenizer(prompt).input_ids])
-        ours = generate(teacher.model, ids, Sampling(max_new_tokens=8), stop_ids=[2])[0]
-        theirs = reference.generate(ids, max_new_tokens=8, do_sample=False, eos_token_id=2, pad_token_id=2)[0, ids.shape[1] :]
+        ours = generate(teacher.model, ids, Sampling(max_new_tokens=12), stop_ids=[2])[0]
+        theirs = reference.generate(ids, max_new_tokens=12, do_sample=False, eos_token_id=2, pad_token_id=2)[0, ids.shape[1] :]
         assert ours == theirs.tolist(), prompt
 
 
