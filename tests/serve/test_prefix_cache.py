@@ -40,6 +40,19 @@ def test_a_branch_gets_a_state_when_it_is_met_again():
     assert hits == [0, 0, 128]
 
 
+@pytest.mark.parametrize(("tail", "steps"), [(100, 1), (200, 2)])
+def test_a_short_tail_behind_a_cached_state_is_one_step(tail, steps):
+    e, shared = tiny.engine(M["hybrid"]), tiny.prompt(256)
+    for i in range(2):
+        tiny.run(e, [tiny.request((*shared, *tiny.prompt(tail, seed=i)), max_tokens=1)])
+    e.add(tiny.request((*shared, *tiny.prompt(tail, seed=2)), max_tokens=1))
+    taken = 0
+    while e.has_work():
+        e.step()
+        taken += 1
+    assert taken == steps
+
+
 def test_namespaces_do_not_see_each_other():
     e, ids = tiny.engine(M["hybrid"]), tiny.prompt(130)
     for namespace, cached in (("a", 0), ("b", 0), ("a", 128)):

@@ -23,6 +23,8 @@ from openling.serve.types import Request
 FIXED_CHUNK = 512
 # Waiting requests that are looked at in one step; those behind them wait for the next.
 ADMISSION_WINDOW = 64
+# A prompt's end this near behind its branch point gets no state of its own.
+WORTH_A_STATE = 128
 # Pages freed at once when the pool is empty.
 EVICTED_AT_ONCE = 16
 
@@ -200,11 +202,16 @@ class Scheduler:
         return True
 
     def _cuts(self, sequence: Sequence, known: int) -> list[int]:
-        """Where copies of the state are worth having: the prompt's last whole page, and where it leaves cached prompts' path."""
+        """Where copies of the state are worth having: where the prompt leaves cached prompts' path, and its last whole page.
+
+        Not that page if the state before it is near: a copy ends a step, and a step more costs more than a few tokens more.
+        """
         if not (self.caching and self.store.recurrent and sequence.shares):
             return []
-        end = (len(sequence.tokens) - 1) // PAGE * PAGE
-        return sorted({cut for cut in (known * PAGE, end) if cut > sequence.computed})
+        end, branch = (len(sequence.tokens) - 1) // PAGE * PAGE, known * PAGE
+        if branch and end - branch < WORTH_A_STATE:
+            end = branch
+        return sorted({cut for cut in (branch, end) if cut > sequence.computed})
 
     # -- after a step --------------------------------------------------------------------------------------------------
 
