@@ -6,7 +6,7 @@ chunks of prompts. `PagedCache` is the `Memory` of such a call; who owns which p
     pages   per MLA layer [P, 64, R + r], per GQA layer twice [P, 64, K, D]; page p of a sequence holds tokens 64 p .. 64 p + 63
     slots   [S, layers, H, D, D] in FP32 for all Lightning layers of a sequence, and rings of tokens that wait for their verdict
 
-Page P is nobody's: rows that pad a CUDA graph's batch write there. Their slot is -1.
+Page P and slot S are nobody's: what pads a CUDA graph's batch writes there. A padding decode has slot -1.
 
 Legend: N tokens of the call, D decoding sequences, T = `new`, C chunks, P pages, S slots, X = H * D.
 """
@@ -46,6 +46,8 @@ class RaggedBatch:
 
     table and lengths (int32) and slots (int64) belong to the D decoding sequences; lengths count the new tokens. A slot of -1
     marks padding. cu_seqlens (int32) bounds the chunks behind the decoding tokens, chunk_slots are theirs.
+
+    rowwise: the D = N rows of table and lengths are the tokens', for attention; the recurrence takes all of them as chunks.
     """
 
     ids: Tensor
@@ -59,6 +61,7 @@ class RaggedBatch:
     chunks: list[Chunk] = field(default_factory=list)
     cu_seqlens: Tensor | None = None
     chunk_slots: Tensor | None = None
+    rowwise: bool = False
 
     @property
     def split(self) -> int:
@@ -102,7 +105,7 @@ class PagedStore:
     def restore(self) -> None:
         """Take the memory; nothing is in it."""
         c, device, dtype = self.config, self.device, self.dtype
-        heads, dim, rows = c.num_attention_heads, c.head_dim, self.slots if self.lightning else 0
+        heads, dim, rows = c.num_attention_heads, c.head_dim, self.slots + 1 if self.lightning else 0
         self.states = torch.zeros(rows, len(self.lightning), heads, dim, dim, dtype=_wide(dtype), device=device)
         self.arrivals = torch.zeros(rows, heads, dtype=torch.int32, device=device)
         if self.drafts and self.lightning:
@@ -249,14 +252,16 @@ class PagedLayer:
     def recur(self, mixer: Any, qkv_1NX: Tensor, gate_1NX: Tensor, call: Any) -> Tensor:
         """As `LayerMemory`."""
         batch, store, parts = self.cache.now, self.cache.store, []
-        if batch.decodes:
-            parts.append(self._step(mixer, qkv_1NX[0, : batch.split], gate_1NX[0, : batch.split], call)[None])
-        if batch.chunks:
-            rest = slice(batch.split, None)
+        decoding = 0 if batch.rowwise else batch.split
+        if decoding:
+            parts.append(self._step(mixer, qkv_1NX[0, :decoding], gate_1NX[0, :decoding], call)[None])
+        if batch.chunk_slots is not None:
+            rest, slots = slice(decoding, None), batch.chunk_slots
             q, k, v = mixer.split(qkv_1NX[:, rest], call.part(rest))
-            states, slots, decay = store.states[:, store.lightning[self.layer]], batch.chunk_slots, mixer.log_decay(q)
-            out, after = lightning(q, k, v, decay, initial_state=states[slots], cu_seqlens=batch.cu_seqlens)
-            states[slots] = after
+            states, decay = store.states[:, store.lightning[self.layer]], mixer.log_decay(q)
+            before = states.index_select(0, slots)
+            out, after = lightning(q, k, v, decay, initial_state=before, cu_seqlens=batch.cu_seqlens)
+            states.index_copy_(0, slots, after)
             parts.append(mixer.gated(out.flatten(2), gate_1NX[:, rest]))
         return torch.cat(parts, dim=1)
 

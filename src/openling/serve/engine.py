@@ -27,6 +27,7 @@ from openling.serve.grammar import GrammarCompiler, Matcher
 from openling.serve.graphs import Capture, CudaCapture, DecodeGraphs, can_capture
 from openling.serve.memory import store_for
 from openling.serve.payoff import Payoff
+from openling.serve.ragged_graphs import RaggedGraphs
 from openling.serve.replies import Reply
 from openling.serve.runner import Forward, Runner
 from openling.serve.sampling import Chain, RowMask, Sampler, first_rows
@@ -68,9 +69,11 @@ class Engine:
             self._drafter = Drafter(self.runner, self.drafts, most=self.config.max_running)
 
     def use_graphs(self, capture: Capture) -> None:
-        """Capture steps in which every sequence decodes."""
+        """Capture steps in which every sequence decodes, and small ones with prompts among them."""
         most, width = self.config.max_running, self.scheduler.table_width
         self.runner.graphs = DecodeGraphs(self.runner, most=most, width=width, capture=capture)
+        if not (self.drafts or self.config.deterministic):
+            self.runner.ragged_graphs = RaggedGraphs(self.runner, most=most, width=width, capture=capture)
 
     # -- requests ------------------------------------------------------------------------------------------------------
 
@@ -288,7 +291,7 @@ class Engine:
         self._paused, self._released = True, True
         self.scheduler.flush()
         self.store.release()
-        self.runner.graphs = None
+        self.runner.graphs = self.runner.ragged_graphs = None
         self.model.to("cpu")
 
     def restore_memory(self) -> None:

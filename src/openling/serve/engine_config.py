@@ -11,16 +11,16 @@ from openling.errors import UserError
 class EngineConfig:
     """Limits and switches of an `Engine`.
 
-    max_running: sequences computed at once. step_tokens: tokens per step, which long prompts are cut to. max_waiting and
-    max_waiting_tokens: beyond them new requests are refused (`QueueFull`). max_model_len: prompt and reply together; None is
-    what the model was trained for. pages (of 64 tokens) and slots (Lightning states, cached ones too) are what memory_bytes
-    pays for, unless given. prefix_cache: requests start behind what others have computed. drafts: tokens the MTP layer proposes
-    per step, where that pays or with draft_always. eager: no CUDA graphs. deterministic: a reply does not depend on the requests
-    around it, to the bit. poison: memory that was never written is NaN (for tests).
+    max_running: sequences computed at once. step_tokens: tokens per step, which long prompts are cut to (None: 8192 on a GPU,
+    2048 on a CPU). max_waiting and max_waiting_tokens: beyond them new requests are refused (`QueueFull`). max_model_len: prompt
+    and reply together; None is what the model was trained for. pages (of 64 tokens) and slots (Lightning states, cached ones
+    too) are what memory_bytes pays for, unless given. prefix_cache: requests start behind what others have computed. drafts:
+    tokens the MTP layer proposes per step, where that pays or with draft_always. eager: no CUDA graphs. deterministic: a reply
+    does not depend on the requests around it, to the bit. poison: memory that was never written is NaN (for tests).
     """
 
     max_running: int = 64
-    step_tokens: int = 2048
+    step_tokens: int | None = None
     max_waiting: int = 1024
     max_waiting_tokens: int = 1 << 22
     max_model_len: int | None = None
@@ -36,8 +36,8 @@ class EngineConfig:
     weight_version: str = "0"
 
     def __post_init__(self) -> None:
-        positive = ("max_running", "step_tokens", "max_waiting", "max_waiting_tokens")
-        optional = ("max_model_len", "memory_bytes", "pages", "slots")
+        positive = ("max_running", "max_waiting", "max_waiting_tokens")
+        optional = ("step_tokens", "max_model_len", "memory_bytes", "pages", "slots")
         for name in (*positive, *(n for n in optional if getattr(self, n) is not None)):
             if getattr(self, name) < 1:
                 raise UserError("this engine setting has no meaning", where=name, value=getattr(self, name), expected="1 or more")

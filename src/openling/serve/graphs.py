@@ -2,7 +2,7 @@
 
 A graph is captured for each size of a ladder when it is first needed. It reads ids, positions, slots, page tables and lengths
 from buffers that every step fills, so one graph serves all contexts; rows that pad a batch to its size have slot -1, length 0
-and write to nobody's page. Nothing inside waits for the host. Prompts are not captured.
+and write to nobody's page. Nothing inside waits for the host. `ragged_graphs` captures small steps with prompts.
 
 Legend: B sequences of a size, T tokens of each, N = B T, M model width, V vocabulary, K drafts, W pages of a table.
 """

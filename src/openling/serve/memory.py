@@ -26,6 +26,7 @@ def store_for(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
     drafts = config.drafts if model.model.mtp_layers() else 0
     sizes = Sizes.of(model.config, dtype, drafts)
     slots = config.slots or (config.max_running + max(1, int(CACHED_STATES * config.max_running)))
+    fixed = (slots + 1) * sizes.slot + sizes.page  # with the slot and the page that are nobody's
     trained = model.config.max_position_embeddings
     length = config.max_model_len or trained
     if length > trained:
@@ -36,12 +37,12 @@ def store_for(model: Ling, config: EngineConfig) -> tuple[int, PagedStore]:
     wanted = config.max_running * -(-(length + 2 * drafts) // PAGE)
     pages = config.pages
     if pages is None:
-        left = (config.memory_bytes or _budget(device)) - slots * sizes.slot
+        left = (config.memory_bytes or _budget(device)) - fixed
         pages = min(wanted, max(0, left) // max(sizes.page, 1))
     if pages < 1:
         raise UserError(
             "the memory budget holds no page of context beside the states", where="memory_bytes",
-            value=config.memory_bytes, expected=f"{slots * sizes.slot + sizes.page} bytes for {slots} slots, or fewer slots",
+            value=config.memory_bytes, expected=f"{fixed + sizes.page} bytes for {slots} slots, or fewer slots",
         )  # fmt: skip
     store = PagedStore(model.config, pages=pages, slots=slots, drafts=drafts, dtype=dtype, device=device)
     most = min(length, pages * PAGE - 2 * drafts)

@@ -20,6 +20,7 @@ from openling.model.paged import PAGE, Chunk, PagedCache, PagedStore, RaggedBatc
 from openling.ops.cpu import packed_linears
 from openling.ops.rows import fix_linears
 from openling.serve.graphs import DecodeGraphs
+from openling.serve.ragged_graphs import RaggedGraphs
 from openling.serve.scheduler import Plan, PromptChunk
 from openling.serve.sequence import Sequence
 
@@ -49,6 +50,7 @@ class Runner:
         self.cache = PagedCache(store)
         self.device = store.device
         self.graphs: DecodeGraphs | None = None
+        self.ragged_graphs: RaggedGraphs | None = None
         self._packed = ExitStack()
 
     def pack(self) -> None:
@@ -86,6 +88,8 @@ class Runner:
         if self.graphs is not None and not plan.chunks and not wanted:
             batch, hidden_NM, logits_NV = self.graphs.run(plan.decodes, plan.new)
             return Forward(batch, hidden_NM, self._first_rows(plan), logits_NV=logits_NV)
+        if self.ragged_graphs is not None and not wanted and self.ragged_graphs.serves(plan):
+            return Forward(*self.ragged_graphs.run(plan, self.packed(plan)), self._first_rows(plan))
         batch = self.batch_of(plan)
         layers = [m for m in self.model.modules() if isinstance(m, SparseMoE)] if wanted else []
         for layer in layers:
@@ -103,8 +107,8 @@ class Runner:
         out: Tensor = self.model.model(batch.ids, cache=self.cache)[0]
         return out
 
-    def batch_of(self, plan: Plan) -> RaggedBatch:
-        """The plan's tokens, drafts included, on the device."""
+    def packed(self, plan: Plan) -> np.ndarray:
+        """Ids, positions and page rows of the plan's tokens, drafts included, [3, N]."""
         ids: list[int] = []
         positions: list[int] = []
         rows: list[int] = []
@@ -114,7 +118,11 @@ class Runner:
             positions += range(s.computed, s.computed + plan.new)
             rows += [s.pages[p // PAGE] * PAGE + p % PAGE for p in range(s.computed, s.computed + plan.new)]
         parts = [np.array((ids, positions, rows), dtype=np.int64).reshape(3, -1), *(_chunk_arrays(c) for c in plan.chunks)]
-        packed = self.to_device(np.concatenate(parts, axis=1))
+        return np.concatenate(parts, axis=1)
+
+    def batch_of(self, plan: Plan) -> RaggedBatch:
+        """The plan's tokens on the device."""
+        packed = self.to_device(self.packed(plan))
         batch = RaggedBatch(packed[0][None], packed[1][None], packed[2])
         if plan.decodes:
             self.add_decodes(batch, plan.decodes, plan.new)

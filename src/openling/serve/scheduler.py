@@ -19,6 +19,8 @@ from openling.serve.radix import Node, RadixTree
 from openling.serve.sequence import Sequence
 from openling.serve.types import Request
 
+# Tokens of a step unless the user says otherwise. A GPU needs thousands to hide what launching a step costs.
+STEP_TOKENS = {"cuda": 8192, "cpu": 2048}
 # In deterministic mode a prompt is cut after every so many tokens, whatever else runs.
 FIXED_CHUNK = 512
 # Waiting requests that are looked at in one step; those behind them wait for the next.
@@ -61,6 +63,7 @@ class Scheduler:
 
     def __init__(self, config: EngineConfig, store: PagedStore, max_len: int) -> None:
         self.config, self.store, self.max_len = config, store, max_len
+        self.step_tokens = config.step_tokens or STEP_TOKENS[store.device.type]
         poison = config.poison
         self.pages = Pool(store.pages, on_take=store.poison_page if poison else None)
         self.slots = Pool(
@@ -117,7 +120,7 @@ class Scheduler:
                 and self._take_pages(sequence, len(sequence.tokens) + self.spare, preempt=True)
             ):
                 plan.decodes.append(sequence)
-        budget = max(self.config.step_tokens - new * len(plan.decodes), 1)
+        budget = max(self.step_tokens - new * len(plan.decodes), 1)
         for sequence in list(self.running):
             if sequence.active and not sequence.decoding:
                 budget -= self._add_chunk(plan, sequence, budget, preempt=True)
