@@ -13,6 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from openling.ops.context_parallel import state_after, state_before
 from openling.ops.lightning import lightning_chunk, lightning_recurrent, log_decay
 
 pytest.importorskip("triton")
@@ -136,6 +137,18 @@ def test_what_the_decay_erased_is_not_read(cut_into_pieces):
         for x in (flat[0], flat[2])
     ]
     assert torch.equal(*states)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize(("batch", "tokens"), [(1, 1), (1, 64), (2, 70), (2, 333)])
+def test_states_of_whole_rows(monkeypatch, batch, tokens, reverse):
+    """What ranks of a context-parallel group exchange, against the twins in FP64; rows are strided as slices of rows are."""
+    monkeypatch.setattr(lightning_kernels, "ROW_PIECE", 64)
+    q, k, v, g, _, _, _, _ = problem(batch, tokens + 5, 2, 64, 64, decay=[-0.9, -2e-4])
+    twin, first = (state_before, q) if reverse else (state_after, k)
+    a, c = (x.detach()[:, 2 : 2 + tokens] for x in (first, v))
+    found = lightning_kernels.row_states(a.to(DTYPE), c.to(DTYPE), g, reverse=reverse)
+    close("states", found, twin(a, c, g.double()), tokens)
 
 
 def test_pieces_cover_every_document_once():

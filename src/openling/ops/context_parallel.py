@@ -5,10 +5,13 @@ but a power of the decay. For a document that enters rank r, with S_s the state 
 
     S_in(r) = sum over s < r of lam^(start_r - end_s) S_s            o_i += scale lam^(i + 1) q_i S_in(r)
 
-so one all-gather of states serves the forward pass. It runs beside the local attention, which starts from nothing; its result is
-added afterwards. Backward is the same in reverse: G_s is the gradient that rank s alone has for the state before its slice,
+so one all-gather of states serves the forward pass. Backward is the same in reverse: G_s is the gradient that rank s alone has
+for the state before its slice,
 
     dS_out(r) = sum over s > r of lam^(start_s - end_r) G_s          dk_i += lam^(n - 1 - i) v_i dS_out^T,  dv_i alike
+
+Two orders. In a group as large as one machine the all-gather is short: it is waited for, and what enters is the local attention's
+initial state. In a larger group it runs beside the local attention, which starts from nothing; what enters is added afterwards.
 
 Contiguous slices balance the work by themselves: a token costs the same wherever it stands, so there is no causal triangle
 for a zigzag order to even out. Shapes: B rows, T local tokens, H heads, D head dim, N pieces of documents on this rank,
@@ -19,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -28,6 +32,9 @@ from torch.autograd.function import once_differentiable
 
 from openling.ops.lightning import lightning
 from openling.ops.pick import kernels_for
+
+# Ranks up to which waiting for the states costs less than adding what they bring: one machine with a fast network between GPUs.
+WAITING_RANKS = 8
 
 
 @dataclass(frozen=True)
@@ -165,12 +172,17 @@ class _ContextLightning(torch.autograd.Function):
         if initial_MHDD is not None:
             built_MHDD = built_MHDD + _faded(initial_MHDD, held.last_tokens, decay_H)
         gathered = _Gather(built_MHDD, group)
-        out, states = _local(q, k, v, log_decay_H, initial_MHDD, held)
-        entering_MHDD = gathered.folded(held.before, held.distance_before, decay_H)
-        if entering_MHDD is not None:
-            scale = q.shape[-1] ** -0.5
-            add_carried(_first(out, held), _first(q, held), entering_MHDD * scale, decay_H, from_start=True)
-            _first_state(states, held).add_(_faded(entering_MHDD, held.first_tokens, decay_H))
+        ctx.waits = dist.get_world_size(group) <= WAITING_RANKS
+        if ctx.waits:
+            entering_MHDD = gathered.folded(held.before, held.distance_before, decay_H)
+            out, states = _local(q, k, v, log_decay_H, initial_MHDD if entering_MHDD is None else entering_MHDD, held)
+        else:
+            out, states = _local(q, k, v, log_decay_H, initial_MHDD, held)
+            entering_MHDD = gathered.folded(held.before, held.distance_before, decay_H)
+            if entering_MHDD is not None:
+                scale = q.shape[-1] ** -0.5
+                add_carried(_first(out, held), _first(q, held), entering_MHDD * scale, decay_H, from_start=True)
+                _first_state(states, held).add_(_faded(entering_MHDD, held.first_tokens, decay_H))
         ctx.save_for_backward(q, k, v, log_decay_H, initial_MHDD, entering_MHDD)
         ctx.held, ctx.group = held, group
         ctx.set_materialize_grads(False)
@@ -189,14 +201,20 @@ class _ContextLightning(torch.autograd.Function):
             wanted_MHDD = wanted_MHDD + _faded(_first_state(dstates, held), held.first_tokens, decay_H)
         gathered = _Gather(wanted_MHDD, ctx.group)
         first_MHDD = initial_MHDD if entering_MHDD is None else entering_MHDD
-        dq, dk, dv, dinitial = _local_gradients(q, k, v, log_decay_H, first_MHDD, held, dout, dstates)
-        leaving_MHDD = gathered.folded(held.after, held.distance_after, decay_H)
-        if leaving_MHDD is not None:
-            last_k, last_v = _last(k, held), _last(v, held)
-            add_carried(_last(dk, held), last_v, leaving_MHDD.transpose(-1, -2), decay_H, from_start=False)
-            add_carried(_last(dv, held), last_k, leaving_MHDD, decay_H, from_start=False)
-            if initial_MHDD is not None:
-                dinitial = dinitial + _faded(leaving_MHDD, held.last_tokens, decay_H)
+        if ctx.waits:
+            leaving_MHDD = gathered.folded(held.after, held.distance_after, decay_H)
+            if leaving_MHDD is not None:
+                dstates = _with_last(dstates, leaving_MHDD, held)
+            dq, dk, dv, dinitial = _local_gradients(q, k, v, log_decay_H, first_MHDD, held, dout, dstates)
+        else:
+            dq, dk, dv, dinitial = _local_gradients(q, k, v, log_decay_H, first_MHDD, held, dout, dstates)
+            leaving_MHDD = gathered.folded(held.after, held.distance_after, decay_H)
+            if leaving_MHDD is not None:
+                last_k, last_v = _last(k, held), _last(v, held)
+                add_carried(_last(dk, held), last_v, leaving_MHDD.transpose(-1, -2), decay_H, from_start=False)
+                add_carried(_last(dv, held), last_k, leaving_MHDD, decay_H, from_start=False)
+                if initial_MHDD is not None:
+                    dinitial = dinitial + _faded(leaving_MHDD, held.last_tokens, decay_H)
         return dq, dk, dv, None, None if initial_MHDD is None else dinitial, None, None
 
 
@@ -222,14 +240,18 @@ class _Gather:
 
 def state_after(k_BTHD: Tensor, v_BTHD: Tensor, decay_H: Tensor) -> Tensor:
     """What these tokens alone leave behind them: sum of lam^(T - 1 - i) k_i^T v_i, [B, H, D, D]."""
-    tokens = k_BTHD.shape[1]
-    return _weighted_outer(k_BTHD, v_BTHD, _weights(tokens, decay_H, from_start=False))
+    kernels = _kernels_for(k_BTHD)
+    if kernels is not None:
+        return kernels.row_states(k_BTHD, v_BTHD, decay_H, reverse=False)
+    return _weighted_outer(k_BTHD, v_BTHD, _weights(k_BTHD.shape[1], decay_H, from_start=False))
 
 
 def state_before(q_BTHD: Tensor, dout_BTHD: Tensor, decay_H: Tensor) -> Tensor:
     """The gradient these tokens alone have for the state before them, unscaled: sum of lam^(i + 1) q_i^T dout_i."""
-    tokens = q_BTHD.shape[1]
-    return _weighted_outer(q_BTHD, dout_BTHD, _weights(tokens, decay_H, from_start=True))
+    kernels = _kernels_for(q_BTHD)
+    if kernels is not None:
+        return kernels.row_states(q_BTHD, dout_BTHD, decay_H, reverse=True)
+    return _weighted_outer(q_BTHD, dout_BTHD, _weights(q_BTHD.shape[1], decay_H, from_start=True))
 
 
 def add_carried(into_BTHD: Tensor, x_BTHD: Tensor, state_BHDD: Tensor, decay_H: Tensor, *, from_start: bool) -> None:
@@ -255,12 +277,12 @@ def _weighted_outer(a_BTHD: Tensor, b_BTHD: Tensor, weights_HT: Tensor) -> Tenso
 def _local(
     q: Tensor, k: Tensor, v: Tensor, log_decay_H: Tensor, initial: Tensor | None, held: ContextSlice
 ) -> tuple[Tensor, Tensor]:
-    """Attention among the local tokens. Rank 0's initial state is already here; all else that enters is added later."""
+    """Attention among the local tokens, from what is known of the state before them."""
+    if initial is not None or held.start == held.end:
+        initial = _beginning(q, v, initial, held)
     if held.start == held.end:
-        pieces = v.shape[0] if held.cu_seqlens is None else 0
-        shape = (pieces, q.shape[2], q.shape[3], v.shape[3])
-        empty = torch.zeros(shape, dtype=_state_dtype(q), device=q.device)
-        return torch.empty_like(v, dtype=q.dtype), empty if initial is None else empty + initial
+        assert initial is not None
+        return torch.empty_like(v, dtype=q.dtype), initial
     return lightning(q, k, v, log_decay_H, initial_state=initial, cu_seqlens=held.cu_seqlens)
 
 
@@ -276,17 +298,14 @@ def _local_gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of q, k, v and of the state before the first piece, as far as they come from local outputs and states.
 
-    The state that enters is known by now, so dq is complete here; dk and dv lack what later ranks want.
+    The state that enters is known by now, so dq is complete here; dk and dv may lack what later ranks want.
     """
-    pieces = q.shape[0] if held.cu_seqlens is None else len(held.documents)
-    shape = (pieces, q.shape[2], q.shape[3], v.shape[3])
-    initial = torch.zeros(shape, dtype=_state_dtype(q), device=q.device)
+    initial = _beginning(q, v, first_MHDD, held)
     if held.start == held.end:
-        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), initial if dstates is None else dstates
-    if first_MHDD is not None:
-        _first_state(initial, held).copy_(first_MHDD)
-    kernels = kernels_for(q)
-    if kernels is not None and q.dtype == torch.bfloat16:  # no need to run the forward pass again
+        nothing = torch.zeros_like(initial) if dstates is None else dstates
+        return torch.zeros_like(q), torch.zeros_like(k), torch.zeros_like(v), nothing
+    kernels = _kernels_for(q)
+    if kernels is not None:  # no need to run the forward pass again
         scale = q.shape[-1] ** -0.5
         dq, dk, dv, dinitial = kernels.lightning_backward(dout, dstates, q, k, v, log_decay_H, initial, held.cu_seqlens, scale)
         return dq, dk, dv, _first_state(dinitial, held)
@@ -296,6 +315,29 @@ def _local_gradients(
     given = (dout,) if dstates is None else (dout, dstates)
     dq, dk, dv, dinitial = torch.autograd.grad(outputs[: len(given)], (q, k, v, initial), given)
     return dq, dk, dv, _first_state(dinitial, held)
+
+
+def _beginning(q: Tensor, v: Tensor, first_MHDD: Tensor | None, held: ContextSlice) -> Tensor:
+    """The states [N, H, D, D] that the local pieces begin with: the first piece's, and zeros."""
+    pieces = q.shape[0] if held.cu_seqlens is None else len(held.documents)
+    initial = torch.zeros((pieces, q.shape[2], q.shape[3], v.shape[3]), dtype=_state_dtype(q), device=q.device)
+    if first_MHDD is not None:
+        _first_state(initial, held).copy_(first_MHDD)
+    return initial
+
+
+def _with_last(dstates: Tensor | None, leaving_MHDD: Tensor, held: ContextSlice) -> Tensor:
+    """Gradients [N, H, D, D] of the states behind the pieces, with what later ranks want of the last piece's."""
+    if held.cu_seqlens is None:
+        return leaving_MHDD if dstates is None else dstates + leaving_MHDD
+    pieces = len(held.documents)
+    wanted = leaving_MHDD.new_zeros((pieces, *leaving_MHDD.shape[1:])) if dstates is None else dstates.clone()
+    wanted[-1:] += leaving_MHDD
+    return wanted
+
+
+def _kernels_for(x: Tensor) -> ModuleType | None:
+    return kernels_for(x) if x.dtype == torch.bfloat16 and x.shape[-1] <= 128 and x.shape[1] else None
 
 
 def _faded(state_MHDD: Tensor, tokens: int, decay_H: Tensor) -> Tensor:

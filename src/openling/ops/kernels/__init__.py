@@ -3,7 +3,7 @@
 Each matches a plain twin, named in its docstring, and is tested against it.
 """
 
-from openling.ops.kernels.lightning import lightning_backward, lightning_forward
+from openling.ops.kernels.lightning import lightning_backward, lightning_forward, row_states
 from openling.ops.kernels.lightning_decode import lightning_decode_step
 from openling.ops.kernels.lightning_verify import lightning_commit, lightning_verify_step
 from openling.ops.kernels.loss import head_losses
@@ -34,6 +34,7 @@ __all__ = [
     "paged_attention",
     "rms_norm",
     "route",
+    "row_states",
     "split_norm_rope",
     "swiglu",
     "swiglu_packed",

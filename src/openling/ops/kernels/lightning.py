@@ -27,11 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from openling.ops.kernels.lightning_pieces import COLUMNS, Pieces, cut, incoming_states, padded, piece_length
+from openling.ops.kernels.lightning_pieces import COLUMNS, Pieces, cut, incoming_states, padded, piece_length, whole_rows
 from openling.ops.pick import batch_invariant
 
 LOG2_E = 1.4426950408889634
 CHUNK = 64
+# Pieces that a whole row's state is summed in: enough to fill a GPU, few enough that carrying them on costs little.
+ROW_PIECES, ROW_PIECE = 8, 512
 
 
 @triton.jit
@@ -190,6 +192,19 @@ def lightning_forward(
     ends = torch.empty_like(incoming) if want_final else None
     out = scan(q, k, v, log_decay, pieces.bounds, scale, initial=incoming, final=ends)
     return out, final if ends is None else ends[pieces.last]
+
+
+def row_states(b: Tensor, c: Tensor, log_decay: Tensor, *, reverse: bool) -> Tensor:
+    """What the tokens of each row leave behind them FP32 [B, H, K, V]; in reverse the gradient they have for the state before.
+
+    b [B, T, H, K] and c [B, T, H, V], T > 0. The twins are `context_parallel.state_after` and `state_before`.
+    """
+    batch, tokens, heads = b.shape[:3]
+    count = min(ROW_PIECES, triton.cdiv(tokens, ROW_PIECE))
+    pieces = whole_rows(batch, tokens, count, b.device, reverse=reverse)
+    g = (log_decay * LOG2_E).float()
+    states = incoming_states(_flat(b), _flat(c), g, pieces, heads, 1.0, None, reverse=reverse)
+    return states.unflatten(0, (batch, count + 1))[:, 0 if reverse else count]
 
 
 @torch.library.custom_op("openling::lightning_backward", mutates_args=())

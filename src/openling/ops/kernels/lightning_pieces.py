@@ -152,6 +152,20 @@ def incoming_states(
     return states
 
 
+def whole_rows(batch: int, tokens: int, count: int, device: torch.device, *, reverse: bool) -> Pieces:
+    """Rows of `tokens` tokens in `count` pieces each, and a piece without a token behind them, in reverse before them.
+
+    Nobody reads what the outermost piece adds, so the state before that empty piece is what the whole row leaves.
+    """
+    length = triton.cdiv(tokens, count)
+    starts = (torch.arange(count + 1, device=device) * length).clamp(max=tokens)
+    starts = torch.cat((starts[:1], starts[:-1])) if reverse else starts
+    first = torch.arange(batch, device=device)
+    bounds = torch.cat(((first[:, None] * tokens + starts).flatten(), first[-1:] * tokens + tokens))
+    document = first.repeat_interleave(count + 1, output_size=batch * (count + 1))
+    return Pieces(bounds.int(), document.int(), first * (count + 1), first * (count + 1) + count)
+
+
 def padded(dim: int) -> int:
     """Rows of a tile for a head dim. With 16 columns, Triton 3.6 compiles the second chunk wrongly: none are that small."""
     return max(COLUMNS, triton.next_power_of_2(dim))
