@@ -16,13 +16,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
 
-from openling.ops.cpu import blockwise_attention
+from openling.ops.cpu import autocast_dtype, blockwise_attention, has_amx
 from openling.ops.pick import batch_invariant, kernels_for
 from openling.ops.rows import fixed_bmm
 
 # Choosing a backend costs a few microseconds: below this many pairs of a query and a key, torch's own choice stands.
 BIG_PAIRS = 512 * 512
-# New tokens from which blocks of matrix products are faster on a CPU than torch's kernels.
+# New tokens from which blocks of matrix products are faster on a CPU than torch's kernels; not in BF16 where these use AMX.
 BLOCKWISE_TOKENS = 64
 BY_PREFERENCE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # More new tokens than this are no decoding or verifying step: expanding the latents is then cheaper, and kernels end here.
@@ -100,7 +100,8 @@ def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tens
     """
     dim, width, new, keys = q_BHTD.shape[-1], v_BKSV.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
     if q_BHTD.device.type == "cpu":
-        if type(mask) is not Tensor and new >= BLOCKWISE_TOKENS:
+        flash = mask is None and autocast_dtype(q_BHTD) == torch.bfloat16 and has_amx()
+        if type(mask) is not Tensor and new >= BLOCKWISE_TOKENS and not flash:
             return "blockwise"
         # Values narrower than keys leave torch's flash kernel on a CPU; zeros keep them in it.
         return "default, padded values" if width < dim and new >= BLOCKWISE_TOKENS else "default"

@@ -76,6 +76,12 @@ def packs_bf16() -> bool:
     return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
+@cache
+def has_amx() -> bool:
+    """Whether this processor has tiles for BF16 products, which torch's flash attention uses."""
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
 @contextmanager
 def packed_linears(module: nn.Module) -> Iterator[None]:
     """Inside the block single rows meet a copy of the BF16 weights that is laid out for them: twice PyTorch's speed.
