@@ -2,6 +2,7 @@
 
 import pytest
 import tiny_engine as tiny
+import torch
 
 LENGTHS = (1, 2, 63, 64, 65, 100, 128, 129, 200)
 
@@ -16,6 +17,22 @@ def test_greedy_replies_equal_generate(kind, cached):
     for r in requests:
         assert tiny.tokens(found[r.id]) == tiny.expected(m, r.prompt_token_ids, r.params.max_tokens)
         assert found[r.id][-1].finish_reason == "length"
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "gqa", "mtp"])
+def test_captures_ahead_touch_no_memory(kind):
+    m = tiny.model(kind)
+    e = tiny.engine(m, drafts=2 if kind == "mtp" else 0, max_running=5)
+    assert e.warm_up() == 0
+    e.use_graphs(lambda run: (run(), run)[1])
+    states, rows = e.store.states.clone(), {i: x.clone() for i, x in e.store.rows.items()}
+    # Sizes 1 to 5 of each length, and 5 numbers of tokens for one sequence and for more.
+    assert e.warm_up() == 10 + (5 if kind != "mtp" else 0)
+    assert torch.equal(e.store.states[:-1], states[:-1])
+    assert all(torch.equal(e.store.rows[i][:-1], x[:-1]) for i, x in rows.items())
+    e.check_integrity()
+    r = tiny.request(tiny.prompt(70), max_tokens=5)
+    assert tiny.tokens(tiny.run(e, [r])[r.id]) == tiny.expected(m, r.prompt_token_ids, 5)
 
 
 @pytest.mark.parametrize("kind", ["hybrid", "half", "gqa", "mtp"])

@@ -75,6 +75,16 @@ class Engine:
         if not (self.drafts or self.config.deterministic):
             self.runner.ragged_graphs = RaggedGraphs(self.runner, most=most, width=width, capture=capture)
 
+    def warm_up(self) -> int:
+        """Capture ahead what steps of running sequences will replay, so that no request waits for it; returns how many graphs.
+
+        Drafting graphs are left to the first drafts. Call it before the first request.
+        """
+        with torch.inference_mode(), self.runner.mode():
+            graphs, ragged = self.runner.graphs, self.runner.ragged_graphs
+            verified = {1, 1 + self.drafts}
+            return sum(graphs.warm_up(new) for new in verified if graphs) + (ragged.warm_up() if ragged else 0)
+
     # -- requests ------------------------------------------------------------------------------------------------------
 
     def add(self, request: Request) -> None:

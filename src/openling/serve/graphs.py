@@ -111,15 +111,25 @@ class DecodeGraphs:
 
     def run(self, sequences: list[Sequence], new: int) -> tuple[RaggedBatch, Tensor, Tensor]:
         """The batch, final hidden states [N, M] and logits [N, V] of these sequences; valid until the next step."""
-        size, buffers = self.size_of(len(sequences)), self._buffers_of(new)
-        if (size, new) not in self._graphs:
-            # A capture runs the step: on padding alone, since a state must not take a token twice.
-            self._fill(buffers, [], new, size)
-            self._graphs[size, new] = self.capture(lambda: self._step(size, new))
-        self._fill(buffers, sequences, new, size)
-        logits_NV: Tensor = self._graphs[size, new]()
+        size = self.size_of(len(sequences))
+        graph = self._graph(size, new)
+        self._fill(self._buffers_of(new), sequences, new, size)
+        logits_NV: Tensor = graph()
         real = len(sequences) * new
         return self.batch(len(sequences), new), self._hidden[new][:real], logits_NV[:real]
+
+    def warm_up(self, new: int) -> int:
+        """Capture every size with so many tokens of each sequence; returns how many there are. The largest sets the memory."""
+        for size in reversed(self.sizes):
+            self._graph(size, new)
+        return len(self.sizes)
+
+    def _graph(self, size: int, new: int) -> Replay:
+        if (size, new) not in self._graphs:
+            # A capture runs the step: on padding alone, since a state must not take a token twice.
+            self._fill(self._buffers_of(new), [], new, size)
+            self._graphs[size, new] = self.capture(lambda: self._step(size, new))
+        return self._graphs[size, new]
 
     def batch(self, size: int, new: int) -> RaggedBatch:
         """The buffers as a batch of so many sequences."""

@@ -61,13 +61,24 @@ class RaggedGraphs:
         size = next(n for n in SIZES if n >= real)
         # Documents cost states read and written, also empty ones: a step of one sequence has graphs of its own.
         documents = 2 if count == 1 else self.most + 1
+        graph = self._graph(size, documents)
+        self._fill(plan, packed_3N, size, documents)
+        graph()
+        return self._batch(size, documents), self._hidden_NM[:real]
+
+    def warm_up(self) -> int:
+        """Capture every size; returns how many there are."""
+        sizes = [(size, documents) for size in reversed(SIZES) for documents in {2, self.most + 1}]
+        for size, documents in sizes:
+            self._graph(size, documents)
+        return len(sizes)
+
+    def _graph(self, size: int, documents: int) -> Replay:
         if (size, documents) not in self._graphs:
             # A capture runs the step: on padding alone, since a state must not take a token twice.
             self._fill(Plan(), np.zeros((3, 0), np.int64), size, documents)
             self._graphs[size, documents] = self.capture(lambda: self._step(size, documents))
-        self._fill(plan, packed_3N, size, documents)
-        self._graphs[size, documents]()
-        return self._batch(size, documents), self._hidden_NM[:real]
+        return self._graphs[size, documents]
 
     def _step(self, size: int, documents: int) -> None:
         self._hidden_NM[:size].copy_(self.runner.backbone(self._batch(size, documents)))

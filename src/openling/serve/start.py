@@ -6,6 +6,7 @@ import asyncio
 import logging
 import socket
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -23,6 +24,8 @@ from openling.serve.server import Server, build_app
 from openling.serve.service import Service
 from openling.serve.text import ModelText
 from openling.weights.folder import Loaded, load
+
+log = logging.getLogger("openling")
 
 
 def serve(folder: Path, *, sock: socket.socket, device: str, engine: EngineConfig, config: ServeConfig, keys: Keys) -> int:
@@ -71,6 +74,10 @@ def build_service(loaded: Loaded, engine_config: EngineConfig, config: ServeConf
     limits = config.limits
     bounded = replace(engine_config, max_waiting=limits.replies, max_waiting_tokens=limits.prompt_tokens)
     engine = Engine(loaded.model, loaded.tokenizer, bounded)
+    began = time.monotonic()
+    captured = engine.warm_up()
+    if captured:
+        log.info("%d CUDA graphs captured in %.1f s", captured, time.monotonic() - began)
     return Service(
         engine=AsyncEngine(engine),
         text=text,
