@@ -52,7 +52,8 @@ from openling.weights.fp8 import Dequantised, Form, opened_values
 from openling.weights.io import INDEX, CheckpointReader, TensorFiles, write_error
 from openling.weights.names import Binding, bind
 from openling.weights.remote import REMOTE_FILE, remote_code
-from openling.weights.units import Units, write_json
+from openling.weights.units import Units
+from openling.weights.whole import write_json
 
 LAYER_FILE = "model-layer-{:05d}.safetensors"
 # Files that are moved at the same time: hashing one overlaps with reading and writing another.

@@ -17,7 +17,7 @@ from torch import Tensor
 from openling.migrate.stack import Numbered
 from openling.weights.files import write_shard
 from openling.weights.io import TensorFiles
-from openling.weights.units import write_json
+from openling.weights.whole import write_json
 
 
 class DiskStreams:

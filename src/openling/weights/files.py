@@ -12,7 +12,6 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,6 +21,7 @@ from torch import Tensor
 from openling.errors import Failure, UserError
 from openling.weights.headers import write_header
 from openling.weights.io import INDEX, TensorFiles, raw_bytes, tensors_header
+from openling.weights.whole import new_file, write_all
 
 PIECE = 16 << 20
 # What a conversion wrote and from what: the hashes that `openling verify` checks.
@@ -52,23 +52,6 @@ class Written:
     sha256: str | None
 
 
-@contextmanager
-def new_file(path: Path) -> Iterator[int]:
-    """A descriptor to write and read a file that appears under its name only when the block ends without an error."""
-    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    handle = os.open(draft, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o666)
-    try:
-        yield handle
-        os.fsync(handle)
-        draft.rename(path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            draft.unlink()
-        raise
-    finally:
-        os.close(handle)
-
-
 def write_shard(path: Path, tensors: dict[str, Tensor]) -> Written:
     """A safetensors file of these tensors."""
     digest, total = hashlib.sha256(), 0
@@ -78,12 +61,6 @@ def write_shard(path: Path, tensors: dict[str, Tensor]) -> Written:
             total += len(view)
             write_all(out, view)
     return Written(path.name, "new", total, digest.hexdigest())
-
-
-def write_all(out: int, view: memoryview) -> None:
-    """All bytes at the descriptor's place."""
-    while len(view):
-        view = view[os.write(out, view[: 1 << 30]) :]
 
 
 def link_file(source: Path, out: Path) -> Written:

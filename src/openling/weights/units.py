@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from openling.weights.whole import write_json
+
 
 class Units:
     """Claims and results below a run folder, which must exist. The shared file system must know locks (flock)."""
@@ -48,13 +50,3 @@ class Units:
     def record(self, unit: str, result: dict[str, Any]) -> None:
         """A unit is done."""
         write_json(self.done / f"{unit}.json", result)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Write JSON whole or not at all; several processes may write the same."""
-    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with draft.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
