@@ -26,6 +26,7 @@ VERBS = {
     "generate": ("openling.commands.complete", "one completion from any checkpoint folder"),
     "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
     "serve": ("openling.commands.serve", "an OpenAI-compatible server with a chat page"),
+    "data": ("openling.commands.data", "build, inspect and verify tokenised corpora"),
     "bench": ("openling.commands.bench", "measure the kernels, or a server under load"),
 }
 

@@ -1,0 +1,122 @@
+"""`openling data`: build a tokenised corpus, look at it, verify it."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from openling.errors import UserError
+
+EXAMPLES = """examples:
+  openling data build corpus/web.jsonl code=~/src/linux corpus/OUT --tokenizer MODEL --licence web=ODC-BY --licence code=GPL-2.0
+  openling data inspect corpus/OUT
+  openling data verify corpus/OUT
+"""
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `openling data`."""
+    parser.epilog = EXAMPLES
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
+    build = what.add_parser("build", help="sources to tokenised shards; the same command continues a build", allow_abbrev=False)
+    build.add_argument(
+        "sources", nargs="+", metavar="[NAME=]SOURCE", help="JSONL, Parquet, text, code, a folder of them, a built-in text"
+    )
+    build.add_argument("out", type=Path, metavar="OUT", help="new folder; OUT.run beside it keeps plan and journal")
+    build.add_argument("--tokenizer", type=Path, required=True, metavar="MODEL", help="checkpoint folder whose tokenizer is used")
+    build.add_argument(
+        "--licence", action="append", default=[], metavar="[NAME=]L", help="of a source, or of all without their own"
+    )
+    build.add_argument("--language", action="append", default=[], metavar="[NAME=]L", help="the same")
+    build.add_argument("--text-field", default="text", metavar="NAME", help="column of the text (default: text)")
+    build.add_argument("--source-field", default="source", metavar="NAME", help="column of a document's source")
+    build.add_argument("--licence-field", default="license", metavar="NAME", help="column of its licence")
+    build.add_argument("--language-field", default="language", metavar="NAME", help="column of its language")
+    build.add_argument("--filter", action="append", default=[], metavar="STEP", help="remove defects; may be repeated")
+    build.add_argument("--skip-bad", action="store_true", help="leave unreadable lines and files out, and count them")
+    build.add_argument("--seed", type=int, default=0, help="of the order of documents within a shard")
+    build.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core where it pays)")
+    inspect = what.add_parser("inspect", help="what a corpus holds: sources, licences, languages, what was removed")
+    inspect.add_argument("folder", type=Path, metavar="FOLDER")
+    inspect.add_argument("--json", action="store_true", help="as JSON")
+    verify = what.add_parser("verify", help="read every byte and compare hashes; exit code 1 where something is wrong")
+    verify.add_argument("folder", type=Path, metavar="FOLDER")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do it; the exit code."""
+    return {"build": _build, "inspect": _inspect, "verify": _verify}[args.what](args)
+
+
+def _named(words: list[str], names: list[str]) -> dict[str, str]:
+    """NAME=VALUE for one source, VALUE for all."""
+    found: dict[str, str] = {}
+    for word in words:
+        name, equals, value = word.partition("=")
+        if equals and name not in names:
+            raise UserError("there is no source of that name", value=name, expected=", ".join(names))
+        found.update({name: value} if equals else {n: word for n in names if n not in found})
+    return found
+
+
+def _build(args: argparse.Namespace) -> int:
+    from openling.commands.migrate import open_console
+    from openling.data.build import BuildConfig, build
+    from openling.data.sources import Fields, parse_source
+    from openling.weights.folder import load_tokenizer
+
+    if args.workers is not None and args.workers < 1:
+        raise UserError("a build needs a process", where="--workers", value=args.workers, expected="1 or more")
+    words = [str(Path(w).expanduser()) if "=" not in w else w for w in args.sources]
+    names = [parse_source(w, licences={}, languages={}).name for w in words]
+    licences, languages = _named(args.licence, names), _named(args.language, names)
+    sources = tuple(parse_source(w, licences=licences, languages=languages) for w in words)
+    tokenizer = load_tokenizer(args.tokenizer)
+    if tokenizer is None:
+        raise UserError("the folder has no tokenizer", where=args.tokenizer, expected="tokenizer.json")
+    fields = Fields(args.text_field, args.source_field, args.licence_field, args.language_field)
+    config = BuildConfig(sources, fields, tuple(args.filter), skip_bad=args.skip_bad, seed=args.seed)
+    console = open_console(stderr=True)
+    build(config, args.out, tokenizer, workers=args.workers, say=lambda t: console.print(t, highlight=False))
+    print(describe(args.out))
+    return 0
+
+
+def describe(folder: Path) -> str:
+    """A corpus in words."""
+    from openling.data.dataset import Dataset
+
+    data = Dataset(folder)
+    width = max(len(name) for name in data.sources)
+    lines = [f"{folder}: {data.tokens:,} tokens in {len(data.index['shards'])} shards"]
+    for name, s in data.sources.items():
+        about = f"{s['tokens']:>16,} tokens  {s['documents']:>12,} documents  {s['licence']}  {s['language']}"
+        lines.append(f"  {name:<{width}} {about}")
+    report = data.index["report"]
+    for step, counts in report["steps"].items():
+        lines.append(f"  {step}: " + ", ".join(f"{value:,} {key}" for key, value in counts.items()))
+    if report["bad"]:
+        lines += [f"  left out: {report['bad']:,} unreadable lines or files, among them", *(f"    {n}" for n in report["named"])]
+    return "\n".join(lines)
+
+
+def _inspect(args: argparse.Namespace) -> int:
+    from openling.data.shards import read_index
+
+    print(json.dumps(read_index(args.folder), indent=1) if args.json else describe(args.folder))
+    return 0
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from openling.data.dataset import Dataset
+
+    dataset = Dataset(args.folder, check=False)
+    wrong = 0
+    for shard, problems in dataset.verify():
+        for problem in problems:
+            print(f"wrong  {shard}: {problem}")
+        wrong += bool(problems)
+    print(f"{len(dataset.index['shards'])} shards, {dataset.tokens:,} tokens: {wrong or 'nothing'} wrong")
+    return int(wrong > 0)

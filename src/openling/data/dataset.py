@@ -1,0 +1,140 @@
+"""A built corpus: opened cheaply, read by source as one long row of tokens, verified to the byte on request."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from openling.data.shards import Shard, read_index
+from openling.data.tokens import TokenizerInfo, describe
+from openling.errors import OpenlingError, UserError, nearest
+
+
+class Dataset:
+    """The corpus in a folder. Every shard's presence and size are checked now, its blocks when it is first read.
+
+    check=False leaves the first to `verify`, which names every damaged shard.
+    """
+
+    def __init__(self, folder: str | Path, *, check: bool = True) -> None:
+        self.folder = Path(folder)
+        self.index = read_index(self.folder)
+        self.tokenizer = TokenizerInfo(**self.index["tokenizer"])
+        for line in self.index["shards"] if check else ():
+            path = self.folder / line["file"]
+            size = path.stat().st_size if path.exists() else None
+            if size != line["bytes"]:
+                Shard(path, line, self.tokenizer)  # says what is wrong
+
+    @property
+    def sources(self) -> dict[str, dict[str, Any]]:
+        """Name: tokens, documents, licence, language."""
+        return {s["name"]: s for s in self.index["sources"]}
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all sources."""
+        return sum(line["tokens"] for line in self.index["shards"])
+
+    def stream(self, source: str) -> ShardStream:
+        """The documents of one source, in the order of the build."""
+        if source not in self.sources:
+            close = nearest(source, self.sources)
+            expected = ", ".join(self.sources)
+            raise UserError("the corpus has no such source", where=self.folder, value=source, expected=expected, nearest=close)
+        return ShardStream(self, source)
+
+    def check_tokenizer(self, tokenizer: Any) -> None:
+        """A `UserError` where the corpus was tokenised with another tokenizer than this transformers one."""
+        info, _ = describe(tokenizer)
+        if info != self.tokenizer:
+            raise UserError(
+                "the corpus was tokenised with another tokenizer",
+                where=self.folder,
+                value=f"{self.tokenizer.sha256[:16]}, {self.tokenizer.vocab_size} tokens",
+                expected=f"{info.sha256[:16]}, {info.vocab_size} tokens, as the model has",
+                next="openling data build SOURCES OUT --tokenizer MODEL",
+            )
+
+    def check_model(self, vocab_size: int) -> None:
+        """A `UserError` where the corpus has ids that the model has not."""
+        if self.tokenizer.vocab_size > vocab_size:
+            raise UserError(
+                "the corpus has tokens that the model has not",
+                where=self.folder,
+                value=f"{self.tokenizer.vocab_size} tokens",
+                expected=f"at most vocab_size = {vocab_size}",
+            )
+
+    def verify(self) -> Iterator[tuple[str, list[str]]]:
+        """(shard, what is wrong with it) of every shard, from every byte."""
+        for line in self.index["shards"]:
+            try:
+                problems = Shard(self.folder / line["file"], line, self.tokenizer).problems(self.tokenizer)
+            except OpenlingError as error:
+                problems = [error.what + (f" ({error.parts['value']})" if error.parts["value"] else "")]
+            yield line["file"], problems
+
+
+class ShardStream:
+    """A `TokenStream` over the shards of one source; a shard is opened when it is first read."""
+
+    def __init__(self, dataset: Dataset, source: str) -> None:
+        self.dataset, self.name = dataset, source
+        lines = [line for line in dataset.index["shards"] if line["source"] == source]
+        self._ends = np.cumsum([line["tokens"] for line in lines], dtype=np.int64)
+        self._lines = lines
+        self._open: dict[int, Shard] = {}
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def shard(self, number: int) -> Shard:
+        """A shard of this source by its place."""
+        if number not in self._open:
+            line = self._lines[number]
+            self._open[number] = Shard(self.dataset.folder / line["file"], line, self.dataset.tokenizer)
+        return self._open[number]
+
+    def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
+        """(shard, where it begins in the stream, start and stop inside it) of a range."""
+        number = int(np.searchsorted(self._ends, start, side="right"))
+        while start < stop:
+            first = int(self._ends[number - 1]) if number else 0
+            end = min(stop, int(self._ends[number]))
+            yield self.shard(number), first, start - first, end - first
+            start, number = end, number + 1
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens start to stop; a `UserError` where one cannot be the tokenizer's."""
+        parts = [(shard, shard.tokens[a:b]) for shard, _, a, b in self._parts(start, stop)]
+        for shard, tokens in parts:
+            if int(tokens.max()) >= self.dataset.tokenizer.vocab_size:
+                raise UserError(
+                    "the shard is damaged: a token is beyond the vocabulary",
+                    where=shard.path,
+                    value=int(tokens.max()),
+                    expected=f"below {self.dataset.tokenizer.vocab_size}",
+                    next="openling data verify",
+                )
+        return parts[0][1] if len(parts) == 1 else np.concatenate([tokens for _, tokens in parts])
+
+    def starts(self, start: int, stop: int) -> np.ndarray:
+        """Where documents begin from start to before stop."""
+        return np.concatenate([first + shard.starts(a, b) for shard, first, a, b in self._parts(start, stop)])
+
+    @cached_property
+    def _fingerprint(self) -> str:
+        digest = hashlib.sha256(self.dataset.tokenizer.sha256.encode())
+        for line in self._lines:
+            digest.update(line["sha256"].encode())
+        return digest.hexdigest()
+
+    def fingerprint(self) -> str:
+        """A hash of the shards' hashes and the tokenizer's: moves with the folder, changes with its content."""
+        return self._fingerprint

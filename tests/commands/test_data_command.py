@@ -1,0 +1,52 @@
+"""`openling data` from the command line."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from openling.cli import main
+
+sys.path.append(str(Path(__file__).parents[1] / "data"))
+from byte_corpus import TOKENIZER, jsonl  # noqa: E402
+
+
+@pytest.fixture
+def tokenizer(tmp_path):
+    TOKENIZER.save_pretrained(tmp_path / "model")
+    return str(tmp_path / "model")
+
+
+def test_a_corpus_is_built_inspected_and_verified(tmp_path, tokenizer, capsys):
+    web = jsonl(tmp_path / "web.jsonl", ["one", "two"])
+    (tmp_path / "notes.md").write_text("# notes")
+    words = ["data", "build", str(web), f"own={tmp_path / 'notes.md'}", str(tmp_path / "out"), "--tokenizer", tokenizer]
+    assert main([*words, "--licence", "web=CC0", "--licence", "mine", "--language", "en"]) == 0
+    out = capsys.readouterr().out
+    assert "16 tokens in 2 shards" in out and "CC0  en" in out and "mine  en" in out
+    assert main([*words, "--licence", "web=CC0", "--licence", "mine", "--language", "en"]) == 0
+    capsys.readouterr()
+    assert main(["data", "inspect", str(tmp_path / "out"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["sources"][1]["name"] == "own"
+    assert main(["data", "verify", str(tmp_path / "out")]) == 0
+    assert "2 shards, 16 tokens: nothing wrong" in capsys.readouterr().out
+    shard = tmp_path / "out" / "000001.safetensors"
+    shard.write_bytes(shard.read_bytes()[:-1])
+    assert main(["data", "verify", str(tmp_path / "out")]) == 1
+    assert "wrong  000001.safetensors: the shard is cut short" in capsys.readouterr().out
+    assert main(["data", "inspect", str(tmp_path / "out")]) == 2
+
+
+def test_what_is_asked_wrongly_is_refused(tmp_path, tokenizer, capsys):
+    web = str(jsonl(tmp_path / "web.jsonl", ["one"]))
+    for words, message in (
+        ([web, "--tokenizer", str(tmp_path / "nothing")], "nothing"),
+        ([web, "--tokenizer", tokenizer, "--licence", "wob=MIT"], "no source of that name"),
+        ([web, "--tokenizer", tokenizer, "--filter", "self-repetitoin"], "no such step"),
+        ([web, "--tokenizer", tokenizer, "--workers", "0"], "--workers"),
+        ([web + "x", "--tokenizer", tokenizer], "no such source"),
+    ):
+        assert main(["data", "build", words[0], str(tmp_path / "out"), *words[1:]]) == 2
+        assert message in capsys.readouterr().err
+        assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
