@@ -19,7 +19,7 @@ from openling.errors import OpenlingError, UserError, nearest
 # verb: (module with add_arguments(parser) and run(args), what it does)
 VERBS = {
     "demo": ("openling.commands.demo", "convert SmolLM2-135M on this machine and report what happened"),
-    "plan": ("openling.migrate.plan", "what a migration yields and costs, from config.json alone"),
+    "plan": ("openling.commands.plan", "what a migration yields and costs; a training job on many GPUs; a size for a budget"),
     "migrate": ("openling.commands.migrate", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
     "convert": ("openling.commands.convert", "the same conversions from disk to disk, at any size; checkpoint formats"),
     "verify": ("openling.commands.verify", "re-check a finished conversion against its source"),

@@ -176,9 +176,10 @@ def _training_memory(c: ModelConfig, training: Training) -> dict[str, Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Flags of `openling plan`."""
-    parser.add_argument("model", metavar="MODEL", help=f"checkpoint folder, config.json, or a preset: {', '.join(PRESETS)}")
+def add_arguments(parser: argparse.ArgumentParser, *, model_optional: bool = False) -> None:
+    """Flags of `openling plan` for a migration. model_optional: whether other flags may make MODEL superfluous."""
+    known = f"checkpoint folder, config.json, or a preset: {', '.join(PRESETS)}"
+    parser.add_argument("model", metavar="MODEL", nargs="?" if model_optional else None, help=known)
     parser.add_argument("--source", metavar="MODEL", help="the GQA teacher to compare with, when MODEL is a hybrid already")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     layout = parser.add_argument_group("layout of the hybrid (default: as Ling-2.6, scaled)")
