@@ -234,6 +234,41 @@ def test_a_required_tool_is_called_with_valid_arguments(nano, seed):
     assert choice["finish_reason"] == "tool_calls"
 
 
+def test_a_call_that_max_tokens_cuts_is_a_call_so_far_or_nothing(nano):
+    same = {"tools": TOOLS, "tool_choice": "required", "seed": 0, "logit_bias": COMPACT, "parallel_tool_calls": False}
+    whole = ask(nano, **same, max_tokens=200)["choices"][0]["message"]["tool_calls"][0]["function"]
+    seen = set()
+    for count in range(1, 40):
+        choice = ask(nano, **same, max_tokens=count)["choices"][0]
+        if choice["finish_reason"] != "length":
+            break
+        message = choice["message"]
+        assert not message["content"]
+        for call in message.get("tool_calls", ()):
+            assert call["function"]["name"] == whole["name"]
+            assert whole["arguments"].startswith(call["function"]["arguments"])
+        seen.add("tool_calls" in message)
+        events = [e for e in nano.client.post(CHAT, {"messages": HI, **same, "max_tokens": count, "stream": True}).events[:-1]]
+        deltas = [event["choices"][0]["delta"] for event in events]
+        assert not any(delta.get("content") for delta in deltas)
+        parts = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]
+        assert "".join(part["arguments"] for part in parts) == "".join(
+            call["function"]["arguments"] for call in message.get("tool_calls", ())
+        )
+        assert events[-1]["choices"][0]["finish_reason"] == "length"
+    assert seen == {False, True}
+
+
+def test_half_a_tag_at_the_end_is_text_unless_max_tokens_cut_there(scripted):
+    for end, shown in (("length", "Sure. "), ("stop", "Sure. <tool_ca")):
+
+        async def script(request, end=end):
+            yield piece(request, "Sure. <tool_ca", end)
+
+        scripted.service.engine = ScriptedEngine(script)
+        assert ask(scripted, tools=TOOLS)["choices"][0]["message"]["content"] == shown
+
+
 @pytest.mark.parametrize("thinks", [False, True])
 def test_a_reply_obeys_its_schema(nano, thinks):
     wanted = {"type": "json_schema", "json_schema": {"name": "s", "schema": SCHEMA, "strict": True}}

@@ -37,11 +37,11 @@ def parser(**options):
     return ReplyParser(new_id=lambda: f"id{next(count)}", **options)
 
 
-def whole(text, **options):
+def whole(text, *, cut=False, **options):
     """content, reasoning, [(name, arguments)] of a text fed at once."""
     reader = parser(**options)
     reader.feed(text)
-    reader.finish()
+    reader.finish(cut=cut)
     return outline(reader.parsed)
 
 
@@ -208,6 +208,42 @@ def test_json_calls_and_thinking(text, expected):
 )
 def test_xml_calls(text, expected):
     assert whole(text, tools="xml", schemas={"f": {"properties": {"s": {"type": "string"}}}}) == expected
+
+
+CALLS = {
+    "json": '{"name": "weather", "arguments": {"city": "Oslo"}}\n',
+    "xml": "weather\n<arg_key>city</arg_key>\n<arg_value>Oslo</arg_value>\n",
+}
+
+
+@pytest.mark.parametrize("opening", ["", "<think>\nhm\n</think>\n\n", "Look.\n"])
+@pytest.mark.parametrize("tools", ["json", "xml"])
+def test_a_call_that_is_cut_shows_no_markup(tools, opening):
+    """At every place: with its whole name it is a call whose arguments are a beginning of the whole ones, before it is nothing."""
+    text = f"{opening}<tool_call>\n{CALLS[tools]}</tool_call>" if tools == "json" else f"{opening}<tool_call>{CALLS[tools]}</tool_call>"
+    schemas = {"weather": {"properties": {"city": {"type": "string"}}}}
+    options = {"thinking": True, "tools": tools, "schemas": schemas}
+    ((_, arguments),) = whole(text, **options)[2]
+    named = text.index("weather") + len("weather")
+    for end in range(len(text)):
+        content, reasoning, calls = whole(text[:end], cut=True, **options)
+        assert "<" not in content + reasoning
+        if end > named:
+            ((name, part),) = calls
+            assert name == "weather" and arguments.startswith(part)
+        else:
+            assert calls == []
+
+
+def test_only_a_cut_leaves_half_a_tag_out():
+    for text in ("if a <", "the tag <tool_ca", "<thin"):
+        assert whole(text, thinking=True, tools="json") == (text, "", [])
+        assert whole(text, thinking=True, tools="json", cut=True)[0] == text.partition("<")[0]
+    assert whole("hm</thi", thinking=True, opened=True, cut=True) == ("", "hm", [])
+    assert whole("if a <", cut=True) == ("if a <", "", [])  # nothing is looked for
+    assert whole("<tool_call>f\nwords", tools="xml", cut=True) == ("", "", [])
+    wrapped = '<tool_call>{"name": "f", "arguments": "{\\"a\\": \\"x'
+    assert whole(wrapped, tools="json", cut=True) == ("", "", [("f", '{"a": "x')])
 
 
 def test_deltas_stream():

@@ -98,7 +98,7 @@ def _blocks(choice: ChatChoice) -> list[dict[str, Any]]:
 def _input(arguments: str) -> dict[str, Any]:
     """Arguments as an object; what the model did not finish is given as it stands."""
     try:
-        found = json.loads(arguments)
+        found = json.loads(arguments or "{}")  # cut behind the name
     except ValueError:
         return {"_unparsed": arguments}
     return found if isinstance(found, dict) else {"_unparsed": arguments}

@@ -31,7 +31,7 @@ class ChatChoice:
         """What an output adds, in order; it is also added to the whole."""
         found = self._parser.feed(output.text) if output.text else []
         if output.finish_reason is not None:
-            found = [*found, *self._parser.finish()]
+            found = [*found, *self._parser.finish(cut=output.finish_reason != "stop")]
         deltas = [delta for delta in found if self._wanted(delta)]
         for delta in deltas:
             self._add(delta)

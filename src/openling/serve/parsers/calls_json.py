@@ -79,7 +79,9 @@ def _member(source: Source, call: ToolCall, key: str) -> Reads:
     whole: list[str] = []
     ending = yield from _value(source, c, whole.append)
     text = "".join(whole)
-    call.arguments(_unquoted(text[1:-1]) if c == '"' and ending == "ok" else "{}" if text in ("", "null") else text)
+    if c == '"' and ending != "broken":
+        text = _unquoted(text[1:-1] if ending == "ok" else text[1:])
+    call.arguments("{}" if text in ("", "null") else text)
     return ending
 
 

@@ -30,10 +30,10 @@ def read_xml_call(source: Source, call: ToolCall, schemas: Mapping[str, Mapping[
         return name
     junk: list[str] = []
     tag = yield from source.until((KEY, CLOSE, OPEN), junk.append)
-    if tag == END:
+    if tag == END and not source.cut:
         return END
     if "".join(junk).strip():
-        return BAD
+        return END if tag == END else BAD
     call.begin(name)
     properties = schemas.get(name, {}).get("properties", {})
     while tag == KEY:

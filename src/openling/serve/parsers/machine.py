@@ -60,6 +60,7 @@ class Source:
         self._back: deque[str] = deque()
         self._record: list[str] | None = None
         self._over = False
+        self.cut = False  # whether the text ends because its writer was stopped, not because it was done
 
     def next(self) -> Reads:
         """The next character, or END (again and again) at the end."""
@@ -95,12 +96,15 @@ class Source:
                 return c
 
     def until(self, tags: Sequence[str], sink: Sink) -> Reads:
-        """Pass text on until one of `tags` is complete, and return that; END where none comes. No tag begins with another."""
+        """Pass text on until one of `tags` is complete, and return that; END where none comes. No tag begins with another.
+
+        The beginning of a tag at the end of a text that was cut is no text.
+        """
         held = ""
         while True:
             c = yield from self.next()
             if c == END:
-                sink(held)
+                sink("" if self.cut else held)
                 return END
             held += c
             while held and not any(tag.startswith(held) for tag in tags):

@@ -49,7 +49,8 @@ class ReplyParser:
 
     thinking: whether <think> at the beginning opens reasoning; opened: the prompt has opened it already. tools: how calls are
     written, None to read none; schemas: JSON schema of each function's arguments. White space around thinking and between
-    calls is left out. Text in <tool_call> that is no call stays content, but the beginning of a call that was cut off does not.
+    calls is left out. Text in <tool_call> that is no call stays content, but the beginning of a call that was cut off does not:
+    from its whole name on it is a call with the arguments so far, before that it is nothing.
     """
 
     def __init__(
@@ -78,9 +79,10 @@ class ReplyParser:
             self._steps.send(c)
         return self._taken()
 
-    def finish(self) -> list[Delta]:
-        """What is left when the text ends."""
+    def finish(self, *, cut: bool = False) -> list[Delta]:
+        """What is left when the text ends. cut: the model was stopped in the middle of it; half a tag is then left out."""
         if self._steps is not None:
+            self._source.cut = cut
             with suppress(StopIteration):
                 self._steps.send(END)
             self._steps = None
@@ -116,7 +118,7 @@ class ReplyParser:
             if held.lstrip() == THINK:
                 return THINK
             if c == END or not THINK.startswith(held.lstrip()):
-                self._source.put_back(held)
+                self._source.put_back("" if c == END and self._source.cut else held)
                 return END
 
     def _call(self, content: Trimmed) -> Steps:
