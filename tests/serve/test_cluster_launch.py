@@ -30,6 +30,7 @@ def test_prints_the_command_and_says_that_the_engine_is_missing(folder: Path, ca
     out, err = capsys.readouterr()
     assert out.startswith(f"python -m sglang.launch_server --model-path {folder} --host 127.0.0.1 --port 30000 --tp-size 2 ")
     assert '"factor": 2.0' in out
+    assert "--dtype" not in out
     assert "not installed here" in err
 
 
@@ -39,10 +40,11 @@ def test_an_installed_engine_is_run_with_its_own_flags(folder: Path, monkeypatch
     monkeypatch.setattr(shutil, "which", lambda name: f"/programs/{name}")
     monkeypatch.setattr(os, "execv", lambda program, words: ran.append([program, *words]))
     cluster.launch("sglang", folder)
-    cluster.launch("vllm", folder)
-    cluster.launch("vllm", folder, run=False)
+    cluster.launch("vllm", folder, dtype="bfloat16")
+    cluster.launch("vllm", folder, dtype="float32", run=False)
     assert [words[0] for words in ran] == [sys.executable, "/programs/vllm"]
     assert "--mamba-scheduler-strategy" in ran[0]
+    assert ran[1][-2:] == ["--dtype", "bfloat16"]
     assert ran[1][1:4] == ["/programs/vllm", "serve", str(folder)]
 
 

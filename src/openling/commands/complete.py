@@ -29,6 +29,13 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--top-k", type=int, default=0, help="sample from this many likeliest tokens; 0: all")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    add_dtype(parser)
+
+
+def add_dtype(parser: argparse.ArgumentParser) -> None:
+    """The flag of every verb that runs a model."""
+    said = "in which weights are computed; auto (default): as stored, but on a CPU what it multiplies fastest"
+    parser.add_argument("--dtype", choices=["auto", "bfloat16", "float32"], default="auto", help=said)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -56,12 +63,12 @@ def load_to_talk(args: argparse.Namespace) -> Loaded:
     """The model on its device, with a tokenizer; the sampling flags checked before the weights are read."""
     from openling.model.device import pick_device
     from openling.ops.pick import kernels_reason
-    from openling.weights.folder import load
+    from openling.weights.dtype import load_computed
 
     sampling(args)
     device = pick_device(args.device)
-    loaded = load(args.model, device=device)
-    print(f"Ops: {kernels_reason(device)}.", file=sys.stderr)
+    loaded, computed = load_computed(args.model, dtype=args.dtype, device=device)
+    print(f"Ops: {kernels_reason(device)}. Weights: {computed}.", file=sys.stderr)
     if loaded.tokenizer is None:
         raise UserError(
             "the folder has no tokenizer", where=args.model, expected="tokenizer.json", next="copy the teacher's there"

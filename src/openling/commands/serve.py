@@ -8,6 +8,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from openling.commands.complete import add_dtype
 from openling.config.load import override
 from openling.config.serve import ServeConfig
 from openling.errors import UserError
@@ -25,6 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=8000, help="port (default 8000; 0 takes a free one)")
     parser.add_argument("--model-id", metavar="NAME", help="name that clients ask for (default: the folder's)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    add_dtype(parser)
     parser.add_argument("--max-model-len", type=int, metavar="N", help="context in tokens (default: the model's)")
     parser.add_argument("--max-running", type=int, default=64, metavar="N", help="replies computed at once (default 64)")
     parser.add_argument("--memory-gib", type=float, metavar="GIB", help="memory for caches (default: what is free)")
@@ -67,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     sock = bind(args.host, args.port)
     from openling.serve.start import serve
 
-    return serve(args.model, sock=sock, device=args.device, engine=engine, config=config, keys=keys)
+    return serve(args.model, sock=sock, device=args.device, dtype=args.dtype, engine=engine, config=config, keys=keys)
 
 
 def _config(args: argparse.Namespace) -> ServeConfig:
@@ -109,5 +111,6 @@ def _cluster(args: argparse.Namespace) -> int:
         host=args.host,
         port=args.port,
         max_model_len=args.max_model_len,
+        dtype=args.dtype,
         run=not args.print_command,
     )

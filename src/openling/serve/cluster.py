@@ -29,6 +29,7 @@ def launch(
     host: str = "127.0.0.1",
     port: int = 8000,
     max_model_len: int | None = None,
+    dtype: str = "auto",
     run: bool = True,
 ) -> int:
     """Print the command that serves `model` and become it, if the engine is installed and `run`; else exit code 0.
@@ -43,7 +44,7 @@ def launch(
     checkpoint = read_checkpoint(model)
     found = installed(engine)
     split = default_tensor_parallel(checkpoint) if tp is None else tp
-    chosen = Launch(tp=split, host=host, port=port, max_model_len=max_model_len, version=found or "")
+    chosen = Launch(tp=split, host=host, port=port, max_model_len=max_model_len, dtype=dtype, version=found or "")
     words = command(engine, checkpoint, str(model), chosen)
     print(shlex.join(words), flush=True)
     if checkpoint.hybrid and checkpoint.config.num_nextn_predict_layers and not drafts(checkpoint):

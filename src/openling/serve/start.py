@@ -23,17 +23,20 @@ from openling.serve.parsers import choose
 from openling.serve.server import Server, build_app
 from openling.serve.service import Service
 from openling.serve.text import ModelText
-from openling.weights.folder import Loaded, load
+from openling.weights.dtype import load_computed
+from openling.weights.folder import Loaded
 
 log = logging.getLogger("openling")
 
 
-def serve(folder: Path, *, sock: socket.socket, device: str, engine: EngineConfig, config: ServeConfig, keys: Keys) -> int:
+def serve(
+    folder: Path, *, sock: socket.socket, device: str, dtype: str, engine: EngineConfig, config: ServeConfig, keys: Keys
+) -> int:
     """Serve `folder` on a bound socket until SIGTERM or SIGINT; returns the exit code."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(name)s %(message)s", stream=sys.stderr)
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
     chosen = pick_device(device)
-    loaded = load(folder, device=chosen)
+    loaded, computed = load_computed(folder, dtype=dtype, device=chosen)
     longest = loaded.config.max_position_embeddings
     if engine.max_model_len is not None and engine.max_model_len > longest:
         raise UserError(
@@ -42,7 +45,7 @@ def serve(folder: Path, *, sock: socket.socket, device: str, engine: EngineConfi
             value=engine.max_model_len,
             expected=f"at most {longest}",
         )
-    print(f"Ops: {kernels_reason(chosen)}.", file=sys.stderr)
+    print(f"Ops: {kernels_reason(chosen)}. Weights: {computed}.", file=sys.stderr)
     return asyncio.run(_serve(loaded, sock, engine, config, keys))
 
 

@@ -151,12 +151,16 @@ def _kinds(c: ModelConfig) -> str:
 
 @dataclass(frozen=True)
 class Launch:
-    """What the user chose. `version`: the installed engine's, or the one that the flags were checked against."""
+    """What the user chose. `version`: the installed engine's, or the one that the flags were checked against.
+
+    dtype: of weights and activations; auto is the folder's in both engines.
+    """
 
     tp: int
     host: str = "127.0.0.1"
     port: int = 8000
     max_model_len: int | None = None
+    dtype: str = "auto"
     version: str = ""
 
 
@@ -164,7 +168,8 @@ def command(engine: EngineName, checkpoint: Checkpoint, model: str, launch: Laun
     """The words of the command that serves `model`, checked. Raises UserError when it cannot be served so."""
     check_engine(checkpoint, engine)
     check_tensor_parallel(checkpoint, launch.tp)
-    return (_sglang if engine == "sglang" else _vllm)(checkpoint, model, launch)
+    words = (_sglang if engine == "sglang" else _vllm)(checkpoint, model, launch)
+    return words + (["--dtype", launch.dtype] if launch.dtype != "auto" else [])
 
 
 def _sglang(checkpoint: Checkpoint, model: str, launch: Launch) -> list[str]:

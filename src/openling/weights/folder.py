@@ -85,14 +85,14 @@ def open_folder(folder: str | Path) -> Opened:
     return Opened(folder, config, hf, reader, by_name, shapes, _stored_dtype(reader, bindings))
 
 
-def load(folder: str | Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
-    """Load a local checkpoint folder of any family in `openling.model.families`.
+def load(folder: str | Path | Opened, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu") -> Loaded:
+    """Load a local checkpoint folder of any family in `openling.model.families`, opened already or not.
 
     dtype: of all weights (the router's selection bias stays FP32); None keeps the stored one, the commonest if several.
     Raises UserError for whatever is wrong with the folder: absent or damaged files, an unknown architecture, a config
     that contradicts the weights, NaN or infinite weights, a tokenizer with more ids than the vocabulary.
     """
-    opened = open_folder(folder)
+    opened = folder if isinstance(folder, Opened) else open_folder(folder)
     config = opened.config
     tokenizer = load_tokenizer(opened.folder, config)
     device = torch.device(device)
