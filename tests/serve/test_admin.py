@@ -2,6 +2,7 @@
 
 import json
 import threading
+import time
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from test_safety import open_stream, until
 
+from openling.config.serve import ServeConfig, TimeoutsConfig
 from openling.serve import control
 from openling.serve.auth import Keys
 from openling.weights.export import save
@@ -237,6 +239,18 @@ def test_one_weight_can_be_read(server):
     assert torch.equal(tensor, server.service.engine.engine.model.lm_head.weight)
     assert answer.headers["x-sha256"] == control.tensor_hash(tensor)
     assert "lm_head.weight" in server.client.get("/weights/lm_head.weigh").error["message"]
+
+
+def test_a_paused_reply_outlives_its_deadline():
+    config = ServeConfig(model_id="tiny", timeouts=TimeoutsConfig(reply=1.0))
+    with live(keys=Keys((), (ADMIN,)), config=config) as server:
+        server.client.headers["Authorization"] = f"Bearer {ADMIN}"
+        ask(server.client, "/pause")
+        asking = Asking(server.client, "/generate", {"prompt_token_ids": PROMPT, "sampling_params": GREEDY})
+        time.sleep(1.5)
+        assert asking.is_alive()
+        ask(server.client, "/resume")
+        assert len(asking.reply["token_ids"]) == 6
 
 
 def test_memory_is_released_and_taken_back(server):

@@ -356,6 +356,14 @@ def test_a_reply_beyond_the_deadline_is_408(stream):
         assert service_is_idle(server)
 
 
+def test_a_pause_puts_the_deadline_off_and_no_more():
+    with live(scripted_service(silent, timeouts={"reply": 0.5})) as server:
+        began = time.monotonic()
+        threading.Timer(0.2, lambda: setattr(server.service.engine, "paused_seconds", 0.7)).start()
+        assert server.client.post("/v1/completions", ASK).status == 408
+        assert 1.2 <= time.monotonic() - began < 5
+
+
 def service_is_idle(server):
     until(lambda: server.service.engine.running == 0 and server.service.admission.total.replies == 0)
     return True

@@ -43,6 +43,11 @@ class AsyncEngine:
         """Whether the stepping thread runs."""
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
+    @property
+    def paused_seconds(self) -> float:
+        """How long the engine has stood still so far."""
+        return self.engine.pauses.seconds
+
     def start(self) -> None:
         """Start stepping; call from the event loop that will use it."""
         self._loop = asyncio.get_running_loop()

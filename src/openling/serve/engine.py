@@ -26,6 +26,7 @@ from openling.serve.engine_config import EngineConfig
 from openling.serve.grammar import GrammarCompiler, Matcher
 from openling.serve.graphs import Capture, CudaCapture, DecodeGraphs, can_capture
 from openling.serve.memory import store_for
+from openling.serve.pauses import PauseClock
 from openling.serve.payoff import Payoff
 from openling.serve.ragged_graphs import RaggedGraphs
 from openling.serve.replies import Reply
@@ -57,7 +58,7 @@ class Engine:
         self._drafter: Drafter | None = None
         self._prepare()
         self._payoff = Payoff()
-        self._paused = self._released = False
+        self.pauses, self._released = PauseClock(), False
         self._stats = EngineStats()
 
     def _prepare(self) -> None:
@@ -126,7 +127,7 @@ class Engine:
 
     def has_work(self) -> bool:
         """Whether a step would do something."""
-        return bool(self._replies) and not self._paused
+        return bool(self._replies) and not self.pauses.on
 
     @property
     def blocked(self) -> bool:
@@ -262,7 +263,7 @@ class Engine:
 
     def pause(self, mode: Literal["keep", "abort"] = "keep") -> list[Output]:
         """Stop computing. keep: requests stay where they are; abort: each ends with what it has (the outputs returned)."""
-        self._paused = True
+        self.pauses.pause()
         if mode == "keep":
             return []
         outputs = [reply.end("abort", self.weight_version) for reply in self._replies.values()]
@@ -274,7 +275,7 @@ class Engine:
         """Go on after a pause."""
         if self._released:
             raise UserError("the engine has given its memory back", where="resume", next="restore_memory first")
-        self._paused = False
+        self.pauses.resume()
 
     def update_weights(
         self, version: str, named_tensors: Iterable[tuple[str, Tensor]], hashes: Mapping[str, str] | None = None
@@ -298,7 +299,8 @@ class Engine:
 
     def release_memory(self) -> None:
         """Give the device's memory back: weights go to the host, everything computed is forgotten. Pauses the engine."""
-        self._paused, self._released = True, True
+        self.pauses.pause()
+        self._released = True
         self.scheduler.flush()
         self.store.release()
         self.runner.graphs = self.runner.ragged_graphs = None
@@ -323,7 +325,7 @@ class Engine:
         """A snapshot."""
         s, now = self.scheduler, self._stats
         now.running, now.waiting = len(s.running), len(s.waiting)
-        now.paused = len(self._replies) if self._paused else 0
+        now.paused = len(self._replies) if self.pauses.on else 0
         now.slots_total, now.slots_free = s.slots.size, s.slots.free
         now.pages_total, now.pages_free = s.pages.size, s.pages.free
         now.cached_tokens, now.preemptions = s.cached_tokens, s.preemptions

@@ -19,6 +19,9 @@ if TYPE_CHECKING:
     from openling.serve.async_engine import AsyncEngine
 
 
+LOOK_AGAIN = 0.02
+
+
 class Timings(Protocol):
     """Who is told how long replies took, in seconds."""
 
@@ -44,7 +47,7 @@ class Replies:
     def __init__(self, engine: AsyncEngine, requests: Sequence[Request], *, seconds: float, timings: Timings) -> None:
         self._engine, self._requests, self._timings = engine, requests, timings
         self._queue: asyncio.Queue[tuple[int, Output | Exception]] = asyncio.Queue()
-        self._deadline = asyncio.get_running_loop().time() + seconds
+        self._deadline = time.monotonic() + seconds - engine.paused_seconds
         self._tasks: list[asyncio.Task[None]] = []
         self._clocks = [_Clock(time.monotonic()) for _ in requests]
         self._open = len(requests)
@@ -96,11 +99,18 @@ class Replies:
         if self._pushed_back is not None:
             first, self._pushed_back = self._pushed_back, None
             return first
-        try:
-            async with asyncio.timeout_at(self._deadline):
-                return await self._queue.get()
-        except TimeoutError:
-            raise ApiError(408, "the reply was not complete before this server's deadline", code="timeout") from None
+        while True:
+            try:
+                async with asyncio.timeout(self._left()):
+                    return await self._queue.get()
+            except TimeoutError:
+                if self._left() <= 0:
+                    raise ApiError(408, "the reply was not complete before this server's deadline", code="timeout") from None
+                await asyncio.sleep(LOOK_AGAIN)  # paused since: what little is left must not keep the loop busy
+
+    def _left(self) -> float:
+        """Seconds until the deadline, which a paused engine puts off."""
+        return self._deadline + self._engine.paused_seconds - time.monotonic()
 
     async def _run(self, index: int, request: Request) -> None:
         try:
