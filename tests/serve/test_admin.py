@@ -79,6 +79,55 @@ def test_n_replies_are_a_list_and_seeds_repeat(server):
     assert len({tuple(reply["token_ids"]) for reply in first}) == 3
 
 
+@pytest.mark.parametrize("n", [None, 2])
+def test_generate_streams_the_reply_so_far_or_what_is_new(server, n):
+    body = {"return_logprob": True, "top_logprobs": 1, "prompt_logprobs": True}
+    params = {"temperature": 1.0, "seed": 3, "n": n}
+    whole = generate(server.client, sampling_params=params, **body)
+    for index, reply in enumerate(whole if n else [whole]):
+        changing = ("id", "cached_tokens")  # the whole answer was computed first and cached
+        grown = [event for event in streamed(server, params, body) if event["index"] == index]
+        assert [len(event["token_ids"]) for event in grown] == sorted({len(event["token_ids"]) for event in grown})
+        assert len(grown) > 3 and grown[0]["meta_info"]["finish_reason"] is None
+        last = grown[-1]
+        for holder in (reply, last):
+            for name in changing:
+                holder["meta_info"].pop(name, None)
+                holder["usage"].pop(name, None)
+        assert close(last, reply)
+        parts = [event for event in streamed(server, params, body | {"incremental": True}) if event["index"] == index]
+        for name in ("token_ids", "output_ids", "logprobs", "top_logprobs"):
+            assert close(sum((part.get(name, []) for part in parts), []), reply[name])
+        assert "".join(part["text"] for part in parts) == reply["text"]
+        assert [part["segments"][0]["start"] for part in parts] == [i for i, _ in enumerate(parts)]
+        assert [part["usage"]["completion_tokens"] for part in parts] == [i + 1 for i, _ in enumerate(parts)]
+        assert ["prompt_logprobs" in part for part in parts] == [True] + [False] * (len(parts) - 1)
+
+
+def streamed(server, params, body):
+    body = {"prompt_token_ids": PROMPT, "sampling_params": GREEDY | params, "stream": True} | body
+    *events, done = server.client.post("/generate", body).events
+    assert done == "[DONE]"
+    return events
+
+
+def close(one, other):
+    """The same, numbers to 1e-4: which requests share a step decides how sums are ordered."""
+    if isinstance(one, dict):
+        return one.keys() - {"index"} == other.keys() and all(close(one[name], other[name]) for name in other)
+    if isinstance(one, list):
+        return len(one) == len(other) and all(map(close, one, other))
+    return one == pytest.approx(other, abs=1e-4) if isinstance(one, float) else one == other
+
+
+def test_a_client_that_leaves_a_stream_of_tokens_frees_its_slot(server):
+    body = long_body() | {"stream": True, "rid": "leaving"}
+    sock = open_stream(server.client, body, path="/generate")
+    until(lambda: server.stats().generated_tokens > 2)
+    sock.close()
+    until(lambda: server.stats().running == 0 and not server.service.active)
+
+
 class Asking(threading.Thread):
     """A request that is under way."""
 

@@ -248,7 +248,7 @@ def test_a_call_that_max_tokens_cuts_is_a_call_so_far_or_nothing(nano):
             assert call["function"]["name"] == whole["name"]
             assert whole["arguments"].startswith(call["function"]["arguments"])
         seen.add("tool_calls" in message)
-        events = [e for e in nano.client.post(CHAT, {"messages": HI, **same, "max_tokens": count, "stream": True}).events[:-1]]
+        events = nano.client.post(CHAT, {"messages": HI, **same, "max_tokens": count, "stream": True}).events[:-1]
         deltas = [event["choices"][0]["delta"] for event in events]
         assert not any(delta.get("content") for delta in deltas)
         parts = [call["function"] for delta in deltas for call in delta.get("tool_calls", ())]

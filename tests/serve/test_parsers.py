@@ -219,8 +219,12 @@ CALLS = {
 @pytest.mark.parametrize("opening", ["", "<think>\nhm\n</think>\n\n", "Look.\n"])
 @pytest.mark.parametrize("tools", ["json", "xml"])
 def test_a_call_that_is_cut_shows_no_markup(tools, opening):
-    """At every place: with its whole name it is a call whose arguments are a beginning of the whole ones, before it is nothing."""
-    text = f"{opening}<tool_call>\n{CALLS[tools]}</tool_call>" if tools == "json" else f"{opening}<tool_call>{CALLS[tools]}</tool_call>"
+    """At every place: with its whole name it is a call whose arguments are a beginning of the whole ones, else nothing."""
+    text = (
+        f"{opening}<tool_call>\n{CALLS[tools]}</tool_call>"
+        if tools == "json"
+        else f"{opening}<tool_call>{CALLS[tools]}</tool_call>"
+    )
     schemas = {"weather": {"properties": {"city": {"type": "string"}}}}
     options = {"thinking": True, "tools": tools, "schemas": schemas}
     ((_, arguments),) = whole(text, **options)[2]

@@ -283,9 +283,9 @@ class Streams:
             sock.close()
 
 
-def open_stream(client: Client, body: dict) -> socket.socket:
+def open_stream(client: Client, body: dict, *, path: str = "/v1/completions") -> socket.socket:
     data = json.dumps(body).encode()
-    lines = ["POST /v1/completions HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}"]
     lines += [f"{name}: {value}" for name, value in client.headers.items()]
     sock = socket.create_connection(("127.0.0.1", client.port), timeout=20)
     sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)

@@ -1,7 +1,12 @@
-"""/generate: token ids in, token ids out, with what reinforcement learning needs: log-probabilities, weight versions, experts."""
+"""/generate: token ids in, token ids out, with what reinforcement learning needs: log-probabilities, weight versions, experts.
+
+Streams come as SGLang's do: every event is the reply so far, in the shape of the whole answer; `incremental` leaves out what an
+earlier event had.
+"""
 
 from __future__ import annotations
 
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +17,7 @@ from openling.serve.checks import check_ids, check_sampling, check_top_logprobs,
 from openling.serve.protocol import SamplingFields
 from openling.serve.protocol_admin import GenerateRequest
 from openling.serve.service import Call, Service, json_response
-from openling.serve.sse import unless_gone
+from openling.serve.sse import DONE, EventStream, event, unless_gone
 from openling.serve.text import finite
 from openling.serve.types import Output, TokenLogprob
 
@@ -21,7 +26,7 @@ _OTHERS = {"max_tokens", "skip_special_tokens", "spaces_between_special_tokens",
 
 
 async def generate(service: Service, http: HttpRequest) -> ASGIApp:
-    """Answer POST /generate: one object, or a list of n."""
+    """Answer POST /generate: one object, or a list of n; or their events."""
     body = await service.read(http, GenerateRequest)
     given = body.sampling_params
     check_top_logprobs(body.top_logprobs, service.config.limits, "top_logprobs")
@@ -46,14 +51,34 @@ async def generate(service: Service, http: HttpRequest) -> ASGIApp:
         for choice in range(given.n or 1)
     ]
     call = Call(service, http, "gen", name=body.rid)
+    await call.start(work, body.cache_salt)
+    replies = [_Reply(f"{body.rid or call.id}") for _ in work]
+    if body.stream:
+        return EventStream(
+            _stream(call, replies, incremental=bool(body.incremental)),
+            close=call.aclose,
+            timeouts=service.config.timeouts,
+            request_id=call.request_id,
+            error_event=lambda error: event(error.openai()),
+        )
     try:
-        await call.start(work, body.cache_salt)
-        replies = [_Reply(f"{body.rid or call.id}") for _ in work]
         await unless_gone(http.receive, _collect(call, replies))
     finally:
         await call.aclose()
     answers = [reply.body(service) for reply in replies]
     return json_response(answers[0] if given.n is None else answers)
+
+
+async def _stream(call: Call, replies: list[_Reply], *, incremental: bool) -> AsyncGenerator[bytes, None]:
+    """An event per output, with the reply's number; `incremental`: of what the output added."""
+    assert call.replies is not None
+    async for index, output in call.replies:
+        call.note(output)
+        if incremental:
+            replies[index] = _Reply(replies[index].id, start=replies[index].end)
+        replies[index].add(output)
+        yield event(replies[index].body(call.service) | {"index": index})
+    yield DONE
 
 
 async def _collect(call: Call, replies: list[_Reply]) -> None:
@@ -65,9 +90,10 @@ async def _collect(call: Call, replies: list[_Reply]) -> None:
 
 @dataclass
 class _Reply:
-    """A reply as it grows; a segment is a run of tokens made by one version of the weights."""
+    """A reply as it grows, from its token number `start` on; a segment is a run of tokens made by one version of the weights."""
 
     id: str
+    start: int = 0
     token_ids: list[int] = field(default_factory=list)
     text: str = ""
     logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -76,9 +102,15 @@ class _Reply:
     segments: list[dict[str, Any]] = field(default_factory=list)
     last: Output = field(default_factory=lambda: Output(""))
 
+    @property
+    def end(self) -> int:
+        """How many tokens the reply has so far."""
+        return self.start + len(self.token_ids)
+
     def add(self, output: Output) -> None:
+        """Take an output in."""
         if output.token_ids:
-            start = len(self.token_ids)
+            start = self.end
             if not self.segments or self.segments[-1]["weight_version"] != output.weight_version:
                 self.segments.append({"weight_version": output.weight_version, "start": start, "end": start})
             self.segments[-1]["end"] = start + len(output.token_ids)
@@ -109,7 +141,8 @@ class _Reply:
         }
         version = self.segments[-1]["weight_version"] if self.segments else service.weight_version
         meta: dict[str, Any] = counts | {"id": self.id, "weight_version": version}
-        meta["finish_reason"] = {"type": last.finish_reason, "matched": last.stop_reason}
+        over = last.finish_reason is not None
+        meta["finish_reason"] = {"type": last.finish_reason, "matched": last.stop_reason} if over else None
         if self.logprobs:
             found["logprobs"] = [finite(entry.sampled) for entry in self.logprobs]
             found["top_logprobs"] = [[[id, finite(value)] for id, value in entry.top] for entry in self.logprobs]

@@ -9,7 +9,7 @@ class PauseClock:
     """Switched by the engine's thread, read by any."""
 
     def __init__(self) -> None:
-        # Seconds of pauses that are over, and when the one under way began: in one tuple, so that a reader never sees half a change.
+        # Seconds of pauses that are over, and when the one under way began: one tuple, so that no reader sees half a change.
         self._state: tuple[float, float | None] = (0.0, None)
 
     @property

@@ -33,7 +33,10 @@ class GenerateParams(Body):
 
 
 class GenerateRequest(Body):
-    """The body of /generate: token ids in. `rid` names the call for /abort."""
+    """The body of /generate: token ids in. `rid` names the call for /abort.
+
+    stream: events, each with the reply so far, or with `incremental` only what is new in it.
+    """
 
     prompt_token_ids: list[int] = Field(min_length=1, validation_alias=AliasChoices("prompt_token_ids", "input_ids"))
     sampling_params: GenerateParams = Field(default_factory=GenerateParams)
@@ -43,7 +46,14 @@ class GenerateRequest(Body):
     routed_experts: bool | None = Field(None, validation_alias=AliasChoices("routed_experts", "return_routed_experts"))
     cache_salt: str | None = Field(None, min_length=1, max_length=256)
     rid: str | None = Field(None, min_length=1, max_length=128)
-    stream: Literal[False] | None = None
+    stream: bool | None = None
+    incremental: bool | None = None
+
+    @model_validator(mode="after")
+    def _incremental_needs_a_stream(self) -> Self:
+        if self.incremental and not self.stream:
+            raise ValueError("incremental goes with stream: true")
+        return self
 
 
 class PauseRequest(BaseModel):

@@ -91,7 +91,9 @@ def admin_endpoints() -> list[Endpoint]:
         ("/resume_memory", admin.resume_memory, protocol_admin.Empty, ("/resume_memory_occupation",)),
     ]
     found = [
-        Endpoint(path, "POST", handler, "admin", body=body) for name, handler, body, others in named for path in (name, *others)
+        Endpoint(path, "POST", handler, "admin", body=body, streams=path == "/generate")
+        for name, handler, body, others in named
+        for path in (name, *others)
     ]
     found.append(Endpoint("/flush_cache", "GET", admin.flush_cache, "admin"))
     found.append(Endpoint("/update_weights/stream", "POST", admin.stream_update, "admin", binary=True))
