@@ -136,6 +136,17 @@ def test_memory_is_given_back_and_taken_again():
     assert tiny.tokens(outputs) == tiny.expected(m, ids, 20)
 
 
+def test_taking_back_what_was_never_given_changes_nothing():
+    m, ids = tiny.model("mtp"), tiny.prompt(100)
+    e = tiny.engine(m)
+    r = tiny.request(ids, max_tokens=20)
+    e.add(r)
+    outputs = [output for _ in range(4) for output in e.step()]
+    e.restore_memory()
+    outputs += tiny.drain(e)[r.id]
+    assert tiny.tokens(outputs) == tiny.expected(m, ids, 20)
+
+
 def test_engines_that_cannot_be():
     m = tiny.model("mtp")
     with pytest.raises(UserError, match="max_position_embeddings"):

@@ -307,7 +307,9 @@ class Engine:
         self.model.to("cpu")
 
     def restore_memory(self) -> None:
-        """Take back what `release_memory` gave; the engine stays paused."""
+        """Take back what `release_memory` gave, if it did; the engine stays paused."""
+        if not self._released:
+            return  # new pools would be empty under sequences that run
         self.model.to(self.store.device)
         self.store.restore()
         self._prepare()
