@@ -10,12 +10,14 @@ from stream_jobs import job, quantised, same, settings, teacher, tensors
 from test_convert import windows
 
 import openling
+from openling.errors import UserError
 from openling.migrate.convert import to_lightning, to_mla
 from openling.migrate.estimate import estimate
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.pipeline import _round
 from openling.migrate.stream import convert_folder
 from openling.migrate.verify import verify
+from openling.weights.cluster import ENGINES, Launch, command, launch_script, read_checkpoint
 from openling.weights.delta import copy_folder
 from openling.weights.export import save
 from openling.weights.fp8 import Dequantised, Form
@@ -156,6 +158,12 @@ def test_a_clean_copy_of_a_linked_folder(tmp_path):
     copy_folder(tmp_path / "out", tmp_path / "clean")
     same(tensors(tmp_path / "clean"), tensors(tmp_path / "out"))
     assert "stale_in" not in json.loads((tmp_path / "clean" / INDEX).read_text())["metadata"]
+    for engine in ENGINES:  # which load whole shards
+        with pytest.raises(UserError, match="linked folder"):
+            command(engine, read_checkpoint(tmp_path / "out"), "MODEL", Launch(tp=1))
+        script = f"launch_{engine}.sh"
+        assert "--to hf" in (tmp_path / "out" / script).read_text()
+        assert (tmp_path / "clean" / script).read_text() == launch_script(engine, read_checkpoint(tmp_path / "clean"))
     assert all(p.stat().st_nlink == 1 for p in (tmp_path / "clean").iterdir())
 
 

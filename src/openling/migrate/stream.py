@@ -409,8 +409,8 @@ class _Conversion:
         record |= {"stages": stages, "fitted on": fitted}
         if stale:
             record |= {"note": "linked shards hold stale tensors; before serving: openling convert THIS CLEAN --to hf"}
-        else:
-            add_launch_scripts(self, config, plan.opened.folder, list(weight_map), metadata["total_size"])
+        names, total = list(weight_map), metadata["total_size"]
+        add_launch_scripts(self, config, plan.opened.folder, names, total, stale=bool(stale))
         self.add_file("openling.json", json_text(record))
         self.add_file("README.md", model_card(out.name, config, plan.opened.folder, record))
         files = {r["file"]: {k: r[k] for k in ("action", "bytes", "sha256")} for r in results.values()}

@@ -34,13 +34,17 @@ _TOOL_PARSERS: dict[EngineName, dict[ToolFormat, str]] = {
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a folder tells about itself without its weights being read. `mtp_layers`: MTP layers whose tensors are there."""
+    """What a folder tells about itself without its weights being read.
+
+    mtp_layers: MTP layers whose tensors are there. stale: whether its shards hold tensors that its index does not promise.
+    """
 
     config: ModelConfig
     hf: dict[str, Any]
     chat_template: str
     weight_bytes: int
     mtp_layers: int
+    stale: bool = False
 
     @property
     def hybrid(self) -> bool:
@@ -48,12 +52,14 @@ class Checkpoint:
         return self.hf.get("architectures") == [LING_ARCHITECTURE]
 
 
-def describe(hf: dict[str, Any], chat_template: str, tensor_names: list[str], weight_bytes: int) -> Checkpoint:
+def describe(
+    hf: dict[str, Any], chat_template: str, tensor_names: list[str], weight_bytes: int, *, stale: bool = False
+) -> Checkpoint:
     """A `Checkpoint` from a config.json, the chat template's text and the names of the tensors."""
     config = read_config(hf)
     layers = {int(found[1]) for name in tensor_names if (found := re.match(r"model\.layers\.(\d+)\.", name))}
     extra = [layer for layer in layers if layer >= config.num_hidden_layers]
-    return Checkpoint(config, hf, chat_template, weight_bytes, len(extra))
+    return Checkpoint(config, hf, chat_template, weight_bytes, len(extra), stale)
 
 
 def valid_tensor_parallel(checkpoint: Checkpoint) -> list[int]:
@@ -89,6 +95,13 @@ def check_tensor_parallel(checkpoint: Checkpoint, size: int) -> None:
 
 def check_engine(checkpoint: Checkpoint, engine: EngineName) -> None:
     """Raises UserError when `engine` would refuse the model, or run it as another model than it is."""
+    if checkpoint.stale:
+        raise UserError(
+            f"{engine} cannot serve a linked folder: it loads whole shards, and these hold tensors that were replaced",
+            where="stale_in of the shards' index",
+            expected="a folder whose shards hold nothing else",
+            next="openling convert MODEL CLEAN --to hf",
+        )
     if not checkpoint.hybrid:
         return
     for what, where, value, expected in _obstacles(checkpoint, engine):
@@ -286,7 +299,8 @@ def read_checkpoint(folder: Path) -> Checkpoint:
 
     folder = checked_folder(folder)
     reader = CheckpointReader(folder)
-    return describe(read_hf_config(folder), chat_template(folder), reader.names(), reader.total_bytes)
+    stale = bool(reader.stale_in)
+    return describe(read_hf_config(folder), chat_template(folder), reader.names(), reader.total_bytes, stale=stale)
 
 
 def chat_template(folder: Path) -> str:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Literal
 
 from openling.errors import UserError
+from openling.weights.cluster import ENGINES, launch_script, read_checkpoint
 from openling.weights.files import Kept, companions, copy_file, copy_tensors
 from openling.weights.fp8 import Dequantised
 from openling.weights.io import INDEX, SINGLE, CheckpointReader, TensorFiles, write_error
@@ -120,6 +121,10 @@ def copy_folder(source: str | Path, out: str | Path) -> Path:
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
         for path in companions(reader.folder):
             shutil.copyfile(path, draft / path.name)
+        if reader.stale_in:  # its scripts only say why engines cannot load it
+            clean = read_checkpoint(draft)
+            for engine in ENGINES:
+                (draft / f"launch_{engine}.sh").write_text(launch_script(engine, clean))
         draft.rename(final)
     except OSError as error:
         raise write_error(error, final) from error

@@ -158,10 +158,12 @@ def add_companions(writer: FileSink, source: Path | None, config: ModelConfig) -
     writer.add_file("generation_config.json", json_text(generation))
 
 
-def add_launch_scripts(writer: FileSink, config: dict[str, Any], source: Path | None, names: list[str], total: int) -> None:
-    """How SGLang and vLLM serve the folder, or why they cannot."""
+def add_launch_scripts(
+    writer: FileSink, config: dict[str, Any], source: Path | None, names: list[str], total: int, *, stale: bool = False
+) -> None:
+    """How SGLang and vLLM serve the folder, or why they cannot; stale: shards hold more than the index promises."""
     template = chat_template(source) if source is not None else ""
-    checkpoint = describe(config, template, names, total)
+    checkpoint = describe(config, template, names, total, stale=stale)
     for engine in ENGINES:
         writer.add_file(f"launch_{engine}.sh", launch_script(engine, checkpoint))
 
