@@ -279,7 +279,14 @@ def test_bytes_that_are_no_weights(server):
     ask(server.client, "/update_weights/begin", {"version": "2"})
     assert upload(server.client, b"\x80\x04pickle").status == 400
     assert server.client.post("/update_weights/stream", {}).status == 415
-    assert server.client.post("/update_weights", {"path": "/nowhere", "version": "1"}).status == 400
+    for path in ("/nowhere", "0" * 4000, "a\0b"):
+        answer = server.client.post("/update_weights", {"path": path, "version": "1"})
+        assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+
+
+def test_sampling_that_only_the_whole_shows_to_be_wrong_is_refused(server):
+    answer = server.client.post("/generate", {"prompt_token_ids": PROMPT, "sampling_params": {"stop": [""]}})
+    assert (answer.status, "stop string" in answer.error["message"]) == (400, True)
 
 
 def test_one_weight_can_be_read(server):

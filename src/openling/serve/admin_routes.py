@@ -77,6 +77,8 @@ async def update_weights(service: Service, http: HttpRequest) -> Response:
         loaded = await asyncio.to_thread(lambda: load(Path(body.path), dtype=dtype))
     except UserError as error:
         raise as_api_error(error) from None
+    except (OSError, ValueError) as error:  # a name that cannot be a path, or one that this server may not read
+        raise bad(f"the folder cannot be read: {getattr(error, 'strerror', None) or error}", "path", "invalid_weights") from None
     tensors = list(control.weights(loaded.model).items())
     return await _flip(service, body.version, tensors, body.hashes)
 

@@ -10,10 +10,12 @@ from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any
 
+from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
 from openling.serve.checks import check_ids, check_sampling, check_top_logprobs, sampling_params, tokens_to_make
+from openling.serve.problems import from_validation
 from openling.serve.protocol import SamplingFields
 from openling.serve.protocol_admin import GenerateRequest
 from openling.serve.service import Call, Service, json_response
@@ -30,7 +32,10 @@ async def generate(service: Service, http: HttpRequest) -> ASGIApp:
     body = await service.read(http, GenerateRequest)
     given = body.sampling_params
     check_top_logprobs(body.top_logprobs, service.config.limits, "top_logprobs")
-    fields = SamplingFields(**given.model_dump(exclude_none=True, exclude=_OTHERS))
+    try:
+        fields = SamplingFields(**given.model_dump(exclude_none=True, exclude=_OTHERS))
+    except ValidationError as error:  # what only the whole of them shows, e.g. an empty stop string
+        raise from_validation(error, set(type(given).model_fields)) from None
     check_sampling(fields, service.config.limits, service.text.vocab_size)
     max_tokens = tokens_to_make(given.max_tokens, len(body.prompt_token_ids), service.max_model_len, "prompt_token_ids")
     check_ids(body.prompt_token_ids, service.text.vocab_size, "prompt_token_ids")
