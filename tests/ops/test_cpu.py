@@ -176,10 +176,43 @@ def test_packed_weights_give_the_same_products_and_are_gone_after_the_block(monk
     assert (first - wide[0]).abs().max() < 2**-8 * wide[0].abs().max()
 
 
-def test_small_or_wide_models_are_not_packed():
-    for model in (torch.nn.Linear(8, 8).bfloat16(), torch.nn.Linear(8, 8)):
-        with packed_linears(model):
+def test_small_models_are_not_packed():
+    for model in (torch.nn.Linear(8, 16).bfloat16(), torch.nn.Linear(8, 16)):
+        with packed_linears(model) as copies:
+            assert not copies
             assert "forward" not in model.__dict__
+            assert model.weight.is_contiguous()
+
+
+def test_fp32_weights_lie_by_columns_inside_the_block_only(monkeypatch):
+    monkeypatch.setattr(cpu, "PACKED_BYTES", 0)
+    model = torch.nn.Sequential(torch.nn.Linear(24, 48), torch.nn.Linear(48, 24))
+    inputs = [randn(n, 24, seed=n, dtype=torch.float32) for n in (1, 5)]
+    plain = [model(x) for x in inputs]
+    before = model[0].weight.clone()
+    with torch.inference_mode(), packed_linears(model) as copies:
+        assert not copies
+        assert [m.weight.is_contiguous() for m in model] == [False, True]
+        for x, expected in zip(inputs, plain, strict=True):
+            assert (model(x) - expected).abs().max() < 1e-6
+        model[0].weight.data.copy_(2 * before)  # new weights need no new layout
+        assert torch.equal(model[0].weight, 2 * before)
+    assert all(m.weight.is_contiguous() for m in model)
+    model(inputs[0]).sum().backward()  # and it trains as before
+    assert model[0].weight.grad is not None
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_the_norm_of_one_row(dtype):
+    """Within two roundings of the norm of many; not where sums must not depend on the batch, nor where gradients are wanted."""
+    x, weight = randn(1, 1, 96, seed=1, dtype=dtype) * 3, randn(96, seed=2, dtype=dtype)
+    expected = rms_norm(x.expand(1, 2, 96), weight, 1e-5)[:, :1]
+    assert not cpu.norms_one_row(x)
+    with torch.no_grad():
+        assert cpu.norms_one_row(x) and not cpu.norms_one_row(x.expand(1, 2, 96))
+        found = rms_norm(x, weight, 1e-5)
+    assert found.dtype == dtype
+    assert (found - expected).abs().max() <= 2 * torch.finfo(dtype).eps * expected.abs().max()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

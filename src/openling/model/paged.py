@@ -225,7 +225,7 @@ class PagedLayer:
         for chunk, span in _spans(batch):
             rows = pages[chunk.pages].flatten(0, 1)[None, : chunk.end]
             parts.append(softmax_attention(q_1NHD[:, span], rows[:, :, :heads], rows[:, :, heads:], scale=scale))
-        return torch.cat(parts, dim=1)
+        return parts[0] if len(parts) == 1 else torch.cat(parts, dim=1)
 
     def attend_latents(self, mixer: Any, q_1NHE: Tensor, latent_1NR: Tensor, k_rope_1Nr: Tensor, call: Any) -> Tensor:
         """As `LayerMemory`."""
@@ -283,7 +283,11 @@ class PagedLayer:
     def _write(self, rows_1NX: Tensor) -> Tensor:
         """Puts new rows where the batch says; returns all pages."""
         pages = self.cache.store.rows[self.layer]
-        pages.flatten(0, 1)[self.cache.now.rows] = rows_1NX[0].to(pages.dtype)
+        flat, new = pages.flatten(0, 1), rows_1NX[0].to(pages.dtype)
+        if pages.is_cuda:
+            flat[self.cache.now.rows] = new
+        else:  # of a few rows a third of the time
+            flat.index_copy_(0, self.cache.now.rows, new)
         return pages
 
 

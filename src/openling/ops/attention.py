@@ -265,13 +265,28 @@ def paged_attention(
     if fast is not None:
         return fast.paged_attention(q_BTHD, k_pages_PSKD, v_pages_PSKD, table_BP, lengths_B, scale)
     new, size = q_BTHD.shape[1], k_pages_PSKD.shape[1]
-    out = torch.zeros_like(q_BTHD)
-    for b, length in enumerate(lengths_B.tolist()):
-        if length:
-            pages = table_BP[b, : -(-length // size)].long()
-            k, v = (x[pages].flatten(0, 1)[None, :length] for x in (k_pages_PSKD, v_pages_PSKD))
-            out[b] = softmax_attention(q_BTHD[b : b + 1, -min(new, length) :], k, v, scale=scale)
-    return out
+    lengths, tables = lengths_B.tolist(), table_BP.tolist()
+    parts = []
+    for b, length in enumerate(lengths):
+        if not length:
+            parts.append(torch.zeros_like(q_BTHD[:1]))
+            continue
+        pages, seen = tables[b][: -(-length // size)], min(new, length)
+        k, v = (_page_rows(x, pages)[None, :length] for x in (k_pages_PSKD, v_pages_PSKD))
+        out = softmax_attention(q_BTHD[b : b + 1, -seen:], k, v, scale=scale)
+        parts.append(out if seen == new else F.pad(out, (0, 0, 0, 0, new - seen, 0)))
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def _page_rows(pages_PSKD: Tensor, numbers: list[int]) -> Tensor:
+    """The rows of some pages in order, [S * pages, K, D]: where the pages lie in order, and most do, without a copy.
+
+    A copy always where sums must not depend on where things lie.
+    """
+    first, count = numbers[0], len(numbers)
+    if numbers == list(range(first, first + count)) and not batch_invariant():
+        return pages_PSKD[first : first + count].flatten(0, 1)
+    return pages_PSKD[torch.tensor(numbers, device=pages_PSKD.device)].flatten(0, 1)
 
 
 def latent_context(

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openling.ops.cpu import norms_in_one_pass, root_mean_square_norm
+from openling.ops.cpu import norms_in_one_pass, norms_one_row, one_row_norm, root_mean_square_norm
 from openling.ops.pick import kernels_for
 
 
@@ -19,6 +19,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
         return fast.rms_norm(x, weight, eps, dtype)
     if norms_in_one_pass(x):
         return root_mean_square_norm(x, weight, eps)
+    if norms_one_row(x):
+        return one_row_norm(x, weight, eps)
     return weight * F.rms_norm(x, x.shape[-1:], eps=eps).to(x.dtype)
 
 

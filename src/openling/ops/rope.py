@@ -84,7 +84,7 @@ def apply_rope(x_BTHD: Tensor, cos: Tensor, sin: Tensor, *, interleaved: bool = 
     fast = kernels_for(x_BTHD)
     if fast is not None:
         return fast.apply_rope(x_BTHD, cos, sin, interleaved)
-    if x_BTHD.device.type == "cpu" and (x_BTHD.shape[1] > 1 or batch_invariant()):
+    if x_BTHD.device.type == "cpu" and (x_BTHD.shape[1] > 1 or batch_invariant() or not torch.is_grad_enabled()):
         return rotate(x_BTHD, cos, sin, interleaved)
     rotary = 2 * cos.shape[-1]
     dtype = torch.float64 if x_BTHD.dtype == torch.float64 else torch.float32

@@ -51,13 +51,13 @@ class Runner:
         self.device = store.device
         self.graphs: DecodeGraphs | None = None
         self.ragged_graphs: RaggedGraphs | None = None
-        self._packed = ExitStack()
+        self._packed, self._stale = ExitStack(), True
 
     def pack(self) -> None:
         """On a CPU, lay weights out for single rows, where that pays; again after every change of them."""
-        self._packed.close()
-        if not self.invariant:
-            self._packed.enter_context(packed_linears(self.model))
+        if self._stale and not self.invariant:
+            self._packed.close()
+            self._stale = self._packed.enter_context(packed_linears(self.model))
 
     @contextmanager
     def mode(self) -> Iterator[None]:
