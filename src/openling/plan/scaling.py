@@ -124,7 +124,7 @@ def _extrapolated(flops: float) -> list[str]:
 
 
 def training_flops(c: ModelConfig, context: int = SEQUENCE) -> float:
-    """M of a model: 3 x the forward FLOPs of a sequence's average token, without the LM head (the paper's M has no embeddings)."""
+    """M of a model: 3 x the forward FLOPs of a sequence's average token, without LM head (the paper's M has no embeddings)."""
     forward = count.forward_flops(c, context // 2).total
     return 3.0 * (forward - 2 * c.vocab_size * c.hidden_size)
 
