@@ -12,8 +12,8 @@ def short(value: float, unit: str = "", digits: int = 3) -> str:
 
 
 def gib(value: float) -> str:
-    """Bytes in GiB with two decimals, or with more where it is less than a hundredth."""
-    return f"{value / 2**30:,.2f}" if value >= 0.005 * 2**30 or value == 0 else f"{value / 2**30:.1g}"
+    """Bytes in GiB with two decimals."""
+    return f"{value / 2**30:,.2f}" if value >= 0.005 * 2**30 or value == 0 else "< 0.01"
 
 
 def seconds(value: float) -> str:

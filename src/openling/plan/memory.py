@@ -1,0 +1,180 @@
+"""Bytes on the fullest rank of every pipeline stage, by kind.
+
+Exact: parameters, gradients, optimiser states (shapes of the real model) and what autograd keeps (`activations`). Derived from
+how FSDP2 works: gathered blocks. Estimates: temporaries of a layer's backward pass, communication buffers, reserve.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openling.model.config import ModelConfig
+from openling.plan.activations import Saved, expert_rows, kept, layer_saved, outer_saved, recomputed
+from openling.plan.placement import Inventory
+from openling.plan.setup import Setup, Stage, stages
+
+# Values of one chunk of logits: `ops.loss.KERNEL_CHUNK_VALUES`, which cannot be imported without torch.
+LOSS_CHUNK = 2**30
+KINDS = ("parameters", "gradients", "optimiser", "gathered weights", "activations", "logits and loss", "communication", "reserve")
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some bytes on a rank: their kind, and what they are."""
+
+    kind: str
+    what: str
+    bytes: int
+
+
+@dataclass(frozen=True)
+class StageMemory:
+    """All parts on one rank of a stage."""
+
+    stage: int
+    parts: list[Part]
+
+    @property
+    def total(self) -> int:
+        """Sum of all parts."""
+        return sum(p.bytes for p in self.parts)
+
+    def by_kind(self) -> dict[str, int]:
+        """Bytes of every kind, in the order of KINDS."""
+        return {kind: sum(p.bytes for p in self.parts if p.kind == kind) for kind in KINDS}
+
+
+@dataclass(frozen=True)
+class LayerBytes:
+    """What one layer keeps of a micro-batch, what exists besides while its backward pass runs, and its temporaries."""
+
+    kept: int
+    recomputed: int
+    passing: int
+
+
+class LayerCosts:
+    """Bytes of layers by kind; computed once for all layers alike and for all meshes that cut them alike."""
+
+    def __init__(self, inv: Inventory) -> None:
+        self.inv = inv
+        self._known: dict[object, LayerBytes] = {}
+
+    def of(self, layer: int, setup: Setup) -> LayerBytes:
+        """Of a layer on this mesh."""
+        key = (self.inv.kinds[layer], setup.rows, setup.cut, setup.recompute)
+        if key not in self._known:
+            c = self.inv.config
+            saved = layer_saved(c, layer, setup.rows, cut=setup.cut)
+            hidden = -(-setup.rows.total * c.hidden_size // setup.mesh.tensor) * 2
+            passing = transient(c, layer, setup, saved)
+            self._known[key] = LayerBytes(kept(saved, setup.recompute, hidden), recomputed(saved, setup.recompute), passing)
+        return self._known[key]
+
+
+def memory(inv: Inventory, setup: Setup, costs: LayerCosts | None = None) -> list[StageMemory]:
+    """Every stage's fullest rank."""
+    costs = costs or LayerCosts(inv)
+    return [StageMemory(stage.index, _stage(inv.config, setup, stage, costs)) for stage in stages(inv, setup)]
+
+
+def _stage(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[Part]:
+    parts = _states(setup, stage)
+    parts += _gathered(setup, stage)
+    parts += _activations(c, setup, stage, costs)
+    if stage.last:
+        parts += _loss(c, setup)
+    parts += _communication(c, setup, stage)
+    parts.append(Part("reserve", "CUDA context, NCCL, fragmentation (estimate)", setup.reserve))
+    return [p for p in parts if p.bytes]
+
+
+def _states(setup: Setup, stage: Stage) -> list[Part]:
+    """Weights, gradients and optimiser states, sharded over all ranks that share them."""
+    blocks = list(stage.blocks.values())
+    local, buffers = sum(b.local for b in blocks), sum(b.buffers for b in blocks)
+    parts = [
+        Part("parameters", "master weights, FP32, sharded", 4 * local),
+        Part("parameters", "router bias, FP32, on every rank", 4 * buffers),
+        Part("gradients", "FP32, sharded", 4 * local),
+    ]
+    if setup.gather == "step":
+        parts.append(Part("gradients", "FP32, whole until the step's last micro-batch", 4 * sum(b.whole for b in blocks)))
+    matrices, tensors = 0, sum(b.tensors for b in blocks)
+    if setup.optimizer == "muon":
+        matrices = sum(b.matrices for b in blocks)
+        tensors -= sum(b.matrix_tensors for b in blocks)
+        parts.append(Part("optimiser", "Muon: momentum of matrices, FP32", 4 * matrices))
+    parts.append(Part("optimiser", "AdamW: exp_avg, FP32", 4 * (local - matrices)))
+    parts.append(Part("optimiser", "AdamW: exp_avg_sq, FP32", 4 * (local - matrices)))
+    parts.append(Part("optimiser", "AdamW: step numbers, FP32", 4 * tensors))
+    return parts
+
+
+def _gathered(setup: Setup, stage: Stage) -> list[Part]:
+    """Whole BF16 weights and gradients of the blocks at work."""
+    sizes = [b.whole for b in stage.blocks.values()]
+    pair = max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=sizes[0])
+    weights = Part("gathered weights", "BF16, the block at work and the next", 2 * pair)
+    if setup.gather == "step":
+        weights = Part("gathered weights", "BF16, the whole stage", 2 * sum(sizes))
+    return [
+        weights,
+        Part("gathered weights", "gradients of the block at work, BF16", 2 * max(sizes)),
+        Part("gathered weights", "the same in FP32 while they are reduced", 4 * max(sizes)),
+    ]
+
+
+def in_flight(setup: Setup, stage: Stage) -> int:
+    """Micro-batches whose activations a stage holds at once: one forward, one backward."""
+    return min(setup.micro_batches, setup.mesh.pipeline - stage.index)
+
+
+def _activations(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[Part]:
+    layers = [(costs.of(first, setup), number) for first, number in stage.kinds.values()]
+    count = in_flight(setup, stage)
+    held = sum(layer.kept * number for layer, number in layers)
+    outer = sum(s.bytes for s in outer_saved(c, setup.rows, tensor=setup.mesh.tensor)) if stage.last else 0
+    times = f", {count} micro-batches in flight" if count > 1 else ""
+    return [
+        Part("activations", f"kept, recompute {setup.recompute}{times}", count * held + outer),
+        Part("activations", "one layer, recomputed", max(layer.recomputed for layer, _ in layers)),
+        Part("activations", "temporaries of one layer's backward pass (estimate)", max(layer.passing for layer, _ in layers)),
+    ]
+
+
+def transient(c: ModelConfig, layer: int, setup: Setup, saved: list[Saved]) -> int:
+    """Two gradients of the largest kept tensor; for experts also their outputs, one row each, and the gradients of h."""
+    largest = 2 * max(s.bytes for s in saved)
+    if not c.is_moe(layer):
+        return largest
+    entries = -(-setup.rows.total // setup.mesh.tensor) * c.num_experts_per_tok
+    padded = expert_rows(entries, c.num_experts // setup.mesh.expert)
+    return max(largest, padded * (c.hidden_size + 3 * c.moe_intermediate_size) * 2)
+
+
+def _loss(c: ModelConfig, setup: Setup) -> list[Part]:
+    """`ops.loss.head_loss`: a chunk of logits at a time, the gradients of both inputs formed in the same pass."""
+    tokens, vocabulary = setup.rows.total, -(-c.vocab_size // setup.mesh.tensor)
+    head = vocabulary * c.hidden_size
+    return [
+        Part("logits and loss", "a chunk of logits, BF16", 2 * min(LOSS_CHUNK, tokens * vocabulary)),
+        Part("logits and loss", "gradient of the hidden states, BF16", 2 * tokens * c.hidden_size),
+        Part("logits and loss", "gradient of the LM head, FP32 sum and BF16 term", 6 * head),
+    ]
+
+
+def _communication(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:
+    """Buffers of rows in transit (estimate): two of each kind, as sending and receiving overlap."""
+    mesh, rows = setup.mesh, setup.rows
+    tokens = -(-rows.total // mesh.tensor)
+    parts = []
+    if mesh.expert > 1 and any(c.is_moe(i) for i in stage.layers):
+        size = 2 * tokens * c.num_experts_per_tok * c.hidden_size * 2
+        parts.append(Part("communication", "rows to and from other experts, BF16", size))
+    if mesh.context > 1:
+        states = c.num_attention_heads // mesh.tensor * c.head_dim**2 * 4 * rows.sequences
+        parts.append(Part("communication", "Lightning states of all context ranks, FP32", 2 * mesh.context * states))
+    if mesh.pipeline > 1:
+        parts.append(Part("communication", "hidden states to and from neighbour stages, BF16", 4 * tokens * c.hidden_size * 2))
+    return parts

@@ -1,0 +1,103 @@
+"""One training job on a mesh: everything that memory, traffic and time depend on."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from openling.errors import UserError
+from openling.plan.activations import Cut, Policy, Rows
+from openling.plan.devices import GIB, Device
+from openling.plan.mesh import Gather, Mesh, Optimizer
+from openling.plan.placement import Block, Inventory, Kind
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A job. recompute: what activation checkpointing makes again in backward (`activations.Policy`).
+
+    gather: "layer" frees a block's whole weights after each use and reduces gradients of every micro-batch; "step" keeps whole
+    weights, and whole gradients in FP32, through all micro-batches of a step and communicates once. reserve: bytes that no
+    part below accounts for (CUDA context, NCCL, fragmentation).
+    """
+
+    mesh: Mesh
+    device: Device
+    seq_len: int
+    batch_tokens: int
+    micro_batch: int = 1
+    recompute: Policy = "full"
+    gather: Gather = "layer"
+    optimizer: Optimizer = "adamw"
+    reserve: int = 0
+
+    @property
+    def micro_batches(self) -> int:
+        """Per rank and step."""
+        return self.batch_tokens // (self.seq_len * self.mesh.data * self.micro_batch)
+
+    @property
+    def rows(self) -> Rows:
+        """A micro-batch on one rank."""
+        return Rows(self.micro_batch, self.seq_len // self.mesh.context)
+
+    @property
+    def cut(self) -> Cut:
+        """How layers are split over ranks."""
+        return Cut(self.mesh.tensor, self.mesh.context, self.mesh.expert)
+
+    def check_batch(self) -> None:
+        """UserError unless every rank gets whole micro-batches of whole sequences."""
+        unit = self.seq_len * self.mesh.data * self.micro_batch
+        if self.batch_tokens % unit or not self.batch_tokens:
+            whole = max(1, round(self.batch_tokens / unit))
+            raise UserError(
+                "the batch does not divide over the ranks",
+                where="--batch-tokens",
+                value=f"{self.batch_tokens:,}",
+                expected=f"a multiple of {unit:,} = {self.seq_len:,} tokens x {self.mesh.data:,} data ranks x {self.micro_batch}",
+                nearest=f"--batch-tokens {whole * unit}",
+            )
+
+
+def default_reserve(device: Device) -> int:
+    """1.5 GiB for CUDA context and NCCL, and 5 % of the memory for what the allocator cannot use: estimates."""
+    return int(1.5 * GIB + 0.05 * device.memory)
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What one pipeline stage holds: its layers and the blocks outside them."""
+
+    index: int
+    layers: list[int]
+    blocks: dict[str, Block]
+    last: bool
+    kinds: dict[Kind, tuple[int, int]]  # of each kind of layer: the first, and how many there are
+
+
+def stages(inv: Inventory, setup: Setup) -> list[Stage]:
+    """All stages. The embeddings lie on the first, and again on the last if the head or an MTP layer reads them there."""
+    key = (setup.mesh, setup.seq_len)
+    if key not in inv.known_stages:
+        inv.known_stages[key] = _stages(inv, *key)
+    return inv.known_stages[key]
+
+
+def _stages(inv: Inventory, mesh: Mesh, seq_len: int) -> list[Stage]:
+    c = inv.config
+    runs = inv.stages(mesh.pipeline, seq_len)
+    found = []
+    for index, layers in enumerate(runs):
+        last = index == mesh.pipeline - 1
+        blocks = {}
+        if index == 0 or (last and (c.num_nextn_predict_layers or c.tie_word_embeddings)):
+            blocks["embeddings"] = inv.outer_block(("model.word_embeddings.weight",), mesh)
+        blocks |= {f"layer {i}": inv.layer_block(i, mesh) for i in layers}
+        if last:
+            blocks["head"] = inv.outer_block(("model.norm.weight", "lm_head.weight"), mesh)
+        kinds: dict[Kind, tuple[int, int]] = {}
+        for i in layers:
+            first, number = kinds.get(inv.kinds[i], (i, 0))
+            kinds[inv.kinds[i]] = (first, number + 1)
+        found.append(Stage(index, layers, blocks, last, kinds))
+    return found
