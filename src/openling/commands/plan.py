@@ -10,13 +10,46 @@ import json
 
 from openling.errors import UserError
 from openling.migrate import plan as migration
+from openling.model.families import read_config
+from openling.plan.activations import POLICIES
+from openling.plan.devices import DEVICES, GIB, device
+from openling.plan.mesh import GATHERS, OPTIMIZERS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of `openling plan`."""
     migration.add_arguments(parser, model_optional=True)
+    job = parser.add_argument_group("training job on many GPUs (with --world; MODEL as it is)")
+    job.add_argument("--world", type=int, metavar="N", help="GPUs in all")
+    job.add_argument(
+        "--mesh", default="auto", metavar="AXES", help="shard=256,expert=64,pipeline=8; or auto, the default: search"
+    )
+    job.add_argument(
+        "--batch-tokens", type=int, metavar="N", help="tokens per optimiser step, all ranks (default: 32,768 per GPU)"
+    )
+    job.add_argument("--device", default="h100", help=f"kind of GPU: {', '.join(DEVICES)} (default: h100)")
+    job.add_argument("--recompute", choices=("auto", *POLICIES), default="auto", help="what backward makes again")
+    job.add_argument("--gather", choices=("auto", *GATHERS), default="auto", help="how long gathered weights stay")
+    job.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="whose states are kept")
+    job.add_argument("--reserve", type=float, metavar="GIB", help="memory left for what is not counted")
+    job.add_argument("--no-placement", action="store_true", help="leave out the table of tensors")
+    rates = parser.add_argument_group("rates of the GPU, instead of the table's")
+    for flag, (_, unit, text) in RATES.items():
+        rates.add_argument(flag, type=float, metavar=unit, help=text)
     budget = parser.add_argument_group("size of a new model")
     budget.add_argument("--budget", type=float, metavar="FLOPS", help="what the scaling laws advise for so many training FLOPs")
+
+
+# flag: (field of Device, unit, what it is)
+RATES = {
+    "--peak-flops": ("peak", "TFLOPS", "printed BF16 peak, which MFU is a share of"),
+    "--matmul-flops": ("matmul", "TFLOPS", "sustained rate of matrix products"),
+    "--memory-bandwidth": ("bandwidth", "TB/S", "sustained rate of memory"),
+    "--nvlink-bandwidth": ("nvlink", "GB/S", "one direction, inside a node"),
+    "--network-bandwidth": ("network", "GB/S", "one direction per GPU, between nodes"),
+    "--gpus-per-node": ("node", "N", "GPUs that NVLink joins"),
+}
+SCALES = {"TFLOPS": 1e12, "TB/S": 1e12, "GB/S": 1e9, "N": 1}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -25,7 +58,57 @@ def run(args: argparse.Namespace) -> int:
         return _budget(args)
     if args.model is None:
         raise UserError("no model was named", where="MODEL", expected="a checkpoint folder, config.json or preset; or --budget")
+    if args.world is not None:
+        return _job(args)
+    if args.mesh != "auto" or args.batch_tokens is not None:
+        raise UserError(
+            "a mesh needs its number of GPUs", where="--world", expected="--world N", next="openling plan MODEL --world 2048"
+        )
     return migration.run(args)
+
+
+def _job(args: argparse.Namespace) -> int:
+    from openling.plan.job import plan_training
+    from openling.plan.show_job import show_job
+
+    given = {name: getattr(args, name) for name in ("dp", "tp", "pp", "ep") if getattr(args, name) != 1}
+    if given:
+        raise UserError("with --world the axes stand in --mesh", where=", ".join("--" + n for n in given), expected="--mesh")
+    if args.source is not None:
+        raise UserError("a training job has no teacher to compare with", where="--source", expected="no --source with --world")
+    gpu = device(args.device).replace(**_rates(args))
+    plan = plan_training(
+        read_config(migration.load_config(args.model)),
+        world=args.world,
+        mesh=args.mesh,
+        seq_len=args.seq_len,
+        batch_tokens=args.batch_tokens,
+        micro_batch=args.micro_batch,
+        device=gpu,
+        recompute=None if args.recompute == "auto" else args.recompute,
+        gather=None if args.gather == "auto" else args.gather,
+        optimizer=args.optimizer,
+        reserve=None if args.reserve is None else int(args.reserve * GIB),
+    )
+    if args.json:
+        print(json.dumps({"model": args.model, **plan.as_dict()}, indent=2))
+    else:
+        show_job(plan, args.model, placement=not args.no_placement)
+    return 0
+
+
+def _rates(args: argparse.Namespace) -> dict[str, float | int | None]:
+    """The fields of `Device` that flags override."""
+    found: dict[str, float | int | None] = {}
+    for flag, (field, unit, _) in RATES.items():
+        value = getattr(args, flag[2:].replace("-", "_"))
+        if value is not None and not 0 < value < float("inf"):
+            raise UserError("a rate has to be positive", where=flag, value=value, expected=f"a number of {unit}")
+        found[field] = None if value is None else value * SCALES[unit]
+    found["node"] = None if found["node"] is None else int(found["node"])
+    if args.gpu_memory is not None:
+        found["memory"] = int(args.gpu_memory * 1e9)
+    return found
 
 
 def _budget(args: argparse.Namespace) -> int:

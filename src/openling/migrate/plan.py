@@ -193,12 +193,13 @@ def add_arguments(parser: argparse.ArgumentParser, *, model_optional: bool = Fal
     training.add_argument("--ep", type=int, default=1, help="expert-parallel GPUs, taken from dp x tp")
     training.add_argument("--seq-len", type=int, default=4096, help="tokens per sequence")
     training.add_argument("--micro-batch", type=int, default=1, help="sequences per GPU at a time")
-    training.add_argument("--gpu-memory", type=float, default=80.0, metavar="GB", help="memory of one GPU, 1 GB = 10^9 bytes")
+    training.add_argument("--gpu-memory", type=float, metavar="GB", help="memory of one GPU, 1 GB = 10^9 bytes (default: 80)")
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the plan; the exit code is 0, mistakes are raised as UserError."""
     started = time.perf_counter()
+    args.gpu_memory = 80.0 if args.gpu_memory is None else args.gpu_memory
     for name in ("seq_len", "micro_batch", "gpu_memory"):
         if not 0 < getattr(args, name) < float("inf"):
             flag = "--" + name.replace("_", "-")

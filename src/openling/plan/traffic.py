@@ -1,0 +1,146 @@
+"""What a rank sends per optimiser step, by collective and axis, in bytes, and how long the links need for it.
+
+Bytes are those that one rank receives (and sends): (g - 1) / g of what a group of g gathers or scatters. Rates: NVLink inside a
+node, the network between nodes, where a gathered buffer crosses through the network cards of all members of a node at once.
+Latency of single calls is left out.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from openling.model.config import ModelConfig
+from openling.plan.devices import Device
+from openling.plan.mesh import Mesh
+from openling.plan.placement import Block, Kind
+from openling.plan.setup import Setup, Stage
+
+Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
+When = Literal["hidden", "exposed", "once"]
+
+
+@dataclass(frozen=True)
+class Flow:
+    """One kind of call: its axis, the bytes of one call on one rank, how often it runs per step, and its seconds in all.
+
+    when: "hidden" behind the same block's compute as far as that lasts, "exposed" in the middle of a micro-batch, or "once" at
+    the end of a step. `kind`: of the layers that make the call (all of a stage together), None outside them.
+    """
+
+    axis: str
+    collective: Collective
+    what: str
+    bytes: float
+    calls: int
+    seconds: float
+    when: When
+    kind: Kind | None = None
+
+
+def seconds(device: Device, mesh: Mesh, axis: str, collective: Collective, whole: float) -> float:
+    """One call. whole: the gathered or scattered buffer; for all-to-all and send, what one rank sends."""
+    size, stride = mesh.group(axis)
+    if size == 1:
+        return 0.0
+    local = min(size, max(1, device.node // stride))
+    nodes = size / local
+    if collective == "send":
+        return whole / (device.nvlink if stride < device.node and local > 1 else device.network)
+    if collective == "all-to-all":
+        inside = whole * (local - 1) / size / device.nvlink
+        return max(inside, whole * (1 - local / size) / device.network)
+    inside = whole * (size - 1) / size / device.nvlink if local > 1 else 0.0
+    between = whole * (nodes - 1) / nodes / (local * device.network)
+    return max(inside, between) * (2 if collective == "all-reduce" else 1)
+
+
+def traffic(c: ModelConfig, setup: Setup, stage: Stage) -> list[Flow]:
+    """Every flow of one rank of a stage."""
+    makers = _Flows(setup)
+    for name in stage.blocks.keys() & {"embeddings", "head"}:
+        makers.weights(name, stage.blocks[name])
+    for kind, (first, number) in stage.kinds.items():
+        makers.kind, makers.number = kind, number
+        makers.weights("layers", stage.blocks[f"layer {first}"])
+        makers.layer(c, first)
+    makers.kind, makers.number = None, 1
+    makers.ends(c, stage)
+    return [flow for flow in makers.found if flow.bytes]
+
+
+class _Flows:
+    """Collects the flows of a stage."""
+
+    def __init__(self, setup: Setup) -> None:
+        self.setup, self.mesh, self.found = setup, setup.mesh, list[Flow]()
+        self.kind: Kind | None = None
+        self.number = 1
+        self.tokens = setup.rows.total
+        self.split = -(-self.tokens // setup.mesh.tensor)
+        # Forward, and once more where backward makes a layer again.
+        self.passes = 2 if setup.recompute == "full" else 1
+
+    def add(self, axis: str, collective: Collective, what: str, whole: float, calls: int, when: When) -> None:
+        """`calls` of each layer of the current kind."""
+        size, _ = self.mesh.group(axis)
+        if size == 1 or not whole or not calls:
+            return
+        received = whole if collective == "send" else whole * (size - 1) / size * (2 if collective == "all-reduce" else 1)
+        one = seconds(self.setup.device, self.mesh, axis, collective, whole)
+        name = {"fsdp": "shard x context" if self.mesh.context > 1 else "shard", "expert_fsdp": "shard of experts"}.get(
+            axis, axis
+        )
+        calls *= self.number
+        self.found.append(Flow(name, collective, what, received, calls, one * calls, when, self.kind))
+
+    def weights(self, name: str, one: Block) -> None:
+        """Gathering weights, reducing gradients."""
+        m = self.setup.micro_batches
+        each = self.setup.gather == "layer"
+        when: When = "hidden" if each else "once"
+        for axis, whole in (("fsdp", one.whole_dense), ("expert_fsdp", one.whole_experts)):
+            what = "experts" if axis == "expert_fsdp" else name
+            # Forward and backward; embeddings are not needed for the latter.
+            gathers = (1 if name == "embeddings" else 2) * m if each else 1
+            self.add(axis, "all-gather", f"weights of {what}, BF16", 2 * whole, gathers, when)
+            self.add(axis, "reduce-scatter", f"gradients of {what}, FP32", 4 * whole, m if each else 1, when)
+        self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * one.local, 1, "once")
+
+    def layer(self, c: ModelConfig, layer: int) -> None:
+        """Calls in the middle of a layer, of all micro-batches."""
+        m, M, kind = self.setup.micro_batches, c.hidden_size, c.layer_kind(layer)
+        gathered = 2 * self.tokens * M
+        # Two halves of a layer; backward's scatters mirror forward's gathers.
+        self.add("tensor", "all-gather", "inputs of both halves, BF16", gathered, 2 * (self.passes + 1) * m, "exposed")
+        self.add("tensor", "reduce-scatter", "outputs of both halves, BF16", gathered, 2 * (self.passes + 1) * m, "exposed")
+        if c.is_moe(layer):
+            rows = 2 * self.split * c.num_experts_per_tok * M
+            again = 1 if self.setup.recompute == "none" else 2
+            self.add("expert", "all-to-all", "rows to their experts and back, BF16", rows, 2 * (again + 1) * m, "exposed")
+        if kind == "lightning":
+            states = self.setup.micro_batch * c.num_attention_heads // self.mesh.tensor * c.head_dim**2 * 4
+            whole = states * self.mesh.context
+            self.add("context", "all-gather", "Lightning states, FP32", whole, (self.passes + 1) * m, "exposed")
+        else:
+            width = (c.kv_lora_rank or 0) + (c.qk_rope_head_dim or 0)
+            width = width if kind == "mla" else 2 * c.num_key_value_heads * c.head_dim // self.mesh.tensor
+            whole = 2 * self.tokens * self.mesh.context * width
+            what = "latents" if kind == "mla" else "keys and values"
+            self.add("context", "all-gather", f"{what}, BF16", whole, self.passes * m, "exposed")
+            self.add("context", "reduce-scatter", f"gradients of {what}, BF16", whole, m, "exposed")
+
+    def ends(self, c: ModelConfig, stage: Stage) -> None:
+        """Between stages, and the vocabulary split over tensor ranks."""
+        m, mesh = self.setup.micro_batches, self.mesh
+        hidden = 2 * self.split * c.hidden_size
+        neighbours = (stage.index > 0) + (not stage.last)
+        self.add("pipeline", "send", "hidden states and their gradients, BF16", hidden, neighbours * m, "hidden")
+        if stage.last:
+            heads = 1 + c.num_nextn_predict_layers
+            self.add("tensor", "all-gather", "input of the LM head, BF16", hidden * mesh.tensor, 2 * heads * m, "exposed")
+        if "embeddings" in stage.blocks:
+            self.add("tensor", "reduce-scatter", "embeddings, BF16", hidden * mesh.tensor, 2 * m, "exposed")
+            if mesh.pipeline > 1 and (c.num_nextn_predict_layers or c.tie_word_embeddings):
+                size = 4 * stage.blocks["embeddings"].local
+                self.add("pipeline", "send", "gradients of the embeddings on both ends, FP32", size, 1, "once")
