@@ -128,9 +128,14 @@ class ShardStream:
         """Where documents begin from start to before stop."""
         return np.concatenate([first + shard.starts(a, b) for shard, first, a, b in self._parts(start, stop)])
 
+    def document_lengths(self) -> np.ndarray:
+        """Tokens of every document, from the tables of all shards."""
+        lengths = [np.diff(self.shard(i).ends, prepend=0) for i in range(len(self._lines))]
+        return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+
     @cached_property
     def _fingerprint(self) -> str:
-        digest = hashlib.sha256(self.dataset.tokenizer.sha256.encode())
+        digest = hashlib.sha256(f"{self.dataset.tokenizer.sha256} {self.name}".encode())
         for line in self._lines:
             digest.update(line["sha256"].encode())
         return digest.hexdigest()
