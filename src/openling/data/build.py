@@ -29,10 +29,13 @@ from typing import Any
 
 import numpy as np
 
+from openling.data.dedup import copies, load_arrays, parse_dedup, save_arrays, signatures
+from openling.data.defects import FILTERS
 from openling.data.order import shuffled, stable_key
 from openling.data.shards import INDEX, read_index, write_index, write_shard
 from openling.data.sources import UNIT_BYTES, BadInput, Fields, Record, Source, Unit, plan_units, read_unit
-from openling.data.steps import FILTERS, counted, make_step
+from openling.data.steps import counted, make_step
+from openling.data.synthesis import RECIPES
 from openling.data.tokens import Encoder, TokenizerInfo, describe
 from openling.errors import Failure, UserError
 from openling.weights.units import Units
@@ -51,6 +54,8 @@ class BuildConfig:
     sources: tuple[Source, ...]
     fields: Fields = field(default_factory=Fields)
     filters: tuple[str, ...] = ()
+    dedup: str = "none"
+    synthesis: tuple[str, ...] = ()
     skip_bad: bool = False
     seed: int = 0
     unit_bytes: int = UNIT_BYTES
@@ -75,7 +80,11 @@ def build(
         return _finished_before(out, run, plan, say)
     _enter(run, plan, tokenizer_json)
     jobs = Jobs(run, _workers(workers, plan), say)
-    jobs.do("tokenise", [unit["name"] for unit in plan["units"]])
+    names = [unit["name"] for unit in plan["units"]]
+    if config.dedup != "none":
+        jobs.do("scan", names)
+        _resolve(run, names, config.dedup)
+    jobs.do("tokenise", names)
     return _finish(out, run, plan, say)
 
 
@@ -85,6 +94,9 @@ def _plan(config: BuildConfig, info: TokenizerInfo) -> dict[str, Any]:
         raise UserError("two sources have the same name", value=twice, expected="different names", next="NAME=PATH")
     for spec in config.filters:
         make_step(spec, FILTERS)
+    for spec in config.synthesis:
+        make_step(spec, RECIPES)
+    parse_dedup(config.dedup)
     units = plan_units(config.sources, unit_bytes=config.unit_bytes)
     files = sorted({file for unit in units if unit.kind != "builtin" for file in unit.files})
     about = {file: _identity(file) for file in files}
@@ -126,7 +138,8 @@ def _enter(run: Path, plan: dict[str, Any], tokenizer_json: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if (run / "plan.json").exists():
         return _compare(run, plan, "the folder holds another build that is not finished")
-    (run / "out").mkdir(exist_ok=True)
+    for name in ("out", "scan"):
+        (run / name).mkdir(exist_ok=True)
     with new_file(run / "tokenizer.json") as handle:
         write_all(handle, memoryview(tokenizer_json.encode()))
     write_json(run / "plan.json", plan)
@@ -226,12 +239,56 @@ def _check_files(job: _Job, unit: Unit) -> None:
             )
 
 
+def _scan(job: _Job, unit: Unit) -> dict[str, Any]:
+    """Keep hashes and signatures of what the filters leave of a unit."""
+    _check_files(job, unit)
+    found = signatures(_filtered(job, unit, _Account(job.config)), parse_dedup(job.config.dedup)[0])
+    save_arrays(job.run / "scan" / f"{unit.name}.npz", found)
+    return {}
+
+
+def _resolve(run: Path, names: Sequence[str], dedup: str) -> None:
+    """Decide which documents of all units are copies; whoever comes second finds it done."""
+    units = Units(run)
+    while units.result("resolve") is None:
+        with units.claim("resolve") as mine:
+            if mine:
+                parts = [load_arrays(run / "scan" / f"{name}.npz") for name in names]
+                gone, counts = copies(parts, *parse_dedup(dedup))
+                place = 0
+                for name, part in zip(names, parts, strict=True):
+                    size = len(part["hash"])
+                    save_arrays(run / "scan" / f"{name}.gone.npz", {"gone": gone[place : place + size]})
+                    place += size
+                units.record("resolve", counts)
+        time.sleep(0 if mine else 0.2)
+
+
+def _without_copies(job: _Job, unit: Unit, records: list[Record]) -> list[Record]:
+    gone = load_arrays(job.run / "scan" / f"{unit.name}.gone.npz")["gone"].tolist()
+    if len(gone) != len(records):
+        raise Failure(
+            "a source or a step gave other documents than before",
+            where=f"unit {unit.name}",
+            value=f"{len(records)} documents",
+            expected=f"{len(gone)}",
+            next="steps must depend on their documents alone",
+        )
+    return [record for record, copy in zip(records, gone, strict=True) if not copy]
+
+
 def _tokenise(job: _Job, unit: Unit) -> dict[str, Any]:
     """Make a unit's shard."""
     account = _Account(job.config)
     _check_files(job, unit)
     records = list(_filtered(job, unit, account))
     _check_files(job, unit)
+    if job.config.dedup != "none":
+        records = _without_copies(job, unit, records)
+    stream = iter(records)
+    for spec in job.config.synthesis:
+        stream = counted(make_step(spec, RECIPES), stream, account.steps.setdefault(spec, {}))
+    records = list(stream)
     line = None
     if records:
         order = shuffled(np.arange(len(records)), len(records), stable_key(job.config.seed, unit.name))
@@ -242,7 +299,7 @@ def _tokenise(job: _Job, unit: Unit) -> dict[str, Any]:
     return {"shard": line} | account.as_json()
 
 
-TASKS: dict[str, Callable[[_Job, Unit], dict[str, Any]]] = {"tokenise": _tokenise}
+TASKS: dict[str, Callable[[_Job, Unit], dict[str, Any]]] = {"scan": _scan, "tokenise": _tokenise}
 
 
 def work(run: Path, task: str, name: str) -> bool:
@@ -315,6 +372,8 @@ class Jobs:
     def _forget_lost(self, task: str, names: Sequence[str]) -> None:
         """A unit whose shard is not there as recorded (a machine lost power) is not done."""
         for name in names:
+            if task == "scan" and not (self.run / "scan" / f"{name}.npz").exists():
+                (self.units.done / f"{task}-{name}.json").unlink(missing_ok=True)
             line = (self.units.result(f"{task}-{name}") or {}).get("shard")
             if line is not None:
                 shard = self.run / "out" / line["file"]
@@ -333,20 +392,21 @@ def _finish(out: Path, run: Path, plan: dict[str, Any], say: Callable[[str], Non
     while not (out / INDEX).exists():
         with units.claim("finish") as mine:
             if mine and not out.exists():
-                index = _index(plan, [units.result(f"tokenise-{u['name']}") or {} for u in plan["units"]])
+                results = [units.result(f"tokenise-{unit['name']}") or {} for unit in plan["units"]]
+                index = _index(plan, results, units.result("resolve"))
                 for file in (run / "out").iterdir():  # drafts of killed writers
                     if file.name not in {line["file"] for line in index["shards"]}:
                         file.unlink()
                 write_index(run / "out", index)
                 (run / "out").rename(out)
         time.sleep(0 if mine else 0.2)
-    for name in ("claims", "tokenizer.json"):
+    for name in ("claims", "scan", "tokenizer.json"):
         path = run / name
         shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
     return read_index(out)
 
 
-def _index(plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def _index(plan: dict[str, Any], results: Sequence[dict[str, Any]], removed: dict[str, int] | None) -> dict[str, Any]:
     lines = [r["shard"] for r in results if r["shard"]]
     steps: dict[str, dict[str, int]] = {}
     for result in results:
@@ -354,6 +414,8 @@ def _index(plan: dict[str, Any], results: Sequence[dict[str, Any]]) -> dict[str,
             total = steps.setdefault(step, {})
             for key, value in counts.items():
                 total[key] = total.get(key, 0) + value
+    if removed is not None:
+        steps[f"dedup {plan['config']['dedup']}"] = removed
     sources = []
     for source in plan["config"]["sources"]:
         own = [line for line in lines if line["source"] == source["name"]]

@@ -1,8 +1,9 @@
 """Steps between reading and tokenising: each takes the records of a unit and gives those that go on, and says what it did.
 
 A step is a callable `records -> records` and depends on nothing but these records, so that a unit that is built again gives
-the same shard. Its `removed` counts documents by reason. Named ones are in FILTERS and `synthesis.RECIPES`; a dotted name
-(`my_package.module.function`) is imported, called with the options of its spec, and must return a step.
+the same shard. Its `removed` counts documents by reason. Named ones are in `defects.FILTERS` and
+`synthesis.RECIPES`; a dotted name (`my_package.module.function`) is imported, called with the options of its spec, and must
+return a step.
 """
 
 from __future__ import annotations
@@ -86,6 +87,3 @@ def counted(step: Step, records: Iterator[Record], counts: dict[str, int]) -> It
     yield from count(step(count(records, "in")), "out")
     for reason, number in getattr(step, "removed", {}).items():
         counts[reason] = counts.get(reason, 0) + number
-
-
-FILTERS: dict[str, Callable[..., Step]] = {}
