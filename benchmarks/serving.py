@@ -403,7 +403,7 @@ def impose(e: Engine, drafts: int) -> None:
 def case_overhead(scale: Scale) -> Rows:
     """What a step costs beside the device's work: scheduling alone, and all that the host does while the device waits."""
     model = build(scale.config.replace(num_nextn_predict_layers=0))
-    batch = scale.batch
+    batch = max(64, scale.batch)  # the goal's
     e = engine(model, batch=batch, context=4096 if torch.cuda.is_available() else 256)
     place(e, batch, 2048 if torch.cuda.is_available() else 128, 200)
     for _ in range(4):

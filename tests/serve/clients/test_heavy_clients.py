@@ -5,7 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
+import urllib.error
+import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -14,10 +19,11 @@ import torch
 import openling
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from server_process import Served, served_nano  # noqa: E402
+from server_process import ADMIN_KEY, Served, served_nano  # noqa: E402
 
 pytestmark = pytest.mark.clients
 HERE = Path(__file__).parent
+ADMIN = {"Authorization": f"Bearer {ADMIN_KEY}"}
 PROGRAMS = HERE.parents[2] / ".venv-clients" / "bin"
 QUESTIONS = [
     {"question": "The sky is", "choices": ["blue", "a kind of fish", "é"], "answer": 0},
@@ -37,7 +43,7 @@ def program(name: str, *words: str, folder: Path, code: int = 0) -> str:
     env = {"PATH": f"{PROGRAMS}:/usr/bin:/bin", "HOME": str(folder), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1"}
     env |= {"HF_DATASETS_CACHE": str(folder / "cache"), "COLUMNS": "200", "OPENAI_API_KEY": "none", "OMP_NUM_THREADS": "1"}
     run = subprocess.run([PROGRAMS / name, *words], capture_output=True, text=True, env=env, cwd=folder, timeout=900)
-    assert run.returncode == code, run.stdout[-4000:] + run.stderr[-4000:]
+    assert run.returncode == code, run.stdout[-20000:] + run.stderr[-4000:]
     return run.stdout + run.stderr
 
 
@@ -85,8 +91,42 @@ def test_guidellm_measures_without_errors(server: Served, tmp_path: Path) -> Non
     assert (totals["successful"], totals["errored"]) == (24, 0)
 
 
-def test_schemathesis_finds_nothing(server: Served, tmp_path: Path) -> None:
+def schemathesis(server: Served, folder: Path, *words: str) -> str:
     """Every route of the OpenAPI document: no 500, and statuses, types and bodies as documented."""
-    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance"
-    words = ("--checks", checks, "--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1")
-    program("schemathesis", "run", f"{server.url}/openapi.json", *words, "--request-timeout", "60", folder=tmp_path)
+    checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,unsupported_method"
+    words = (*words, "--checks", checks, "--phases", "examples,coverage,fuzzing", "--max-examples", "15", "--seed", "1")
+    return program("schemathesis", "run", f"{server.url}/openapi.json", *words, "--request-timeout", "60", folder=folder)
+
+
+def test_schemathesis_finds_nothing_without_the_admin_key(server: Served, tmp_path: Path) -> None:
+    schemathesis(server, tmp_path)
+
+
+@contextmanager
+def going_on(server: Served) -> Iterator[None]:
+    """Take every pause and every release of memory back soon: what stands still would answer nothing."""
+    over = threading.Event()
+
+    def go_on() -> None:
+        while not over.wait(0.2):
+            for path in ("/resume_memory", "/resume"):
+                request = urllib.request.Request(f"{server.url}{path}", b"{}", ADMIN | {"Content-Type": "application/json"})
+                # 400: memory was released again between the two.
+                with suppress(urllib.error.HTTPError), urllib.request.urlopen(request, timeout=60):
+                    pass
+
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(go_on)
+        try:
+            yield
+        finally:
+            over.set()
+        running.result()
+
+
+def test_schemathesis_finds_nothing_with_the_admin_key(tmp_path: Path) -> None:
+    """Pauses, aborts, releases and updates come in any order here, so this server is nobody else's. Its replies are short."""
+    with served_nano(tmp_path / "nano", "--max-model-len", "64") as server, going_on(server):
+        schemathesis(server, tmp_path, "--header", f"Authorization: {ADMIN['Authorization']}")
+        with urllib.request.urlopen(f"{server.url}/health", timeout=30) as answer:
+            assert answer.status == 200
