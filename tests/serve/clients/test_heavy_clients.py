@@ -34,7 +34,7 @@ QUESTIONS = [
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    with served_nano(tmp_path_factory.mktemp("clients") / "nano") as running:
+    with served_nano(tmp_path_factory.mktemp("clients") / "nano", "--max-model-len", "512") as running:
         yield running
 
 
