@@ -38,6 +38,23 @@ def test_a_corpus_is_built_inspected_and_verified(tmp_path, tokenizer, capsys):
     assert main(["data", "inspect", str(tmp_path / "out")]) == 2
 
 
+def test_a_mixture_says_what_it_needs(tmp_path, tokenizer, capsys):
+    texts = [str(jsonl(tmp_path / f"{name}.jsonl", [f"{name} {i}" for i in range(50)])) for name in ("web", "math")]
+    assert main(["data", "build", *texts, str(tmp_path / "out"), "--tokenizer", tokenizer]) == 0
+    toml = f'preset = "cpt_figure"\nlength = 16\n[[sources]]\ncorpus = "{tmp_path / "out"}"\nsource = "web"\ngroup = "general"\n'
+    toml += f'[[sources]]\ncorpus = "{tmp_path / "out"}"\nsource = "math"\ngroup = "reasoning"\n'
+    (tmp_path / "stage.toml").write_text(toml)
+    words = ["data", "mix", str(tmp_path / "stage.toml"), "--rows", "1", "--steps"]
+    capsys.readouterr()
+    assert main([*words, "25"]) == 0
+    out = capsys.readouterr().out
+    assert "64.000%" in out and "36.000%" in out and "400 tokens" in out
+    assert main([*words, "1000"]) == 2
+    assert "cannot be met" in capsys.readouterr().err
+    (tmp_path / "stage.toml").write_text("preset =")
+    assert main([*words, "1"]) == 2
+
+
 def test_what_is_asked_wrongly_is_refused(tmp_path, tokenizer, capsys):
     web = str(jsonl(tmp_path / "web.jsonl", ["one"]))
     for words, message in (

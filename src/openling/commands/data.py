@@ -10,7 +10,9 @@ from openling.errors import UserError
 
 EXAMPLES = """examples:
   openling data build corpus/web.jsonl code=~/src/linux corpus/OUT --tokenizer MODEL --licence web=ODC-BY --licence code=GPL-2.0
+  openling data build python-docs kjv corpus/OUT --tokenizer MODEL --filter self-repetition --filter structure --dedup near
   openling data inspect corpus/OUT
+  openling data mix stage.toml --rows 512 --steps 10000
   openling data verify corpus/OUT
 """
 
@@ -44,13 +46,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     inspect = what.add_parser("inspect", help="what a corpus holds: sources, licences, languages, what was removed")
     inspect.add_argument("folder", type=Path, metavar="FOLDER")
     inspect.add_argument("--json", action="store_true", help="as JSON")
+    mix = what.add_parser("mix", help="what a mixture asks of its sources; exit code 2 where they cannot give it")
+    mix.add_argument("mixture", type=Path, metavar="TOML", help="sources, shares or preset, length: docs/data.md")
+    mix.add_argument("--rows", type=int, required=True, metavar="N", help="rows of the global batch")
+    mix.add_argument("--steps", type=int, required=True, metavar="N", help="batches of the run")
+    mix.add_argument("--seed", type=int, default=0)
     verify = what.add_parser("verify", help="read every byte and compare hashes; exit code 1 where something is wrong")
     verify.add_argument("folder", type=Path, metavar="FOLDER")
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    return {"build": _build, "inspect": _inspect, "verify": _verify}[args.what](args)
+    return {"build": _build, "inspect": _inspect, "mix": _mix, "verify": _verify}[args.what](args)
 
 
 def _named(words: list[str], names: list[str]) -> dict[str, str]:
@@ -110,6 +117,29 @@ def _inspect(args: argparse.Namespace) -> int:
     from openling.data.shards import read_index
 
     print(json.dumps(read_index(args.folder), indent=1) if args.json else describe(args.folder))
+    return 0
+
+
+def _mix(args: argparse.Namespace) -> int:
+    import tomllib
+
+    from openling.config.data import read_mixture
+    from openling.data.mixture import MixtureBatches
+
+    if min(args.rows, args.steps) < 1:
+        raise UserError("a run has rows and steps", value=f"{args.rows} rows, {args.steps} steps", expected="1 or more of each")
+    try:
+        fields = tomllib.loads(args.mixture.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("the mixture cannot be read", where=args.mixture, value=error, expected="a TOML file") from error
+    batches = MixtureBatches(read_mixture(fields, where=args.mixture), rows=args.rows, seed=args.seed)
+    needs = batches.needs(args.steps)
+    total, width = sum(n.tokens for n in needs), max(len(n.source) for n in needs)
+    print(f"{args.steps:,} steps of {batches.tokens_per_step:,} tokens: {total:,} tokens")
+    for n in needs:
+        asked = f"{n.tokens / total:8.3%}  {n.tokens:>18,} of {n.available:,} tokens: {n.epochs:.3f} epochs, at most {n.repeat:g}"
+        print(f"  {n.source:<{width}}  {n.group:<12} {asked}")
+    batches.check(args.steps)
     return 0
 
 

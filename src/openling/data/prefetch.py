@@ -20,7 +20,7 @@ class Prefetcher:
     """
 
     def __init__(
-        self, source: BatchSource, *, depth: int = 2, prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
+        self, source: BatchSource, *, depth: int = 4, prepare: Callable[[PackedBatch], PackedBatch] = lambda batch: batch
     ) -> None:
         if depth < 1:
             raise ValueError(f"depth must be 1 or more, got {depth}")
