@@ -114,7 +114,7 @@ def test_shards_are_those_of_fsdp(eight_fake_ranks):
 
 @pytest.mark.parametrize("name", ["ling-2.6-flash", "ling-1t", "tiny"])
 @pytest.mark.parametrize(
-    "text", ["shard=4,tensor=2,expert=8", "shard=2,context=2,tensor=2", "shard=8,expert=4", "replicate=2,shard=4"]
+    "text", ["shard=4,tensor=2,expert=4", "shard=2,context=2,tensor=2", "shard=8,expert=4", "replicate=2,shard=4"]
 )
 def test_every_tensor_has_a_place_and_none_is_lost(name, text):
     c, mesh = preset(name), parse_mesh(text, 8)
@@ -122,8 +122,7 @@ def test_every_tensor_has_a_place_and_none_is_lost(name, text):
     parameters = [t for t in inv.tensors if not t.buffer]
     assert sum(math.prod(t.shape) for t in parameters) == count.total_parameters(c, mtp=True)
     for t in parameters:
-        ranks = mesh.expert * mesh.expert_fsdp if t.rule.experts else mesh.fsdp
-        ranks *= mesh.tensor if not t.rule.experts and t.rule.tensor_dim is not None else 1
+        ranks = mesh.fsdp * (mesh.tensor if t.rule.tensor_dim is not None else 1)
         assert math.prod(t.local(mesh)) * ranks >= math.prod(t.shape), t.name
         # Nor does the fullest rank hold more than a full part of every cut, rounded up.
         cuts = [-(-a // b) for a, b in zip(t.shape, t.local(mesh), strict=True)]
@@ -152,6 +151,7 @@ def test_parsing():
     assert parse_mesh("shard=256,expert=64,pipeline=8", 2048) == Mesh(pipeline=8, shard=256, expert=64)
     assert parse_mesh("tensor=4, pipeline=8", 64) == Mesh(pipeline=8, shard=2, tensor=4)  # shard takes what remains
     assert parse_mesh("", 4) == Mesh(shard=4)
+    assert parse_mesh("data_shard=2,data_replicate=4", 8) == Mesh(replicate=4, shard=2)
     assert str(Mesh(pipeline=2, shard=3)) == "pipeline=2,shard=3"
 
 
@@ -181,6 +181,7 @@ def test_mistakes_in_a_mesh(text, where, nearest):
         ("ling-2.6-1t", Mesh(tensor=16), "tensor", "tensor=8"),  # 64 heads divide, 8 norm groups do not
         ("ling-1t", Mesh(tensor=16), "tensor", "tensor=8"),  # 8 key/value heads
         ("ling-2.6-1t", Mesh(shard=24, expert=24), "expert", "expert=32"),
+        ("ling-2.6-1t", Mesh(shard=2, tensor=4, expert=8), "expert", "expert=2"),
         ("ling-2.6-1t", Mesh(shard=4, expert=8), "expert", "expert=4"),
         ("ling-2.6-1t", Mesh(pipeline=128), "pipeline", "pipeline=80"),
         ("ling-2.6-1t", Mesh(context=128), "context", "context=64"),

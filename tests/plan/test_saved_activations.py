@@ -10,6 +10,7 @@ from unittest import mock
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from openling.config.presets import PRESETS
@@ -17,7 +18,7 @@ from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import CallContext, Layer, Ling, MtpLayer, Rope, RopeTables
 from openling.ops import attention, fused, lightning, norm, rope
-from openling.plan.activations import POLICIES, Rows, kept, layer_saved, outer_saved, recomputed
+from openling.plan.activations import POLICIES, Cut, Rows, copies, layer_bytes, layer_saved, outer_saved, product_outputs
 
 ROWS = Rows(sequences=2, tokens=128)
 
@@ -87,12 +88,8 @@ def run_layer(c: ModelConfig, index: int, form: str, policy: str, rows: Rows = R
     with Kept(others) as found:
         if isinstance(layer, MtpLayer):
             out = layer(h, embedded, tables)
-        elif policy == "full":
+        elif policy == "layer":
             out = checkpoint(layer, h, call, use_reentrant=False, preserve_rng_state=False)
-        elif policy == "mlp":
-            mlp = layer.mlp.forward
-            layer.mlp.forward = lambda x: checkpoint(mlp, x, use_reentrant=False, preserve_rng_state=False)
-            out = layer(h, call)
         else:
             out = layer(h, call)
     assert out.requires_grad
@@ -131,20 +128,77 @@ def test_lightning_chunks_are_padded_in_the_plain_form(tokens):
     assert run_layer(tiny(), 0, "plain", "none", rows) == sum(s.bytes for s in layer_saved(tiny(), 0, rows, form="plain"))
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("form", ["plain", "kernels"])
-@pytest.mark.parametrize("index", [0, 3])
-def test_policies_keep_what_is_listed(index, form, policy):
-    c = tiny()
-    with ExitStack() as stack:
-        if form == "kernels":
-            stack.enter_context(kernels_on_meta())
-        measured = run_layer(c, index, form, policy)
-    hidden = ROWS.total * c.hidden_size * (2 if form == "kernels" else 4)
-    listed = layer_saved(c, index, ROWS, form=form)
-    assert measured == kept(listed, policy, hidden)
-    # What was not kept is made again, and nothing is lost between the two.
-    assert kept(listed, policy, hidden) + recomputed(listed, policy) >= sum(s.bytes for s in listed)
+@pytest.mark.parametrize("index", [0, 1, 3])
+def test_a_checkpointed_layer_keeps_its_input(index):
+    with kernels_on_meta():
+        measured = run_layer(tiny(), index, "kernels", "layer")
+    found = layer_bytes(tiny(), index, ROWS, "layer")
+    assert measured == found.kept == ROWS.total * 64 * 2
+    assert found.recomputed == sum(s.bytes for s in layer_saved(tiny(), index, ROWS))
+
+
+class Products(TorchDispatchMode):
+    """Bytes that come out of matrix products and attention: what a selective checkpoint keeps."""
+
+    KEPT = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default, torch.ops.aten._scaled_dot_product_cudnn_attention.default)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func in self.KEPT:
+            found = [out] if isinstance(out, Tensor) else out
+            self.bytes += sum(t.nbytes for t in found if isinstance(t, Tensor))
+        return out
+
+
+@pytest.mark.parametrize("case", [name for name in CASES if "bias" not in name])
+def test_a_selective_checkpoint_keeps_products_and_attention(case):
+    c, index = CASES[case]
+    with kernels_on_meta(), Products() as products:
+        run_layer(c, index, "kernels", "none")
+    assert products.bytes == product_outputs(c, index, ROWS)
+
+
+@pytest.mark.parametrize("index", range(9))
+def test_policies_in_their_order_keep_less_and_lose_nothing(index):
+    found = [layer_bytes(tiny(), index, ROWS, policy) for policy in POLICIES]
+    assert found[0].kept > found[1].kept > found[2].kept
+    assert all(f.kept + f.recomputed >= found[0].kept for f in found)
+
+
+def test_ranks_share_what_they_can():
+    """Heads and widths over tensor ranks, tokens over context ranks; the residual stream stays whole, keys are those of all."""
+    c, rows = read_config(PRESETS["ling-2.6-1t"]()), Rows(1, 4096)
+    alone = {s.name: s.bytes for s in layer_saved(c, 7, rows)}
+    tensor = {s.name: s.bytes for s in layer_saved(c, 7, rows, cut=Cut(tensor=4))}
+    context = {s.name: s.bytes for s in layer_saved(c, 7, rows, cut=Cut(context=4))}
+    for name, ratio in (
+        ("q rotated", 4),
+        ("k without rotation, v", 4),
+        ("residual stream before the mixer", 1),
+        ("query latent", 1),
+    ):
+        assert alone[name] == ratio * tensor[name], name
+    assert context["k without rotation, v"] == 4 * alone["k without rotation, v"]
+    assert context["q rotated"] == alone["q rotated"]
+
+
+@pytest.mark.parametrize("ranks", [2, 8, 64])
+def test_a_token_travels_once_to_every_rank_that_it_needs(ranks):
+    """Against draws: 4 of 8 groups, then 8 experts in them."""
+    c = read_config(PRESETS["ling-2.6-1t"]())
+    torch.manual_seed(0)
+    tokens = 4000
+    groups = torch.rand(tokens, 8).topk(4).indices
+    allowed = torch.zeros(tokens, 8, dtype=torch.bool).scatter(1, groups, True).repeat_interleave(32, 1)
+    experts = torch.rand(tokens, 256).masked_fill(~allowed, -1).topk(8).indices
+    owners = torch.zeros(tokens, ranks, dtype=torch.bool).scatter(1, experts // (256 // ranks), True)
+    # Experts are drawn without replacement, the formula draws ranks with it: 3 % at most here.
+    assert copies(c, ranks) == pytest.approx(owners.sum(1).float().mean().item(), rel=0.03)
+    assert copies(c, ranks) <= min(ranks, 8)
 
 
 @pytest.mark.parametrize(("name", "index"), [("ling-2.6-1t", 0), ("ling-2.6-1t", 7), ("ling-2.6-flash", 5), ("ling-1t", 0)])

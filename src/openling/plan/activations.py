@@ -11,6 +11,7 @@ r rotated dims, E experts, k experts per token, F feed-forward width, C tokens o
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -19,8 +20,8 @@ from openling.model.count import LIGHTNING_CHUNK
 
 Form = Literal["kernels", "plain"]
 Part = Literal["mixer", "feed-forward"]
-Policy = Literal["none", "mlp", "full"]
-POLICIES: tuple[Policy, ...] = ("none", "mlp", "full")
+Policy = Literal["none", "selective", "layer"]
+POLICIES: tuple[Policy, ...] = ("none", "selective", "layer")  # from most memory to least
 # Rows of a tile of the grouped products: `ops.kernels.moe_sort.UNIT` and its tiles, which cannot be imported without Triton.
 EXPERT_ROWS, EXPERT_TILE = 64, 128
 
@@ -59,8 +60,8 @@ class Rows:
 def layer_saved(c: ModelConfig, layer: int, rows: Rows, *, form: Form = "kernels", cut: Cut | None = None) -> list[Saved]:
     """Everything one layer keeps without checkpointing; layers from num_hidden_layers on are MTP layers.
 
-    With `tensor` ranks the residual stream and the norms' inputs are split over tokens (sequence parallel), while each matrix
-    product keeps its gathered input. With `context` ranks MLA and GQA layers keep keys and values of all tokens.
+    With `tensor` ranks heads and widths are split; the residual stream, the norms' outputs and MLA's latents are whole on each.
+    With `context` ranks MLA and GQA layers keep keys and values of all tokens: the last rank reads them all.
     """
     cut = cut or Cut()
     keep = _Keeper(rows.total, form, cut.tensor)
@@ -79,28 +80,59 @@ def layer_saved(c: ModelConfig, layer: int, rows: Rows, *, form: Form = "kernels
     if layer >= c.num_hidden_layers:
         keep.normed("embeddings of the next tokens", c.hidden_size, "mixer")
         keep.normed("hidden states that join them", c.hidden_size, "mixer")
-        keep.split("both, normed and joined: input of eh_proj", 2 * c.hidden_size, "mixer")
+        keep.whole("both, normed and joined: input of eh_proj", 2 * c.hidden_size, "mixer")
         keep.normed("input of the final norm", c.hidden_size, "mixer")
     return keep.found
 
 
-def kept(saved: list[Saved], policy: Policy, hidden_bytes: int) -> int:
-    """Bytes that stay from forward to backward: all; all but the feed-forward part's inside; or the layer's input alone.
+def product_outputs(c: ModelConfig, layer: int, rows: Rows, *, cut: Cut | None = None) -> int:
+    """Bytes that policy "selective" keeps besides a layer's input, in the kernels' form: results of products and of attention.
 
-    hidden_bytes: a tensor as wide as the residual stream.
+    Products that are kernels of ours (experts, router, recurrence) are made again.
     """
-    if policy == "full":
-        return hidden_bytes
-    inside = [s.bytes for s in saved if s.part == "feed-forward"]
-    recomputed = sum(inside[1:]) if policy == "mlp" else 0  # the first is the checkpoint's own input
-    return sum(s.bytes for s in saved) - recomputed
+    cut = cut or Cut()
+    M, H, D, t = c.hidden_size, c.num_attention_heads, c.head_dim, cut.tensor
+    keys, kind = cut.context, c.layer_kind(layer)
+    whole, split, floats = M, 0, 0  # M: output of dense
+    if kind == "lightning":
+        split += 4 * H * D
+    elif kind == "gqa":
+        split += (H + 2 * c.num_key_value_heads) * D + H * D
+        floats += H
+    else:
+        nope, value, rank = c.qk_nope_head_dim or 0, c.v_head_dim or 0, c.q_lora_rank or 0
+        whole += rank + (c.kv_lora_rank or 0) + (c.qk_rope_head_dim or 0)
+        split += H * c.qk_head_dim + H * (nope + value) * keys + H * value
+        floats += H
+    if not c.is_moe(layer):
+        split, whole = split + 2 * c.intermediate_size, whole + M
+    elif c.num_shared_experts:
+        split, whole = split + 2 * c.moe_shared_expert_intermediate_size, whole + M
+    if layer >= c.num_hidden_layers:
+        whole += M
+    random = 16 if floats else 0
+    return rows.total * (2 * whole + -(-2 * split // t) + 4 * floats // t) + random
 
 
-def recomputed(saved: list[Saved], policy: Policy) -> int:
-    """Bytes that exist besides, for one layer at a time, while its backward pass runs."""
-    if policy == "full":
-        return sum(s.bytes for s in saved)
-    return sum(s.bytes for s in saved if s.part == "feed-forward") if policy == "mlp" else 0
+@dataclass(frozen=True)
+class LayerBytes:
+    """What a layer keeps from forward to backward, and what exists besides while its own backward pass runs."""
+
+    kept: int
+    recomputed: int
+
+
+def layer_bytes(c: ModelConfig, layer: int, rows: Rows, policy: Policy, *, cut: Cut | None = None) -> LayerBytes:
+    """By activation checkpointing policy: "layer" keeps the input alone, "selective" also results of products and attention."""
+    everything = sum(s.bytes for s in layer_saved(c, layer, rows, cut=cut))
+    # An MTP layer has two inputs.
+    inputs = 2 * rows.total * c.hidden_size * (2 if layer >= c.num_hidden_layers else 1)
+    if policy == "none":
+        return LayerBytes(everything, 0)
+    if policy == "layer":
+        return LayerBytes(inputs, everything)
+    products = product_outputs(c, layer, rows, cut=cut)
+    return LayerBytes(inputs + products, max(0, everything - products))
 
 
 class _Keeper:
@@ -121,7 +153,7 @@ class _Keeper:
     def split(self, name: str, width: int, part: Part, tokens: int | None = None) -> None:
         self.add(name, -(-(self.tokens if tokens is None else tokens) * width // self.tensor) * self.value, part)
 
-    def normed(self, name: str, width: int, part: Part, *, split: bool = True, groups: int = 1) -> None:
+    def normed(self, name: str, width: int, part: Part, *, split: bool = False, groups: int = 1) -> None:
         """The input of a norm; the plain form keeps 1 / rms of every row (and group) besides."""
         (self.split if split else self.whole)(name, width, part)
         if self.form == "plain":
@@ -144,7 +176,7 @@ def _lightning(c: ModelConfig, rows: Rows, keep: _Keeper, cut: Cut) -> None:
     else:
         _plain_heads(c, keep, c.num_attention_heads, c.use_qk_norm, silu=c.linear_silu)
         _plain_chunks(c, rows, keep)
-        keep.normed("output of the recurrence", width, "mixer", groups=c.group_norm_size)
+        keep.normed("output of the recurrence", width, "mixer", split=True, groups=c.group_norm_size)
         keep.split("normed output", width, "mixer")
     keep.split("gate" if keep.form == "kernels" else "sigmoid(gate)", width, "mixer")
     keep.split("gated output: input of dense", width, "mixer")
@@ -205,12 +237,13 @@ def _mla(c: ModelConfig, rows: Rows, keep: _Keeper, cut: Cut) -> None:
     nope, value = c.qk_nope_head_dim or 0, c.v_head_dim or 0
     keys = keep.tokens * cut.context
     if c.q_lora_rank:
-        keep.normed("query latent", c.q_lora_rank, "mixer", split=False)
+        keep.normed("query latent", c.q_lora_rank, "mixer")
         keep.whole("query latent, normed", c.q_lora_rank, "mixer")
     keep.whole("key/value latent and shared key", R + r, "mixer")
     if keep.form == "plain":
         keep.whole("1 / rms of the latent", 1, "mixer")
-    keep.add("latent, normed, of all ranks", keys * R * keep.value, "mixer")
+    # Alone the normed latent is a tensor of its own; gathered, it lies beside the shared rotated key.
+    keep.add("latent, normed, of all ranks", keys * (R + (r if cut.context > 1 else 0)) * keep.value, "mixer")
     if keep.form == "kernels":
         keep.split("k without rotation, v", H * (nope + value), "mixer", keys)
         keep.split("q rotated", H * c.qk_head_dim, "mixer")
@@ -225,25 +258,40 @@ def _mla(c: ModelConfig, rows: Rows, keep: _Keeper, cut: Cut) -> None:
 def _experts(c: ModelConfig, tokens: int, keep: _Keeper, cut: Cut) -> None:
     """Router and routed experts, at a balanced load: every rank's experts get N k rows in all.
 
-    With `expert` ranks the rows that arrived are kept besides. Tensor ranks share the tokens of the routed part.
+    With `expert` ranks the rows for the local experts are kept too, each with its place. Tensor ranks split the experts' width.
     """
     E, k, F = c.num_experts, c.num_experts_per_tok, c.moe_intermediate_size
-    tokens = -(-tokens // keep.tensor)
     entries = tokens * k
     part: Part = "feed-forward"
     if keep.form == "plain":
         _plain_experts(c, tokens, keep)
         return
-    keep.add("router: weights FP32", entries * 4, part)
     keep.add("router: chosen experts, int64", entries * 8, part)
     keep.add("router: logits FP32", tokens * E * 4, part)
+    keep.add("router: weights FP32", entries * 4, part)
     local = E // cut.expert
     if cut.expert > 1:
-        keep.add("rows that arrived from other ranks", entries * c.hidden_size * 2, part)
+        keep.add("rows for local experts", entries * c.hidden_size * 2, part)
+        # Of every row its token, its slot and its expert; of every travelling row its token.
+        keep.add("places of the rows, int64", int(entries * 3 + tokens * copies(c, cut.expert)) * 8, part)
     padded = expert_rows(entries, local)
-    keep.add("experts: gate and up", padded * 2 * F * 2, part)
+    keep.add("experts: gate and up", padded * 2 * (F // keep.tensor) * 2, part)
     tiles = entries // EXPERT_TILE + min(local, entries)
     keep.add("experts: which row is whose, int32", 4 * (2 * local + 1 + entries + padded + 4 * (1 + tiles)), part)
+
+
+def copies(c: ModelConfig, ranks: int) -> float:
+    """How many expert ranks a token is sent to: it goes once to each that has experts for it, whatever their number there.
+
+    The mean for choices that are uniform inside the groups that compete, groups uniform too; at most min(ranks, k).
+    """
+    groups, chosen, k = max(1, c.n_group), max(1, c.topk_group), c.num_experts_per_tok
+    if ranks >= groups:
+        reached = chosen * ranks / groups
+    else:
+        share = groups // ranks  # groups on one rank
+        reached = ranks * (1 - math.comb(groups - share, chosen) / math.comb(groups, chosen))
+    return reached * (1 - (1 - 1 / reached) ** k) if reached > 1 else 1.0
 
 
 def expert_rows(entries: int, experts: int) -> int:

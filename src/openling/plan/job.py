@@ -18,7 +18,7 @@ from openling.plan import devices
 from openling.plan import mesh as meshes
 from openling.plan.activations import POLICIES, Policy
 from openling.plan.devices import GIB, Device
-from openling.plan.memory import LayerCosts, StageMemory, memory
+from openling.plan.memory import LayerCosts, StageMemory, fullest, memory
 from openling.plan.mesh import AXES, GATHERS, Gather, Mesh, Optimizer
 from openling.plan.placement import Inventory, inventory
 from openling.plan.roofline import StepTime, predict
@@ -184,7 +184,7 @@ class _Search:
     def weigh(self, setup: Setup) -> Candidate:
         """Its memory; its time too if it fits."""
         self.tried += 1
-        most = max(stage.total for stage in memory(self.inv, setup, self.costs))
+        most = fullest(self.inv, setup, self.costs)
         fits = most <= setup.device.memory
         return Candidate(setup, most, predict(self.inv, setup, self.seconds) if fits else None)
 
@@ -240,7 +240,7 @@ class _Search:
         what = f"this job does not fit: the fullest rank needs {_gib(least.bytes)} of {_gib(s.device.memory)}"
         largest = f"largest part: {self._largest(s)}"
         free = _Search(self.inv, self.fixed, self.world, self.batch, None, None)
-        for setup in free.setups(mesh):
+        for setup in sorted(free.setups(mesh), key=lambda x: (POLICIES.index(x.recompute), x.gather != s.gather)):
             if free.weigh(setup).fits:
                 flags = {"--recompute": (s.recompute, setup.recompute), "--gather": (s.gather, setup.gather)}
                 changed = {flag: pair for flag, pair in flags.items() if pair[0] != pair[1]}
@@ -273,24 +273,22 @@ class _Search:
         for other in others:
             by_distance.setdefault(round(meshes.distance(mesh, other), 6), []).append(other)
         for _, near in sorted(by_distance.items()):
-            found = [x for other in near for setup in self.setups(other) if (x := self.weigh(setup)).fits]
+            found = [x for other in near for x in self.weigh_all(self.setups(other)) if x.fits]
             if found:
                 return max(found, key=lambda x: x.tokens_per_second).setup
         return None
 
     def plan(self, setup: Setup, runners_up: list[Candidate]) -> TrainingPlan:
         """Everything about a setup that fits."""
-        totals = {
-            policy: max(m.total for m in memory(self.inv, dataclasses.replace(setup, recompute=policy), self.costs))
-            for policy in POLICIES
-        }
+        totals = {policy: fullest(self.inv, dataclasses.replace(setup, recompute=policy), self.costs) for policy in POLICIES}
         parts = memory(self.inv, setup, self.costs)
         return TrainingPlan(self.inv.config, setup, self.inv, parts, predict(self.inv, setup), totals, runners_up, self.tried)
 
     def _largest(self, setup: Setup) -> str:
-        fullest = max(memory(self.inv, setup, self.costs), key=lambda m: m.total)
-        kind, size = max(fullest.by_kind().items(), key=lambda item: item[1])
-        return f"{kind}, {_gib(size)} on stage {fullest.stage}"
+        rank = max(memory(self.inv, setup, self.costs), key=lambda m: m.total)
+        kind, size = max(rank.by_kind().items(), key=lambda item: item[1])
+        where = f" on stage {rank.stage + 1} of {setup.mesh.pipeline}" if setup.mesh.pipeline > 1 else ""
+        return f"{kind}, {_gib(size)}{where}"
 
 
 def _different(fitting: Iterable[Candidate]) -> list[Candidate]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from openling.model.config import ModelConfig
-from openling.plan.activations import Saved, expert_rows, kept, layer_saved, outer_saved, recomputed
+from openling.plan.activations import Saved, copies, expert_rows, layer_bytes, layer_saved, outer_saved
 from openling.plan.placement import Inventory
 from openling.plan.setup import Setup, Stage, stages
 
@@ -45,7 +45,7 @@ class StageMemory:
 
 
 @dataclass(frozen=True)
-class LayerBytes:
+class LayerCost:
     """What one layer keeps of a micro-batch, what exists besides while its backward pass runs, and its temporaries."""
 
     kept: int
@@ -58,17 +58,16 @@ class LayerCosts:
 
     def __init__(self, inv: Inventory) -> None:
         self.inv = inv
-        self._known: dict[object, LayerBytes] = {}
+        self._known: dict[object, LayerCost] = {}
 
-    def of(self, layer: int, setup: Setup) -> LayerBytes:
+    def of(self, layer: int, setup: Setup) -> LayerCost:
         """Of a layer on this mesh."""
         key = (self.inv.kinds[layer], setup.rows, setup.cut, setup.recompute)
         if key not in self._known:
             c = self.inv.config
             saved = layer_saved(c, layer, setup.rows, cut=setup.cut)
-            hidden = -(-setup.rows.total * c.hidden_size // setup.mesh.tensor) * 2
-            passing = transient(c, layer, setup, saved)
-            self._known[key] = LayerBytes(kept(saved, setup.recompute, hidden), recomputed(saved, setup.recompute), passing)
+            found = layer_bytes(c, layer, setup.rows, setup.recompute, cut=setup.cut)
+            self._known[key] = LayerCost(found.kept, found.recomputed, transient(c, layer, setup, saved))
         return self._known[key]
 
 
@@ -76,6 +75,12 @@ def memory(inv: Inventory, setup: Setup, costs: LayerCosts | None = None) -> lis
     """Every stage's fullest rank."""
     costs = costs or LayerCosts(inv)
     return [StageMemory(stage.index, _stage(inv.config, setup, stage, costs)) for stage in stages(inv, setup)]
+
+
+def fullest(inv: Inventory, setup: Setup, costs: LayerCosts) -> int:
+    """Bytes of the fullest rank of all stages: of those that hold the same, the first."""
+    found = [stage for stage in stages(inv, setup) if stage.like == stage.index]
+    return max(sum(p.bytes for p in _stage(inv.config, setup, stage, costs)) for stage in found)
 
 
 def _stage(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[Part]:
@@ -112,16 +117,18 @@ def _states(setup: Setup, stage: Stage) -> list[Part]:
 
 
 def _gathered(setup: Setup, stage: Stage) -> list[Part]:
-    """Whole BF16 weights and gradients of the blocks at work."""
-    sizes = [b.whole for b in stage.blocks.values()]
+    """Whole BF16 weights and gradients of the blocks at work. Embeddings, final norm and head are one block that stays."""
+    ends = sum(b.whole for name, b in stage.blocks.items() if not name.startswith("layer"))
+    sizes = [b.whole for name, b in stage.blocks.items() if name.startswith("layer")]
     pair = max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=sizes[0])
-    weights = Part("gathered weights", "BF16, the block at work and the next", 2 * pair)
+    weights = Part("gathered weights", "BF16, the layer at work and the next", 2 * pair)
     if setup.gather == "step":
-        weights = Part("gathered weights", "BF16, the whole stage", 2 * sum(sizes))
+        weights = Part("gathered weights", "BF16, all layers of the stage", 2 * sum(sizes))
     return [
         weights,
-        Part("gathered weights", "gradients of the block at work, BF16", 2 * max(sizes)),
-        Part("gathered weights", "the same in FP32 while they are reduced", 4 * max(sizes)),
+        Part("gathered weights", "BF16, embeddings and head", 2 * ends),
+        Part("gathered weights", "gradients of the block at work, BF16", 2 * max(*sizes, ends)),
+        Part("gathered weights", "the same in FP32 while they are reduced", 4 * max(*sizes, ends)),
     ]
 
 
@@ -134,7 +141,7 @@ def _activations(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) 
     layers = [(costs.of(first, setup), number) for first, number in stage.kinds.values()]
     count = in_flight(setup, stage)
     held = sum(layer.kept * number for layer, number in layers)
-    outer = sum(s.bytes for s in outer_saved(c, setup.rows, tensor=setup.mesh.tensor)) if stage.last else 0
+    outer = sum(s.bytes for s in outer_saved(c, setup.rows)) if stage.last else 0
     times = f", {count} micro-batches in flight" if count > 1 else ""
     return [
         Part("activations", f"kept, recompute {setup.recompute}{times}", count * held + outer),
@@ -148,33 +155,37 @@ def transient(c: ModelConfig, layer: int, setup: Setup, saved: list[Saved]) -> i
     largest = 2 * max(s.bytes for s in saved)
     if not c.is_moe(layer):
         return largest
-    entries = -(-setup.rows.total // setup.mesh.tensor) * c.num_experts_per_tok
-    padded = expert_rows(entries, c.num_experts // setup.mesh.expert)
-    return max(largest, padded * (c.hidden_size + 3 * c.moe_intermediate_size) * 2)
+    padded = expert_rows(setup.rows.total * c.num_experts_per_tok, c.num_experts // setup.mesh.expert)
+    return max(largest, padded * (c.hidden_size + 3 * c.moe_intermediate_size // setup.mesh.tensor) * 2)
 
 
 def _loss(c: ModelConfig, setup: Setup) -> list[Part]:
     """`ops.loss.head_loss`: a chunk of logits at a time, the gradients of both inputs formed in the same pass."""
     tokens, vocabulary = setup.rows.total, -(-c.vocab_size // setup.mesh.tensor)
-    head = vocabulary * c.hidden_size
+    head, heads = vocabulary * c.hidden_size, 1 + c.num_nextn_predict_layers
     return [
         Part("logits and loss", "a chunk of logits, BF16", 2 * min(LOSS_CHUNK, tokens * vocabulary)),
-        Part("logits and loss", "gradient of the hidden states, BF16", 2 * tokens * c.hidden_size),
-        Part("logits and loss", "gradient of the LM head, FP32 sum and BF16 term", 6 * head),
+        Part("logits and loss", "gradient of the LM head while it is summed, FP32", 4 * head),
+        Part(
+            "logits and loss",
+            "gradients of LM head and hidden states, BF16, by head",
+            2 * heads * (head + tokens * c.hidden_size),
+        ),
     ]
 
 
 def _communication(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:
-    """Buffers of rows in transit (estimate): two of each kind, as sending and receiving overlap."""
+    """Buffers of what is in transit (estimate)."""
     mesh, rows = setup.mesh, setup.rows
-    tokens = -(-rows.total // mesh.tensor)
+    hidden = 2 * rows.total * c.hidden_size
     parts = []
     if mesh.expert > 1 and any(c.is_moe(i) for i in stage.layers):
-        size = 2 * tokens * c.num_experts_per_tok * c.hidden_size * 2
-        parts.append(Part("communication", "rows to and from other experts, BF16", size))
+        # Sent, received, and added up in FP32.
+        size = int(4 * hidden * copies(c, mesh.expert))
+        parts.append(Part("communication", "rows to and from other experts (estimate)", size))
     if mesh.context > 1:
         states = c.num_attention_heads // mesh.tensor * c.head_dim**2 * 4 * rows.sequences
         parts.append(Part("communication", "Lightning states of all context ranks, FP32", 2 * mesh.context * states))
     if mesh.pipeline > 1:
-        parts.append(Part("communication", "hidden states to and from neighbour stages, BF16", 4 * tokens * c.hidden_size * 2))
+        parts.append(Part("communication", "hidden states to and from neighbour stages, BF16", 4 * hidden))
     return parts

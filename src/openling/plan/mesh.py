@@ -1,9 +1,9 @@
 """The mesh of a training job: its axes, how they are written, and which models they can carry. No torch here.
 
 Ranks are numbered with the last axis fastest: pipeline, replicate, shard, context, tensor. Experts take their own axis out of
-shard x context x tensor: `expert` neighbouring ranks hold different experts, the rest shard each expert's weights.
+shard x context: `expert` neighbours hold different experts, the rest shard each expert's weights.
 
-    world = pipeline x replicate x shard x context x tensor          expert divides shard x context x tensor
+    world = pipeline x replicate x shard x context x tensor          expert divides shard x context
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ Optimizer = Literal["adamw", "muon"]
 GATHERS: tuple[Gather, ...] = get_args(Gather)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 AXES = ("pipeline", "replicate", "shard", "context", "tensor", "expert")
+ALIASES = {"data_replicate": "replicate", "data_shard": "shard"}
 
 
 @dataclass(frozen=True)
@@ -53,15 +54,21 @@ class Mesh:
     @property
     def expert_fsdp(self) -> int:
         """Ranks that hold the same experts and shard their weights."""
-        return self.shard * self.context * self.tensor // self.expert
+        return self.fsdp // self.expert
 
     def __str__(self) -> str:
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "one rank"
 
     def group(self, axis: str) -> tuple[int, int]:
         """Members of a group along an axis and the distance between neighbours' rank numbers; "fsdp" and "expert_fsdp" too."""
-        inner = {"tensor": 1, "context": self.tensor, "shard": self.tensor * self.context, "fsdp": self.tensor, "expert": 1}
-        inner["expert_fsdp"] = self.expert
+        inner = {
+            "tensor": 1,
+            "context": self.tensor,
+            "shard": self.tensor * self.context,
+            "fsdp": self.tensor,
+            "expert": self.tensor,
+        }
+        inner["expert_fsdp"] = self.tensor * self.expert
         inner["replicate"] = inner["shard"] * self.shard
         inner["pipeline"] = inner["replicate"] * self.replicate
         return getattr(self, axis), inner[axis]
@@ -72,6 +79,7 @@ def parse_mesh(text: str, world: int) -> Mesh:
     degrees: dict[str, int] = {}
     for word in filter(None, text.replace(" ", "").split(",")):
         axis, equals, number = word.partition("=")
+        axis = ALIASES.get(axis, axis)
         if axis not in AXES:
             raise UserError("unknown axis", where="--mesh", value=axis, expected=", ".join(AXES), nearest=nearest(axis, AXES))
         if not equals or not number.isdecimal() or int(number) < 1:
@@ -89,7 +97,7 @@ def parse_mesh(text: str, world: int) -> Mesh:
             f"the axes multiply to {mesh.world:,} ranks, not to --world {world:,}",
             where="--mesh",
             value=str(mesh),
-            expected="pipeline x replicate x shard x context x tensor = world (expert is taken from shard x context x tensor)",
+            expected="pipeline x replicate x shard x context x tensor = world (expert is taken from shard x context)",
             nearest=f"shard={left}" if left else None,
         )
     return mesh
@@ -121,13 +129,16 @@ def problems(c: ModelConfig, mesh: Mesh, *, seq_len: int) -> list[Problem]:
         divides("tensor", c.num_key_value_heads, "num_key_value_heads")
     if "lightning" in kinds:
         divides("tensor", c.group_norm_size, "group_norm_size (no norm group may be cut)")
-    divides("tensor", c.intermediate_size if len(c.moe_layers) < c.num_hidden_layers else c.hidden_size, "the MLP's width")
+    divides("tensor", c.vocab_size, "vocab_size")
+    if len(c.moe_layers) < c.num_hidden_layers:
+        divides("tensor", c.intermediate_size, "intermediate_size")
     if c.num_shared_experts:
-        divides("tensor", c.moe_shared_expert_intermediate_size, "the shared expert's width")
+        divides("tensor", c.moe_shared_expert_intermediate_size, "moe_shared_expert_intermediate_size")
     divides("context", seq_len // LIGHTNING_CHUNK, f"seq_len / {LIGHTNING_CHUNK} (whole chunks on every rank)")
     if c.moe_layers:
         divides("expert", c.num_experts, "num_experts")
-        divides("expert", mesh.shard * mesh.context * mesh.tensor, "shard x context x tensor")
+        divides("expert", mesh.fsdp, "shard x context")
+        divides("tensor", c.moe_intermediate_size, "moe_intermediate_size")
     elif mesh.expert > 1:
         found.append(Problem("expert", mesh.expert, "1: the model has no experts", 1))
     if mesh.pipeline > c.num_hidden_layers:
@@ -162,8 +173,7 @@ def meshes(c: ModelConfig, world: int, *, seq_len: int, node: int) -> list[Mesh]
                 data = world // pipeline // tensor // context
                 for replicate in _divisors(data, data):
                     base = Mesh(pipeline, replicate, data // replicate, context, tensor)
-                    experts = base.shard * context * tensor
-                    for expert in _divisors(math.gcd(experts, c.num_experts), c.num_experts) if c.moe_layers else [1]:
+                    for expert in _divisors(math.gcd(base.fsdp, c.num_experts), c.num_experts) if c.moe_layers else [1]:
                         found.append(dataclasses.replace(base, expert=expert))
     return [mesh for mesh in found if not problems(c, mesh, seq_len=seq_len)]
 

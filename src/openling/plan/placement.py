@@ -1,7 +1,7 @@
 """Where each tensor of the model lies: the model is built on meta devices, and a table says along which axis each name is cut.
 
-Order of cuts: pipeline (whole layers), expert or tensor, then fully sharded along dim 0 (experts along dim 1 where a rank has
-too few of them). Master weights are FP32; a block's BF16 weights exist in whole only while it works.
+Order of cuts: pipeline (whole layers), tensor and expert, then fully sharded along dim 0 by FSDP2. Master weights are FP32; a
+block's BF16 weights exist in whole only while it works.
 """
 
 from __future__ import annotations
@@ -33,7 +33,8 @@ Kind = tuple[str, bool, bool]  # a layer's mixer, whether it has experts, whethe
 
 # The first rule that fits counts. Rows of query_key_value are split head by head, [Q | K | V] each for itself.
 RULES = (
-    Rule(r"mlp\.experts\.(gate|up|down)_proj$", experts=True),
+    Rule(r"mlp\.experts\.(gate|up)_proj$", tensor_dim=1, experts=True),
+    Rule(r"mlp\.experts\.down_proj$", tensor_dim=2, experts=True),
     Rule(r"(word_embeddings|lm_head)\.weight$", tensor_dim=0),
     Rule(r"attention\.(query_key_value|g_proj|q_proj|q_b_proj|kv_b_proj)\.(weight|bias)$", tensor_dim=0),
     Rule(r"attention\.g_norm\.weight$", tensor_dim=0),
@@ -59,32 +60,26 @@ class TensorInfo:
         shape = list(self.shape)
         if self.rule.experts:
             shape[0] = -(-shape[0] // mesh.expert)
-        elif self.rule.tensor_dim is not None:
+        if self.rule.tensor_dim is not None:
             shape[self.rule.tensor_dim] = -(-shape[self.rule.tensor_dim] // mesh.tensor)
         return tuple(shape)
 
-    def shard_dim(self, mesh: Mesh) -> int:
-        """The dim along which it is fully sharded."""
-        return 1 if self.rule.experts and self.whole(mesh)[0] % mesh.expert_fsdp else 0
-
     def local(self, mesh: Mesh) -> tuple[int, ...]:
         """Its shape on the fullest rank. Buffers are not sharded."""
-        shape = list(self.whole(mesh))
-        if not self.buffer:
-            dim = self.shard_dim(mesh)
-            shape[dim] = -(-shape[dim] // (mesh.expert_fsdp if self.rule.experts else mesh.fsdp))
-        return tuple(shape)
+        first, *rest = self.whole(mesh)
+        ranks = 1 if self.buffer else mesh.expert_fsdp if self.rule.experts else mesh.fsdp
+        return (-(-first // ranks), *rest)
 
     def placement(self, mesh: Mesh) -> dict[str, Any]:
         """For people and `--json`: which axes cut which dim."""
         cuts: list[str] = []
         if self.rule.experts and mesh.expert > 1:
             cuts.append(f"expert: dim 0 / {mesh.expert}")
-        elif self.rule.tensor_dim is not None and mesh.tensor > 1:
+        if self.rule.tensor_dim is not None and mesh.tensor > 1:
             cuts.append(f"tensor: dim {self.rule.tensor_dim} / {mesh.tensor}")
         sharded = mesh.expert_fsdp if self.rule.experts else mesh.fsdp
         if sharded > 1 and not self.buffer:
-            cuts.append(f"shard: dim {self.shard_dim(mesh)} / {sharded}")
+            cuts.append(f"shard: dim 0 / {sharded}")
         return {"shape": list(self.shape), "local_shape": list(self.local(mesh)), "cuts": cuts}
 
 

@@ -38,7 +38,6 @@ class Work:
     expert_weights: float
     scan_bytes: float
     stream_bytes: float
-    mlp: float  # of products, those that policy mlp makes again
 
 
 @dataclass
@@ -62,10 +61,10 @@ class StepTime:
 
 
 def work(c: ModelConfig, layer: int, setup: Setup) -> Work:
-    """Forward work of one layer. Attention at the mean of a whole causal sequence: half of seq_len."""
+    """Forward work of one layer. Attention at the mean of a whole causal sequence: half of seq_len on one rank."""
     M, H, D, kind = c.hidden_size, c.num_attention_heads, c.head_dim, c.layer_kind(layer)
     t, N = setup.mesh.tensor, setup.rows.total
-    keys = setup.seq_len / 2
+    keys = setup.seq_len * (1 - 0.5 / setup.mesh.context)  # of the last context rank's mean query, which reads most
     mixer = count.size([s for s in count.mixer_shapes(c, kind) if len(s) > 1])
     shapes = [s for s in count.feed_forward_shapes(c, layer, active=True) if len(s) > 1]
     experts = count.size([s for s in shapes if len(s) == 3])
@@ -85,7 +84,7 @@ def work(c: ModelConfig, layer: int, setup: Setup) -> Work:
         up = H * ((c.qk_nope_head_dim or 0) + (c.v_head_dim or 0))
         stream += (3 * H * c.qk_head_dim + up) / t + 2 * ((c.q_lora_rank or 0) + (c.kv_lora_rank or 0))
     if c.is_moe(layer):
-        stream += (3 * c.moe_shared_expert_intermediate_size + (c.num_experts_per_tok + 4) * M) / t
+        stream += 3 * c.moe_shared_expert_intermediate_size / t + (c.num_experts_per_tok + 4) * M
     else:
         stream += 3 * c.intermediate_size / t
     recurrence = 4 * width * (D + count.LIGHTNING_CHUNK) if kind == "lightning" else 0
@@ -95,28 +94,26 @@ def work(c: ModelConfig, layer: int, setup: Setup) -> Work:
         lightning=N * recurrence / t,
         experts=2 * N * experts / t,
         weights=2 * (mixer + mlp + joining) / t,
-        expert_weights=6 * c.num_experts / setup.mesh.expert * c.moe_intermediate_size * M if c.is_moe(layer) else 0,
+        expert_weights=6 * c.num_experts / setup.mesh.expert * c.moe_intermediate_size * M / t if c.is_moe(layer) else 0,
         scan_bytes=2 * N * scan / t,
         stream_bytes=2 * N * stream,
-        mlp=mlp / (mixer + mlp + joining),
     )
 
 
 def layer_seconds(c: ModelConfig, layer: int, setup: Setup) -> dict[str, float]:
     """Compute of one layer, forward and backward and what is recomputed, of one micro-batch, by part."""
     w, d, policy = work(c, layer, setup), setup.device, setup.recompute
-    forward = {"none": 1.0, "mlp": 1.0, "full": 2.0}[policy]
-    half = w.mlp if policy == "mlp" else 0.0
-    experts_again = 1.0 if policy == "none" else 2.0
+    kept = 2.0 if policy == "layer" else 1.0  # forward passes of what "selective" keeps: products and attention
+    ours = 1.0 if policy == "none" else 2.0  # and of our kernels
     product = max(w.products / d.matmul, w.weights / d.bandwidth)
     grouped = max(w.experts / d.matmul / d.grouped, w.expert_weights / d.bandwidth)
     scan = max(w.lightning / d.matmul, w.scan_bytes / d.bandwidth)
     return {
-        "matrix products": product * (forward + half + 2),
-        "experts": grouped * (experts_again + 2),
-        "attention": w.attention / d.matmul / d.attention * (forward + 2.5),
-        "Lightning": scan * (forward + 3),
-        "norms, gates, RoPE": w.stream_bytes / d.bandwidth * (forward + half + 2),
+        "matrix products": product * (kept + 2),
+        "experts": grouped * (ours + 2),
+        "attention": w.attention / d.matmul / d.attention * (kept + 2.5),
+        "Lightning": scan * (ours + 3),
+        "norms, gates, RoPE": w.stream_bytes / d.bandwidth * (ours + 2),
     }
 
 
@@ -151,7 +148,9 @@ def predict(inv: Inventory, setup: Setup, known: dict[object, dict[str, float]] 
     """The step's time, part by part, on the slowest stage. known: seconds of layers that earlier calls have worked out."""
     c, m = inv.config, setup.micro_batches
     known = {} if known is None else known
-    found = [_stage_seconds(inv, setup, stage, known) for stage in stages(inv, setup)]
+    all_stages = stages(inv, setup)
+    by_like = {stage.index: _stage_seconds(inv, setup, stage, known) for stage in all_stages if stage.like == stage.index}
+    found = [by_like[stage.like] for stage in all_stages]
     totals = [sum(parts.values()) for parts, _, _ in found]
     slowest = max(range(len(totals)), key=lambda i: totals[i])
     parts, flows, stage = found[slowest]

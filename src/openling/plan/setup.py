@@ -25,7 +25,7 @@ class Setup:
     seq_len: int
     batch_tokens: int
     micro_batch: int = 1
-    recompute: Policy = "full"
+    recompute: Policy = "layer"
     gather: Gather = "layer"
     optimizer: Optimizer = "adamw"
     reserve: int = 0
@@ -73,6 +73,7 @@ class Stage:
     blocks: dict[str, Block]
     last: bool
     kinds: dict[Kind, tuple[int, int]]  # of each kind of layer: the first, and how many there are
+    like: int  # the first stage that holds the same: only its micro-batches in flight are more
 
 
 def stages(inv: Inventory, setup: Setup) -> list[Stage]:
@@ -86,7 +87,8 @@ def stages(inv: Inventory, setup: Setup) -> list[Stage]:
 def _stages(inv: Inventory, mesh: Mesh, seq_len: int) -> list[Stage]:
     c = inv.config
     runs = inv.stages(mesh.pipeline, seq_len)
-    found = []
+    found: list[Stage] = []
+    first_with: dict[object, int] = {}
     for index, layers in enumerate(runs):
         last = index == mesh.pipeline - 1
         blocks = {}
@@ -99,5 +101,6 @@ def _stages(inv: Inventory, mesh: Mesh, seq_len: int) -> list[Stage]:
         for i in layers:
             first, number = kinds.get(inv.kinds[i], (i, 0))
             kinds[inv.kinds[i]] = (first, number + 1)
-        found.append(Stage(index, layers, blocks, last, kinds))
+        holds = (frozenset((kind, number) for kind, (_, number) in kinds.items()), "embeddings" in blocks, last)
+        found.append(Stage(index, layers, blocks, last, kinds, first_with.setdefault(holds, index)))
     return found

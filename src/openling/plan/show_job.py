@@ -19,7 +19,7 @@ AXIS_TEXT = {
     "shard": "data ranks that share weights and optimiser states",
     "context": "ranks that share the tokens of a sequence",
     "tensor": "ranks that share heads and widths of a layer",
-    "expert": "neighbouring ranks of those with different experts",
+    "expert": "ranks, of shard x context, with different experts",
 }
 ADVICE = {
     "matrix products": "the products themselves: nothing to change but the recomputation they include",
@@ -75,8 +75,8 @@ def _heading(console: Console, plan: TrainingPlan, name: str) -> None:
 
 RECOMPUTE_TEXT = {
     "none": "layers keep everything that backward needs",
-    "mlp": "backward makes the feed-forward halves again",
-    "full": "layers keep their input; backward makes the rest again",
+    "selective": "layers keep results of products and attention",
+    "layer": "layers keep their input; backward makes the rest again",
 }
 GATHER_TEXT = {
     "layer": "whole weights exist only while their layer works",

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from openling.model.config import ModelConfig
+from openling.plan.activations import copies
 from openling.plan.devices import Device
 from openling.plan.mesh import Mesh
 from openling.plan.placement import Block, Kind
@@ -58,8 +59,9 @@ def seconds(device: Device, mesh: Mesh, axis: str, collective: Collective, whole
 def traffic(c: ModelConfig, setup: Setup, stage: Stage) -> list[Flow]:
     """Every flow of one rank of a stage."""
     makers = _Flows(setup)
-    for name in stage.blocks.keys() & {"embeddings", "head"}:
-        makers.weights(name, stage.blocks[name])
+    for name in ("embeddings", "head"):
+        if name in stage.blocks:
+            makers.weights(name, stage.blocks[name])
     for kind, (first, number) in stage.kinds.items():
         makers.kind, makers.number = kind, number
         makers.weights("layers", stage.blocks[f"layer {first}"])
@@ -76,10 +78,8 @@ class _Flows:
         self.setup, self.mesh, self.found = setup, setup.mesh, list[Flow]()
         self.kind: Kind | None = None
         self.number = 1
-        self.tokens = setup.rows.total
-        self.split = -(-self.tokens // setup.mesh.tensor)
-        # Forward, and once more where backward makes a layer again.
-        self.passes = 2 if setup.recompute == "full" else 1
+        # Forward runs once more where backward makes a layer again: collectives are no matrix products, so "selective" too.
+        self.forwards = 1 if setup.recompute == "none" else 2
 
     def add(self, axis: str, collective: Collective, what: str, whole: float, calls: int, when: When) -> None:
         """`calls` of each layer of the current kind."""
@@ -95,52 +95,56 @@ class _Flows:
         self.found.append(Flow(name, collective, what, received, calls, one * calls, when, self.kind))
 
     def weights(self, name: str, one: Block) -> None:
-        """Gathering weights, reducing gradients."""
+        """Gathering weights, for forward and for backward (embeddings and head stay between them), and reducing gradients."""
         m = self.setup.micro_batches
         each = self.setup.gather == "layer"
         when: When = "hidden" if each else "once"
         for axis, whole in (("fsdp", one.whole_dense), ("expert_fsdp", one.whole_experts)):
             what = "experts" if axis == "expert_fsdp" else name
-            # Forward and backward; embeddings are not needed for the latter.
-            gathers = (1 if name == "embeddings" else 2) * m if each else 1
+            gathers = (2 if name == "layers" else 1) * m if each else 1
             self.add(axis, "all-gather", f"weights of {what}, BF16", 2 * whole, gathers, when)
             self.add(axis, "reduce-scatter", f"gradients of {what}, FP32", 4 * whole, m if each else 1, when)
         self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * one.local, 1, "once")
 
     def layer(self, c: ModelConfig, layer: int) -> None:
         """Calls in the middle of a layer, of all micro-batches."""
-        m, M, kind = self.setup.micro_batches, c.hidden_size, c.layer_kind(layer)
-        gathered = 2 * self.tokens * M
-        # Two halves of a layer; backward's scatters mirror forward's gathers.
-        self.add("tensor", "all-gather", "inputs of both halves, BF16", gathered, 2 * (self.passes + 1) * m, "exposed")
-        self.add("tensor", "reduce-scatter", "outputs of both halves, BF16", gathered, 2 * (self.passes + 1) * m, "exposed")
+        m, kind, rows, mesh = self.setup.micro_batches, c.layer_kind(layer), self.setup.rows, self.mesh
+        hidden = 2 * rows.total * c.hidden_size
+        # Outputs of mixer and feed-forward part, routed and shared experts apart; in backward the gradients of their inputs.
+        halves = 3 if c.is_moe(layer) and c.num_shared_experts else 2
+        self.add(
+            "tensor", "all-reduce", "outputs and gradients of inputs, BF16", hidden, halves * (self.forwards + 1) * m, "exposed"
+        )
         if c.is_moe(layer):
-            rows = 2 * self.split * c.num_experts_per_tok * M
-            again = 1 if self.setup.recompute == "none" else 2
-            self.add("expert", "all-to-all", "rows to their experts and back, BF16", rows, 2 * (again + 1) * m, "exposed")
+            # A row, and its weights (FP32) and experts (int64) on the way there.
+            k = c.num_experts_per_tok
+            whole = copies(c, mesh.expert) * (hidden + rows.total * k * 6)
+            self.add(
+                "expert", "all-to-all", "rows to their experts and back, BF16", whole, 2 * (self.forwards + 1) * m, "exposed"
+            )
         if kind == "lightning":
-            states = self.setup.micro_batch * c.num_attention_heads // self.mesh.tensor * c.head_dim**2 * 4
-            whole = states * self.mesh.context
-            self.add("context", "all-gather", "Lightning states, FP32", whole, (self.passes + 1) * m, "exposed")
+            states = rows.sequences * c.num_attention_heads // mesh.tensor * c.head_dim**2 * 4
+            calls = (self.forwards + 1) * m
+            self.add("context", "all-gather", "Lightning states, FP32", states * mesh.context, calls, "exposed")
         else:
             width = (c.kv_lora_rank or 0) + (c.qk_rope_head_dim or 0)
-            width = width if kind == "mla" else 2 * c.num_key_value_heads * c.head_dim // self.mesh.tensor
-            whole = 2 * self.tokens * self.mesh.context * width
+            width = width if kind == "mla" else 2 * c.num_key_value_heads * c.head_dim // mesh.tensor
+            whole = 2 * rows.total * mesh.context * width
             what = "latents" if kind == "mla" else "keys and values"
-            self.add("context", "all-gather", f"{what}, BF16", whole, self.passes * m, "exposed")
+            self.add("context", "all-gather", f"{what}, BF16", whole, self.forwards * m, "exposed")
             self.add("context", "reduce-scatter", f"gradients of {what}, BF16", whole, m, "exposed")
 
     def ends(self, c: ModelConfig, stage: Stage) -> None:
         """Between stages, and the vocabulary split over tensor ranks."""
         m, mesh = self.setup.micro_batches, self.mesh
-        hidden = 2 * self.split * c.hidden_size
+        hidden = 2 * self.setup.rows.total * c.hidden_size
         neighbours = (stage.index > 0) + (not stage.last)
         self.add("pipeline", "send", "hidden states and their gradients, BF16", hidden, neighbours * m, "hidden")
         if stage.last:
             heads = 1 + c.num_nextn_predict_layers
-            self.add("tensor", "all-gather", "input of the LM head, BF16", hidden * mesh.tensor, 2 * heads * m, "exposed")
+            self.add("tensor", "all-reduce", "gradients of the LM head's input, BF16", hidden, heads * m, "exposed")
         if "embeddings" in stage.blocks:
-            self.add("tensor", "reduce-scatter", "embeddings, BF16", hidden * mesh.tensor, 2 * m, "exposed")
+            self.add("tensor", "all-reduce", "embeddings, BF16", hidden, m, "exposed")
             if mesh.pipeline > 1 and (c.num_nextn_predict_layers or c.tie_word_embeddings):
                 size = 4 * stage.blocks["embeddings"].local
                 self.add("pipeline", "send", "gradients of the embeddings on both ends, FP32", size, 1, "once")
