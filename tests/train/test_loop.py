@@ -18,7 +18,8 @@ from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.train.checkpoint import latest_checkpoint, sole_writer
 from openling.train.loop import train
-from openling.train.optim import adamw, learning_rate, select_parameters
+from openling.train.optim import adamw, select_parameters
+from openling.train.schedule import learning_rate
 
 ATTENTION = (r"\.query_key_value\.", r"\.g_proj\.")
 SAME_EVERY_TIME = ("step", "tokens", "loss", "ce", "kl", "grad_norm", "lr")
@@ -58,9 +59,9 @@ def tiny_config(**changes):
     return TrainConfig(**values | changes)
 
 
-def run_training(run, config, *, model=None, parameters=ATTENTION, **options):
+def run_training(run, config, *, model=None, parameters=ATTENTION, batches=None, **options):
     model = model or tiny_model()
-    batches = Batches(tiny_windows(), batch_size=config.batch_size, seed=config.seed)
+    batches = batches or Batches(tiny_windows(), batch_size=config.batch_size, seed=config.seed)
     result = train(model, config, batches, parameters=parameters, run=run, progress=False, **options)
     return model, result
 
@@ -166,15 +167,20 @@ def test_kill_9_leaves_a_folder_that_resumes_exactly(tmp_path):
 def test_a_signal_ends_on_a_whole_step_with_a_checkpoint(tmp_path, number):
     before = signal.getsignal(number)
 
-    class Interrupting(Batches):
-        def __next__(self):
-            if self.index == 16:
+    class Interrupting:
+        """A tracker that the main thread calls behind every step."""
+
+        def log(self, row):
+            if row["step"] == 3:
                 signal.raise_signal(number)
-            return super().__next__()
+
+        def finish(self):
+            pass
 
     config = tiny_config()
-    batches = Interrupting(tiny_windows(), batch_size=8, seed=5)
-    result = train(tiny_model(), config, batches, parameters=ATTENTION, run=tmp_path, progress=False)
+    batches = Batches(tiny_windows(), batch_size=8, seed=5)
+    options = {"parameters": ATTENTION, "run": tmp_path, "progress": False}
+    result = train(tiny_model(), config, batches, **options, trackers=[Interrupting()])
     assert (result.stopped, result.signal, result.steps) == ("signal", number, 3)
     assert latest_checkpoint(tmp_path).name == "step_3"
     assert signal.getsignal(number) is before
@@ -188,8 +194,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_evidence(tmp_path
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     with pytest.raises(Failure, match="step 1"):
         run_training(tmp_path, tiny_config(), model=model)
-    evidence = json.loads((tmp_path / "failure.json").read_text())
-    assert evidence["input_ids"] == next(Batches(tiny_windows(), batch_size=8, seed=5)).tolist()
+    evidence = json.loads((tmp_path / "evidence" / "step_1.json").read_text())
+    assert evidence["input_ids"] == Batches(tiny_windows(), batch_size=8, seed=5).batch(0).ids.tolist()
     assert "model.layers.0.attention.query_key_value.weight" in evidence["gradients_not_finite"]
     assert all(torch.equal(p.nan_to_num(), weights[n].nan_to_num()) for n, p in model.named_parameters())
 
@@ -204,7 +210,12 @@ def test_mistakes_are_told(tmp_path):
         ("other parameters", done, tiny_config(steps=2), {"resume": True, "parameters": ["g_proj"]}),
         ("needs a teacher", tmp_path / "x", tiny_config(kl=1.0), {}),
         ("nearest", tmp_path / "x", tiny_config(), {"parameters": ["model.norms.weight"]}),
-        ("configured shape", tmp_path / "x", tiny_config(sequence_length=8), {}),
+        (
+            "configured shape",
+            tmp_path / "x",
+            tiny_config(batch_size=4),
+            {"batches": Batches(tiny_windows(), batch_size=8, seed=5)},
+        ),
     ]
     for message, run, config, options in cases:
         with pytest.raises(UserError, match=message):

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 # Fields that change neither weights nor metrics up to a given step: a run may resume with other values of them.
-FREE_ON_RESUME = ("checkpoint_steps", "checkpoint_seconds", "max_seconds")
+FREE_ON_RESUME = ("checkpoint_steps", "checkpoint_seconds", "keep_last", "keep_every", "max_seconds", "max_skips")
+
+
+class BatchRamp(BaseModel):
+    """Smaller batches at first: `stairs` of equal tokens, rising from `start` towards `batch_size`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+    start: int = Field(gt=0, description="windows of the first batches")
+    tokens: int = Field(gt=0, description="tokens after which batches have their full size")
+    stairs: int = Field(8, gt=0)
 
 
 class TrainConfig(BaseModel):
@@ -21,22 +31,38 @@ class TrainConfig(BaseModel):
     steps: int | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
     batch_size: int = Field(8, gt=0, description="windows per optimiser step")
-    accumulation: int = Field(1, gt=0, description="parts in which a batch runs through the model")
+    accumulation: int = Field(1, gt=0, description="parts in which a full batch runs through the model")
+    ramp: BatchRamp | None = None
     sequence_length: int = Field(512, gt=1, description="tokens per window")
     lr: float = Field(1e-3, gt=0, description="learning rate after the warm-up")
     warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from 0 in a straight line")
-    schedule: Literal["constant", "cosine"] = "constant"
-    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate of the cosine over `lr`")
+    schedule: Literal["constant", "cosine", "wsd"] = "constant"
+    decay_steps: int = Field(0, ge=0, description="of wsd: the last steps, over which the rate falls in a straight line")
+    min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate of cosine and wsd over `lr`")
+    optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: on matrices and experts; AdamW on the rest")
     betas: tuple[float, float] = (0.9, 0.95)
+    momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; vectors have none")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     ce: float = Field(1.0, ge=0, description="weight of the next-token cross-entropy")
     kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student)")
+    z: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits")
+    mtp: float = Field(0.0, ge=0, description="weight of the mean loss of the multi-token prediction steps")
+    mtp_steps: int | None = Field(None, gt=0, description="null: one per MTP layer; more: the layers are shared in turn")
+    mtp_detach: Literal["none", "later", "all"] = Field(
+        "none", description="which MTP steps send the base no gradient; later: all but the first"
+    )
+    bias_rate: float = Field(0.0, ge=0, description="of the router's bias towards balance, per step; 0 leaves it alone")
     precision: Literal["bf16", "fp32"] = "bf16"
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_steps: int | None = Field(None, gt=0)
     checkpoint_seconds: float | None = Field(120.0, gt=0)
+    keep_last: int = Field(1, gt=0, description="checkpoints that stay")
+    keep_every: int | None = Field(None, gt=0, description="checkpoints of every so many steps stay too, for merging")
     max_seconds: float | None = Field(None, gt=0, description="stop after the step in which this much training time is reached")
+    max_skips: int = Field(0, ge=0, description="steps in a row that may be left out for a bad loss or gradient")
+    spike_norm: float | None = Field(None, gt=1, description="leave a step out whose gradient norm is so many recent medians")
+    spike_loss: float | None = Field(None, gt=0, description="leave a step out whose loss is so many nats above recent ones")
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
@@ -46,9 +72,57 @@ class TrainConfig(BaseModel):
             raise ValueError(f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}")
         if self.ce == self.kl == 0:
             raise ValueError("ce and kl are both 0: there is no loss")
+        if (self.schedule == "wsd") != bool(self.decay_steps):
+            raise ValueError("the schedule wsd and decay_steps go together")
+        if self.decay_steps and self.decay_steps + self.warmup_steps > self.total_steps:
+            raise ValueError(f"warmup_steps and decay_steps are more than the {self.total_steps} steps of the run")
+        if self.keep_every and self.keep_every % (self.checkpoint_steps or self.keep_every + 1):
+            raise ValueError("keep_every must be a multiple of checkpoint_steps")
+        if self.ramp and (self.ramp.start > self.batch_size or self.ramp.start < self.part_size):
+            raise ValueError(f"ramp.start must lie between a part of a batch, {self.part_size}, and batch_size")
         return self
+
+    @property
+    def part_size(self) -> int:
+        """Windows that run through the model at once."""
+        return self.batch_size // self.accumulation
+
+    @property
+    def stairs(self) -> tuple[tuple[int, int], ...]:
+        """(first step behind it, windows) of each smaller batch size, in order; sizes are whole parts."""
+        if self.ramp is None:
+            return ()
+        found, stop, r = [], 0, self.ramp
+        for i in range(r.stairs):
+            rows = r.start + (self.batch_size - r.start) * i // r.stairs
+            rows -= rows % self.part_size
+            stop += -(-r.tokens // (r.stairs * rows * self.sequence_length))
+            found.append((stop, rows))
+        return tuple(found)
+
+    def rows(self, step: int) -> int:
+        """Windows of the batch of step 0, 1, ..."""
+        return next((rows for stop, rows in self.stairs if step < stop), self.batch_size)
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run; tokens are rounded up to a whole step."""
-        return self.steps or -(-(self.tokens or 0) // (self.batch_size * self.sequence_length))
+        if self.steps is not None:
+            return self.steps
+        left, done = self.tokens or 0, 0
+        for stop, rows in self.stairs:
+            size = rows * self.sequence_length
+            if left <= (stop - done) * size:
+                return done + -(-left // size)
+            left -= (stop - done) * size
+            done = stop
+        return done + -(-left // (self.batch_size * self.sequence_length))
+
+    def differences(self, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """Fields in which a run that resumes may not differ from `old`, with both values; a longer run is the same where no
+        learning rate depends on its end."""
+        defaults = {name: field.default for name, field in type(self).model_fields.items()}
+        free = {*FREE_ON_RESUME, *(("steps", "tokens") if self.schedule == "constant" else ())}
+        mine = self.model_dump(mode="json")
+        pairs = {name: (value, old.get(name, defaults[name])) for name, value in mine.items() if name not in free}
+        return {name: both for name, both in pairs.items() if both[0] != both[1]}

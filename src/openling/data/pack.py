@@ -6,14 +6,13 @@ Legend: N windows, T tokens of a window, B windows of a batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from itertools import islice
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
+from openling.data.batches import NO_TARGET, PackedBatch, packed
 from openling.errors import UserError
 
 # Documents per call of the tokenizer: enough to keep its threads busy, few enough to stop soon after `max_tokens`.
@@ -61,50 +60,38 @@ def cut_windows(tokens: np.ndarray, length: int, *, at_least: int = 1, where: ob
     return tokens[: count * length].reshape(count, length)
 
 
-class Batches(Iterator[Tensor]):
-    """An endless stream of batches [B, T] int64: every window once per epoch, in an order drawn from seed and epoch.
+class Batches:
+    """A `BatchSource` of windows [N, T] that are whole to the model: each once per epoch, in an order drawn from seed and epoch.
 
-    Batches run across the ends of epochs, so no window is dropped. `state_dict` is a place in the stream, exact to the batch.
+    Batches run across the ends of epochs, so no window is dropped.
     """
 
     def __init__(self, windows_NT: np.ndarray, *, batch_size: int, seed: int = 0) -> None:
-        self.windows = windows_NT
-        self.batch_size = batch_size
-        self.seed = seed
-        self.epoch = 0
-        self.index = 0
-        self._order = self._draw()
+        self.windows, self.batch_size, self.seed = windows_NT, batch_size, seed
+        self._order: tuple[int, np.ndarray] = (-1, np.empty(0))
 
-    def _draw(self) -> np.ndarray:
-        return np.random.default_rng([self.seed, self.epoch]).permutation(len(self.windows))
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of a batch."""
+        return self.batch_size * int(self.windows.shape[1])
 
-    def __next__(self) -> Tensor:
-        chosen: list[int] = []
-        while len(chosen) < self.batch_size:
-            if self.index == len(self.windows):
-                self.epoch, self.index = self.epoch + 1, 0
-                self._order = self._draw()
-            taken = self._order[self.index : self.index + self.batch_size - len(chosen)]
-            chosen.extend(taken.tolist())
-            self.index += len(taken)
-        return torch.from_numpy(self.windows[chosen].astype(np.int64))
+    def batch(self, step: int) -> PackedBatch:
+        """Batch `step`."""
+        length = self.windows.shape[1]
+        chosen = [self._window(i) for i in range(step * self.batch_size, (step + 1) * self.batch_size)]
+        ids = self.windows[chosen].astype(np.int64)
+        targets = np.full_like(ids, NO_TARGET)
+        targets[:, :-1] = ids[:, 1:]
+        return packed(ids, targets, list(range(0, ids.size, length)), {})
 
-    def state_dict(self) -> dict[str, Any]:
-        """The place in the stream, and a fingerprint of what is streamed."""
-        digest = hashlib.sha256(self.windows.tobytes()).hexdigest()
-        stream = {"windows": list(self.windows.shape), "sha256": digest, "batch_size": self.batch_size, "seed": self.seed}
-        return {"epoch": self.epoch, "index": self.index, "stream": stream}
+    def _window(self, draw: int) -> int:
+        epoch, index = divmod(draw, len(self.windows))
+        if self._order[0] != epoch:
+            self._order = epoch, np.random.default_rng([self.seed, epoch]).permutation(len(self.windows))
+        return int(self._order[1][index])
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go to a saved place; a `UserError` when that was a place in another stream."""
-        for name, value in self.state_dict()["stream"].items():
-            if state["stream"][name] != value:
-                raise UserError(
-                    "the training data differ from those of the checkpoint",
-                    where=name,
-                    value=value,
-                    expected=state["stream"][name],
-                    next="resume with the same text, tokenizer, batch size and seed, or train into a new folder",
-                )
-        self.epoch, self.index = state["epoch"], state["index"]
-        self._order = self._draw()
+    def fingerprint(self) -> str:
+        """A hash of windows, batch size and seed."""
+        digest = hashlib.sha256(self.windows.tobytes())
+        digest.update(repr((self.windows.shape, self.batch_size, self.seed)).encode())
+        return digest.hexdigest()

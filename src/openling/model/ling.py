@@ -191,10 +191,16 @@ class MtpLayer(Layer):
         self.final_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(  # type: ignore[override]
-        self, h_BTM: Tensor, embedded_BTM: Tensor, tables: RopeTables, cache: LayerMemory | None = None
+        self,
+        h_BTM: Tensor,
+        embedded_BTM: Tensor,
+        tables: RopeTables,
+        cache: LayerMemory | None = None,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor:
         """h [B, T, M] and the embeddings of the tokens one ahead; returns [B, T, M] after `final_layernorm`."""
-        return self.final_layernorm(super().forward(self.join(h_BTM, embedded_BTM), CallContext(tables, None, None), cache))
+        call = CallContext(tables, cu_seqlens, None)
+        return self.final_layernorm(super().forward(self.join(h_BTM, embedded_BTM), call, cache))
 
     def join(self, h_BTM: Tensor, embedded_BTM: Tensor) -> Tensor:
         """The block's input [B, T, M]: embedding first, each half normed."""

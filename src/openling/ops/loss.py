@@ -7,13 +7,15 @@ registers, and the gradient takes the logits' place.
 
     ce = -log p(next token)         d ce / d logits = p - onehot
     kl = sum_v t_v (log t_v - log p_v)   d kl / d logits = p - t        p student's, t teacher's distribution
+    z = lse^2, lse = log sum_v exp logits_v   d z / d logits = 2 lse p
 
-Legend: B batch, T tokens, M hidden size, V vocabulary, N = B (T - 1) predicting tokens, C tokens of a chunk.
+Legend: B batch, T tokens, M hidden size, V vocabulary, N predicting tokens, B (T - 1) of whole rows, C tokens of a chunk.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -31,15 +33,17 @@ KERNEL_CHUNK_VALUES = 2**30
 
 @dataclass(frozen=True)
 class HeadLoss:
-    """`loss` = ce_weight * ce + kl_weight * kl, differentiable; the others are means per token in nats, detached.
+    """`loss` = ce_weight * ce + kl_weight * kl + z_weight * z, differentiable; the others are means per token, detached.
 
-    `kl` and `agreement` (share of tokens where student and teacher have the same likeliest token) need a teacher.
+    `kl` and `agreement` (share of tokens where student and teacher have the same likeliest token) need a teacher; `z`, the mean
+    square of the log-sum-exp of the logits, a weight.
     """
 
     loss: Tensor
     ce: Tensor
     kl: Tensor | None = None
     agreement: Tensor | None = None
+    z: Tensor | None = None
 
 
 def head_loss(
@@ -60,55 +64,94 @@ def head_loss(
     FP64 inputs). Gradients go to h and to weight where these need them; the teacher gets none. `chunk_values` bounds the
     values of a chunk's logits.
     """
-    device = h_BTM.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_BTM.dtype
     teacher = None
     if teacher_h_BTM is not None:
         assert teacher_weight_VM is not None
-        teacher = (teacher_h_BTM[:, :-1].flatten(0, 1).detach(), teacher_weight_VM.detach())
-    call = _Call(input_ids_BT[:, 1:].flatten(), teacher, ce_weight, kl_weight, agreement, dtype, chunk_values)
-    call.grad_h = torch.is_grad_enabled() and h_BTM.requires_grad
+        teacher = (teacher_h_BTM[:, :-1].flatten(0, 1), teacher_weight_VM)
+    return target_loss(
+        h_BTM[:, :-1].flatten(0, 1),
+        weight_VM,
+        input_ids_BT[:, 1:].flatten(),
+        teacher=teacher,
+        ce_weight=ce_weight,
+        kl_weight=kl_weight,
+        agreement=agreement,
+        chunk_values=chunk_values,
+    )
+
+
+def target_loss(
+    h_NM: Tensor,
+    weight_VM: Tensor,
+    target_N: Tensor,
+    *,
+    teacher: tuple[Tensor, Tensor] | None = None,
+    ce_weight: float = 1.0,
+    kl_weight: float = 0.0,
+    z_weight: float = 0.0,
+    agreement: bool = False,
+    denominator: int | None = None,
+    chunk_values: int | None = None,
+) -> HeadLoss:
+    """`head_loss` of N tokens that all have a target; `teacher` is its hidden rows [N, M] and head.
+
+    denominator: by what sums over tokens are divided, where other calls hold more of the mean's tokens; N by default. With a
+    weight for z the plain form runs on a GPU too, which widens a chunk of logits at a time.
+    """
+    device = h_NM.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NM.dtype
+    if teacher is not None:
+        teacher = (teacher[0].detach(), teacher[1].detach())
+    count = max(1, target_N.numel()) if denominator is None else denominator
+    call = _Call(target_N, teacher, ce_weight, kl_weight, z_weight, agreement, dtype, chunk_values, count)
+    call.grad_h = torch.is_grad_enabled() and h_NM.requires_grad
     call.grad_weight = torch.is_grad_enabled() and weight_VM.requires_grad
-    loss = _HeadLoss.apply(h_BTM[:, :-1].flatten(0, 1), weight_VM, call)
-    ce, kl, same = call.sums / call.targets.numel()
-    return HeadLoss(loss, ce, kl if teacher else None, same if teacher and agreement else None)
+    loss = _HeadLoss.apply(h_NM, weight_VM, call)
+    ce, kl, same, z = call.sums / count
+    return HeadLoss(loss, ce, kl if teacher else None, same if teacher and agreement else None, z if z_weight else None)
 
 
 @dataclass
 class _Call:
-    """What one call of the loss carries besides the two differentiable inputs, and its sums over tokens: ce, kl, same top-1."""
+    """What one call of the loss carries besides the two differentiable inputs, and its sums: ce, kl, same top-1, z."""
 
     targets: Tensor
     teacher: tuple[Tensor, Tensor] | None
     ce_weight: float
     kl_weight: float
+    z_weight: float
     agreement: bool
     dtype: torch.dtype
     chunk_values: int | None
+    denominator: int
     grad_h: bool = False
     grad_weight: bool = False
 
     def __post_init__(self) -> None:
         self.wide = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.sums = torch.zeros(3, dtype=self.wide, device=self.targets.device)
+        self.sums = torch.zeros(4, dtype=self.wide, device=self.targets.device)
+
+    def kernels(self, h: Tensor) -> ModuleType | None:
+        """The kernels where they serve: they know nothing of z."""
+        return None if self.z_weight else kernels_for(h)
 
     def rows(self, h_NM: Tensor, vocabulary: int) -> list[slice]:
         """The tokens of each chunk. Kernels get chunks of equal size in whole tiles of a matrix product."""
-        count, fast = h_NM.shape[0], kernels_for(h_NM)
+        count, fast = h_NM.shape[0], self.kernels(h_NM)
         size = max(1, (self.chunk_values or (CHUNK_VALUES if fast is None else KERNEL_CHUNK_VALUES)) // vocabulary)
-        if fast is not None:
+        if fast is not None and count:
             size = -(-count // -(-count // size))
             size = -(-size // 256) * 256
         return [slice(i, i + size) for i in range(0, count, size)]
 
     def chunk(self, h_CM: Tensor, weight_VM: Tensor, teacher: tuple[Tensor, Tensor] | None, targets_C: Tensor) -> Tensor | None:
         """Add a chunk to the sums; returns d (sum of losses) / d logits [C, V] in the compute dtype where it is needed."""
-        fast, gradient = kernels_for(h_CM), self.grad_h or self.grad_weight
+        fast, gradient = self.kernels(h_CM), self.grad_h or self.grad_weight
         logits = h_CM @ weight_VM.T
         t_logits = None if teacher is None else teacher[0] @ teacher[1].T
         if fast is not None:
             weights = (self.ce_weight, self.kl_weight)
-            self.sums += fast.head_losses(logits, t_logits, targets_C, *weights, self.agreement, gradient).sum(0)
+            self.sums[:3] += fast.head_losses(logits, t_logits, targets_C, *weights, self.agreement, gradient).sum(0)
             return logits if gradient else None
         size = logits.shape[0] if logits.is_cuda else max(1, CACHED_VALUES // logits.shape[1])
         for rows in (slice(i, i + size) for i in range(0, logits.shape[0], size)):
@@ -128,9 +171,12 @@ class _Call:
                 self.sums[2] += (y.argmax(-1) == x.argmax(-1)).sum()
             # sum_v t = 1, so the two log-sum-exps leave the sum; equal logits give exactly 0.
             self.sums[1] += torch.linalg.vecdot(t, y - x).sum() + (lse - t_lse).sum()
+        if self.z_weight:
+            self.sums[3] += lse.square().sum()
         if not gradient:
             return
-        grad = p.mul_(self.ce_weight + (self.kl_weight if t is not None else 0.0))
+        share = self.ce_weight + (self.kl_weight if t is not None else 0.0)
+        grad = p.mul_(share + 2 * self.z_weight * lse if self.z_weight else share)
         grad.scatter_add_(-1, targets_C1, torch.full_like(targets_C1, -self.ce_weight, dtype=self.wide))
         if t is not None and self.kl_weight:
             grad.sub_(t, alpha=self.kl_weight)
@@ -152,7 +198,7 @@ class _HeadLoss(torch.autograd.Function):
     def forward(ctx: Any, h_NM: Tensor, weight_VM: Tensor, call: _Call) -> Tensor:
         h, weight = h_NM.to(call.dtype), weight_VM.to(call.dtype)
         teacher = None if call.teacher is None else tuple(x.to(call.dtype) for x in call.teacher)
-        count = h.shape[0]
+        count = call.denominator
         grad_h = torch.empty_like(h) if call.grad_h else None
         grad_weight = torch.zeros_like(weight, dtype=call.wide) if call.grad_weight else None
         with torch.autocast(h.device.type, enabled=False):
@@ -170,6 +216,8 @@ class _HeadLoss(torch.autograd.Function):
         loss = call.ce_weight * call.sums[0]
         if teacher is not None:
             loss = loss + call.kl_weight * call.sums[1]
+        if call.z_weight:
+            loss = loss + call.z_weight * call.sums[3]
         return loss / count
 
     @staticmethod

@@ -1,18 +1,19 @@
-"""The training loop: FP32 master weights, BF16 autocast, cross-entropy and KL to a teacher, exact resume.
+"""The one training loop: FP32 master weights, BF16 autocast, exact resume; pre-training, continued training and warm-ups.
 
-A run folder holds `train.json`, `metrics.jsonl` and `checkpoints/`. A run that was stopped and resumed ends with the same
-bits as one that was not, on the same machine: on a CPU always, on CUDA under `torch.use_deterministic_algorithms(True)`
-(without it two uninterrupted runs differ as well).
+    read a batch -> losses and gradients, part by part -> clip -> judge -> update weights and router biases -> log -> checkpoint
+
+A run folder holds `train.json`, `metrics.jsonl`, `checkpoints/` and, where steps were left out, `evidence/`. A run that was
+stopped and resumed ends with the same bits as one that was not, on the same machine: on a CPU always, on CUDA under
+`torch.use_deterministic_algorithms(True)` (without it two uninterrupted runs differ as well).
 """
 
 from __future__ import annotations
 
 import json
-import math
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,15 +23,22 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from openling.config.train import FREE_ON_RESUME, TrainConfig
-from openling.data.pack import Batches
-from openling.errors import Failure, UserError
+from openling.config.train import TrainConfig
+from openling.data.batches import BatchSource, PackedBatch, check_fingerprint
+from openling.data.prefetch import Prefetcher
+from openling.errors import UserError
 from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
-from openling.ops.loss import HeadLoss, head_loss
-from openling.train.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, sole_writer, write_json
-from openling.train.metrics import Display, MetricsLog, memory_bytes
-from openling.train.optim import ParameterChoice, adamw, learning_rate, select_parameters
+from openling.train.balance import Balance, imbalance
+from openling.train.checkpoint import Saver, load_checkpoint, sole_writer, trained_tensors, whole_checkpoint, write_json
+from openling.train.flops import mean_keys, peak_flops, training_flops
+from openling.train.guard import Guard
+from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memory_bytes
+from openling.train.objective import Loss, Part, counts, mtp_steps, objective, prepare, to_device
+from openling.train.optim import Optimizers, ParameterChoice, select_parameters
+from openling.train.ranks import Alone, Ranks
+from openling.train.schedule import learning_rate
+from openling.train.trackers import Tracker
 
 
 @dataclass(frozen=True)
@@ -48,54 +56,72 @@ class TrainResult:
 def train(
     model: Ling,
     config: TrainConfig,
-    batches: Batches,
+    batches: BatchSource,
     *,
     parameters: ParameterChoice,
     run: Path,
     teacher: Ling | None = None,
     resume: bool = False,
-    progress: bool = True,
+    progress: bool | float = True,
+    ranks: Ranks | None = None,
+    trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
-    """Train the chosen parameters of `model` in place on `batches` ([batch_size, sequence_length] token ids each).
+    """Train the chosen parameters of `model` in place on `batches`.
 
     parameters: regular expressions for names, or a function of the name; all others are frozen and get no gradient.
     teacher: needed when `config.kl` > 0. run: the folder for metrics and checkpoints. resume: continue it; when it holds no
-    run that is a `UserError`, and so is a run of another configuration. A loss or gradient that is not finite is a `Failure`
-    that names the step, before any weight changes; `failure.json` keeps the batch.
+    run that is a `UserError`, and so is a run of another configuration. progress: False for silence, or seconds between lines.
+    A loss or gradient that is not finite is a `Failure` that names the step, before any weight changes, unless
+    `config.max_skips` lets it be left out; `evidence/` keeps the batch.
     """
-    expected = [config.batch_size, config.sequence_length]
-    if (found := [batches.batch_size, batches.windows.shape[1]]) != expected:
-        raise UserError("the batches are not of the configured shape", value=found, expected=expected)
+    if batches.tokens_per_step != (expected := config.batch_size * config.sequence_length):
+        raise UserError("the batches are not of the configured shape", value=batches.tokens_per_step, expected=expected)
     if config.kl and teacher is None:
         raise UserError("a KL loss needs a teacher", where="kl", value=config.kl, expected="a teacher, or kl = 0")
+    if config.mtp and not model.model.mtp_layers():
+        raise UserError("the model has no MTP layer", where="mtp", value=config.mtp, expected=0)
+    if config.mtp_steps and config.mtp_steps < model.config.num_nextn_predict_layers:
+        least = model.config.num_nextn_predict_layers
+        raise UserError("there are fewer MTP steps than MTP layers", where="mtp_steps", value=config.mtp_steps, expected=least)
     models = [model, teacher] if teacher is not None and config.kl else [model]
-    with sole_writer(run), _only_gradients_of(model, select_parameters(model, parameters)) as chosen:
+    with sole_writer(run), _only_gradients_of(model, select_parameters(model, parameters)) as chosen, _in_training(model):
         _enter_run(run, config, list(chosen), resume)
         with _cast_once(models, set(chosen.values()), config):
-            return _Run(model, config, batches, chosen, teacher, run, silent=not progress).go()
+            every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
+            display = (progress is not False, every)
+            return _Run(model, config, batches, chosen, teacher, run, display, ranks or Alone(), trackers).go()
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
     """Write `train.json` in a new run; in one that resumes, compare with it."""
     path = run / "train.json"
-    fields = config.model_dump(mode="json")
     if resume and not path.exists():
         raise UserError(
-            "there is nothing to resume", where=run, expected="train.json of an earlier run", next="run without --resume"
+            "there is nothing to resume", where=run, expected="train.json of an earlier run", next="the same without --resume"
         )
     if not resume and path.exists():
         raise UserError(
             "the folder holds a run already", where=run, expected="a new folder", next="add --resume, or choose another"
         )
     if not resume:
-        return write_json(path, {"config": fields, "parameters": names})
+        return write_json(path, {"config": config.model_dump(mode="json"), "parameters": names})
     old = json.loads(path.read_text())
-    for field, value in fields.items():
-        if field not in FREE_ON_RESUME and old["config"].get(field) != value:
-            raise UserError("the run has another configuration", where=field, value=value, expected=old["config"].get(field))
+    for field, (value, before) in config.differences(old["config"]).items():
+        raise UserError("the run has another configuration", where=field, value=value, expected=before)
     if different := sorted(set(old["parameters"]) ^ set(names)):
         raise UserError("the run trains other parameters", where=different[0], expected=f"{len(old['parameters'])} as in {path}")
     return None
+
+
+@contextmanager
+def _in_training(model: Ling) -> Iterator[None]:
+    """Expert layers count their tokens in training mode only; nothing else differs in it."""
+    before = model.training
+    model.train()
+    try:
+        yield
+    finally:
+        model.train(before)
 
 
 @contextmanager
@@ -163,30 +189,45 @@ class _Run:
         self,
         model: Ling,
         config: TrainConfig,
-        batches: Batches,
+        batches: BatchSource,
         chosen: dict[str, nn.Parameter],
         teacher: Ling | None,
         run: Path,
-        *,
-        silent: bool,
+        display: tuple[bool, float],
+        ranks: Ranks,
+        trackers: Sequence[Tracker],
     ) -> None:
-        self.model, self.config, self.batches, self.chosen, self.run = model, config, batches, chosen, run
-        self.teacher = teacher if config.kl else None
+        self.model, self.config, self.batches, self.chosen, self.run, self.ranks = model, config, batches, chosen, run, ranks
         self.device = next(model.parameters()).device
         self.head = self._head(model)
-        self.teacher_head = None if self.teacher is None else self._head(self.teacher)
-        self.optimizer = adamw(list(chosen.values()), config)
+        self.teacher = (teacher, self._head(teacher)) if teacher is not None and config.kl else None
+        self.optimizers = Optimizers(chosen, config)
+        self.balance, self.guard = Balance(model, config.bias_rate, ranks.summed), Guard(run, config)
+        self.saver = Saver(run, keep_last=config.keep_last, keep_every=config.keep_every)
+        self.mtp, self.peak = mtp_steps(model, config), peak_flops(self.device)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
+        self.by_source: dict[str, int] = {}
         torch.manual_seed(config.seed)
-        checkpoint = latest_checkpoint(run)
+        told: list[str] = []
+        checkpoint = whole_checkpoint(run, told.append)
         if checkpoint is not None:
-            state = load_checkpoint(checkpoint, chosen, self.optimizer)
-            self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
-            batches.load_state_dict(state["data"])
-            if self.device.type == "cpu":  # what comes after rounds as what came before did
-                settle_bf16_matmuls(state["bf16_products"])
-        self.log = MetricsLog(run / "metrics.jsonl", step=self.step)
-        self.display = Display(config.total_steps, first_step=self.step, silent=silent, max_seconds=config.max_seconds)
+            self._restore(checkpoint)
+        self.log, self.trackers = MetricsLog(run / "metrics.jsonl", step=self.step), trackers
+        spoken, every = display
+        limit = config.max_seconds
+        silent = not (spoken and ranks.main)
+        self.display = Display(config.total_steps, first_step=self.step, silent=silent, max_seconds=limit, every=every)
+        for line in told:
+            self.display.say(line)
+
+    def _restore(self, checkpoint: Path) -> None:
+        state = load_checkpoint(checkpoint, trained_tensors(self.model, self.chosen), self.optimizers)
+        check_fingerprint(self.batches, state["data"])
+        self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
+        self.by_source = state["tokens_by_source"]
+        self.guard.load_state_dict(state["guard"])
+        if self.device.type == "cpu":  # what comes after rounds as what came before did
+            settle_bf16_matmuls(state["bf16_products"])
 
     def go(self) -> TrainResult:
         """Step until something ends the run; the last step is always in a checkpoint."""
@@ -194,96 +235,120 @@ class _Run:
         began = saved_at - self.seconds
         if self.step:
             self.display.say(f"continuing after step {self.step} of {self.config.total_steps}")
-        with self.display, _caught_signals() as caught:
-            while (stopped := self._ended(caught())) is None:
-                row = self._advance()
-                self.seconds = time.monotonic() - began
-                self.log.write(row | {"seconds": self.seconds, "memory_bytes": memory_bytes(self.device)})
-                self.display.update(self.log.last)
-                if self._due(time.monotonic() - saved_at):
+        pin = PackedBatch.pin_memory if self.device.type == "cuda" else (lambda batch: batch)
+        try:
+            with self.display, _caught_signals() as caught, Prefetcher(self.batches, prepare=pin) as source:
+                self.balance.clear()
+                stall = 0.0
+                while (stopped := self._ended(caught())) is None:
+                    row = self._advance(source)
+                    self.seconds = time.monotonic() - began
+                    self._tell(row | {"seconds": self.seconds, "data_seconds": source.last_wait_seconds, "save_seconds": stall})
+                    stall = 0.0
+                    if self._due(time.monotonic() - saved_at):
+                        paused = time.monotonic()
+                        self._save()
+                        saved_step, saved_at = self.step, time.monotonic()
+                        stall = saved_at - paused
+                if saved_step != self.step:
                     self._save()
-                    saved_step, saved_at = self.step, time.monotonic()
-            if saved_step != self.step:
-                self._save()
-            number = caught()
-        self.log.close()
+                number = caught()
+        finally:
+            self.saver.wait()
+            self.log.close()
+            for tracker in self.trackers:
+                tracker.finish()
         return TrainResult(self.step, self.tokens, self.seconds, stopped, number if stopped == "signal" else None, self.log.last)
+
+    def _tell(self, row: dict[str, Any]) -> None:
+        """A step's metrics to everybody who wants them."""
+        row |= {"memory_bytes": memory_bytes(self.device)}
+        self.log.write(row)
+        self.display.update(row)
+        for tracker in self.trackers:
+            tracker.log(row)
 
     def _ended(self, caught: int | None) -> Literal["finished", "time", "signal"] | None:
         if self.step >= self.config.total_steps:
             return "finished"
-        if caught is not None:
-            return "signal"
         limit = self.config.max_seconds
-        return "time" if limit is not None and self.seconds >= limit else None
+        if self.ranks.agreed(caught is not None):
+            return "signal"
+        return "time" if self.ranks.agreed(limit is not None and self.seconds >= limit) else None
 
     def _due(self, seconds: float) -> bool:
         c = self.config
         by_steps = c.checkpoint_steps is not None and self.step % c.checkpoint_steps == 0
-        return by_steps or (c.checkpoint_seconds is not None and seconds >= c.checkpoint_seconds)
+        return by_steps or self.ranks.agreed(c.checkpoint_seconds is not None and seconds >= c.checkpoint_seconds)
 
     def _save(self) -> None:
         self.log.sync()
-        state = {"step": self.step, "tokens": self.tokens, "seconds": self.seconds, "data": self.batches.state_dict()}
-        state["bf16_products"] = bf16_matmuls_pay() if self.device.type == "cpu" else None
-        save_checkpoint(self.run, self.chosen, self.optimizer, state)
+        state = {
+            "step": self.step,
+            "tokens": self.tokens,
+            "seconds": self.seconds,
+            "data": self.batches.fingerprint(),
+            "tokens_by_source": self.by_source,
+            "guard": self.guard.state_dict(),
+            "bf16_products": bf16_matmuls_pay() if self.device.type == "cpu" else None,
+        }
+        self.saver.save(trained_tensors(self.model, self.chosen), self.optimizers, state)
 
-    def _advance(self) -> dict[str, Any]:
+    def _advance(self, source: Prefetcher) -> dict[str, Any]:
         """One optimiser step; returns its metrics."""
         started, c = time.monotonic(), self.config
-        ids_BT = next(self.batches)
-        parts: list[HeadLoss] = []
-        for part in ids_BT.to(self.device).chunk(c.accumulation):
-            parts.append(self._loss(part))
-            (parts[-1].loss / c.accumulation).backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(list(self.chosen.values()), c.clip))
-        row: dict[str, Any] = {"step": self.step + 1, "tokens": self.tokens + ids_BT.numel()}
-        for name in ("loss", "ce", "kl"):
-            values = [v for part in parts if (v := getattr(part, name)) is not None]
-            row[name] = float(sum(v.detach() for v in values) / c.accumulation) if values else None
+        batch = source.batch(self.step)
+        parts = [prepare(piece, self.mtp) for piece in batch.split(batch.ids.shape[0] // c.part_size)]
+        targets = self.ranks.summed(counts(parts))
+        losses = [self._backward(part, targets, last=part is parts[-1]) for part in parts]
+        norm = self.ranks.clip(list(self.chosen.values()), c.clip)
+        tokens = int(self.ranks.summed(torch.tensor(batch.ids.numel())))
+        row: dict[str, Any] = {"step": self.step + 1, "tokens": self.tokens + tokens} | self._means(losses)
         row |= {"grad_norm": norm, "lr": learning_rate(self.step, c)}
-        if not (math.isfinite(row["loss"]) and math.isfinite(norm)):
-            self._fail(row, ids_BT)
-        for group in self.optimizer.param_groups:
-            group["lr"] = row["lr"]
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        loads = self.balance.take()
+        row["imbalance"] = None if loads is None else imbalance(loads)
+        self._update(row, batch, loads)
+        for name, count in batch.tokens_by_source.items():
+            self.by_source[name] = self.by_source.get(name, 0) + count
         self.step, self.tokens = row["step"], row["tokens"]
-        return row | {"tokens_per_s": ids_BT.numel() / (time.monotonic() - started)}
+        seconds = time.monotonic() - started
+        row |= {"tokens_per_s": tokens / seconds, "mfu": None}
+        if self.peak is not None and len(self.chosen) == sum(1 for _ in self.model.parameters()):
+            flops = training_flops(self.model.config, batch.ids.numel(), mean_keys(batch.cu_seqlens), self.mtp)
+            row["mfu"] = flops / seconds / self.peak
+        return row | ({"tokens_by_source": dict(self.by_source)} if self.by_source else {})
 
-    def _loss(self, ids_BT: Tensor) -> HeadLoss:
-        """The loss of a part of the batch, in BF16 autocast where configured."""
+    def _backward(self, part: Part, targets: Tensor, *, last: bool) -> Loss:
+        """The loss of a part of the batch, in BF16 autocast where configured, and its gradients."""
+        self.ranks.last_of_step(last)
+        here = to_device(part, self.device)
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            teacher_h = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    teacher_h = self.teacher.model(ids_BT)
-            return head_loss(
-                self.model.model(ids_BT),
-                self.head,
-                ids_BT,
-                teacher_h_BTM=teacher_h,
-                teacher_weight_VM=self.teacher_head,
-                ce_weight=self.config.ce,
-                kl_weight=self.config.kl,
-            )
+            loss = self.ranks.run(lambda: objective(self.model, here, targets, self.config, head=self.head, teacher=self.teacher))
+        loss.loss.backward()
+        return loss
+
+    def _means(self, losses: list[Loss]) -> dict[str, float | None]:
+        """The batch's losses: sums of the parts' and ranks' shares."""
+        names = [name for name in ("loss", "ce", "kl", "z", "mtp") if getattr(losses[0], name) is not None]
+        sums = torch.stack([torch.stack([getattr(one, name).detach() for one in losses]).sum() for name in names])
+        found = dict(zip(names, self.ranks.summed(sums).tolist(), strict=True))
+        return {name: found.get(name) for name in ("loss", "ce", "kl", "z", "mtp")}
+
+    def _update(self, row: dict[str, Any], batch: PackedBatch, loads: Tensor | None) -> None:
+        """Weights and router biases, unless the step is bad."""
+        why = self.guard.verdict(row["loss"], row["grad_norm"])
+        if why is not None:
+            row["skipped"] = why
+            self.guard.bad(why, row, batch, self.chosen)
+            self.optimizers.zero_grad()
+            return
+        self.guard.good(row["loss"], row["grad_norm"])
+        self.optimizers.step(row["lr"])
+        if loads is not None:
+            self.balance.update(loads)
 
     def _head(self, model: Ling) -> Tensor:
         """A model's head, cast once where it is frozen."""
         weight = model.lm_head.weight
-        frozen = model is self.teacher or not weight.requires_grad
+        frozen = model is not self.model or not weight.requires_grad
         return weight.detach().to(torch.bfloat16) if frozen and self.config.precision == "bf16" else weight
-
-    def _fail(self, row: dict[str, Any], ids_BT: Tensor) -> None:
-        """Keep the batch and the culprits; weights, checkpoint and metrics stay as they were before the step."""
-        bad = [n for n, p in self.chosen.items() if p.grad is not None and not bool(p.grad.isfinite().all())]
-        evidence = self.run / "failure.json"
-        text = {name: str(value) for name, value in row.items()}
-        write_json(evidence, {"metrics": text, "gradients_not_finite": bad, "input_ids": ids_BT.tolist()})
-        raise Failure(
-            f"the loss or a gradient is not finite at step {row['step']}",
-            where=evidence,
-            value=f"loss {row['loss']}, gradient norm {row['grad_norm']}",
-            expected="finite numbers",
-            next="train into a new folder with a lower learning rate or precision fp32",
-        )

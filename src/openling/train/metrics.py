@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -25,6 +26,11 @@ def memory_bytes(device: torch.device) -> int:
     return psutil.Process().memory_info().rss
 
 
+def plain(value: Any) -> Any:
+    """As JSON has it: numbers that are not finite become null."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class MetricsLog:
     """`metrics.jsonl`, continued after `step`: later lines, left by a run that was killed, are dropped."""
 
@@ -41,7 +47,7 @@ class MetricsLog:
     def write(self, row: dict[str, Any]) -> None:
         """Append a line; it survives the process from here on."""
         self.last = row
-        self._file.write(json.dumps(row) + "\n")
+        self._file.write(json.dumps({name: plain(value) for name, value in row.items()}) + "\n")
         self._file.flush()
 
     def sync(self) -> None:
@@ -58,10 +64,35 @@ def _clock(seconds: float) -> str:
     return f"{minutes // 60}:{minutes % 60:02d}:{rest:02d}" if minutes >= 60 else f"{minutes}:{rest:02d}"
 
 
-class Display:
-    """Loss, tokens/s and time left on stderr: a bar on a terminal, else a line about every 10 s; nothing when silent."""
+def describe(row: dict[str, Any]) -> str:
+    """A row of metrics as a line; what does not apply is left out."""
+    words = [f"loss {row['loss']:.4f}"]
+    if row.get("skipped"):
+        words.append("LEFT OUT")
+    if row.get("mtp") is not None:
+        words.append(f"mtp {row['mtp']:.4f}")
+    words += [f"norm {row['grad_norm']:.3g}", f"lr {row['lr']:.3g}", f"{row['tokens_per_s']:,.0f} tokens/s"]
+    if row.get("mfu") is not None:
+        words.append(f"mfu {row['mfu']:.1%}")
+    words.append(f"{row['memory_bytes'] / 2**30:.1f} GiB")
+    if row.get("imbalance") is not None:
+        words.append(f"load {row['imbalance']:.2f}")
+    return "  ".join(words)
 
-    def __init__(self, total_steps: int, *, first_step: int, silent: bool, max_seconds: float | None = None) -> None:
+
+class Display:
+    """A line per step on stderr: a bar on a terminal, else a line about every `every` seconds; nothing when silent."""
+
+    def __init__(
+        self,
+        total_steps: int,
+        *,
+        first_step: int,
+        silent: bool,
+        max_seconds: float | None = None,
+        every: float = PLAIN_LINE_SECONDS,
+    ) -> None:
+        self.every = every
         self.total, self.first, self.max_seconds = total_steps, first_step, max_seconds
         self.silent = silent
         console = Console(stderr=True)
@@ -96,9 +127,11 @@ class Display:
         left = (now - self._started) / (done - self.first) * (self.total - done)
         if self.max_seconds is not None:
             left = min(left, max(0.0, self.max_seconds - row["seconds"]))
-        status = f"loss {row['loss']:.4f}  {row['tokens_per_s']:,.0f} tokens/s  {_clock(left)} left"
+        status = f"{describe(row)}  {_clock(left)} left"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=done, status=status)
-        elif now - self._printed >= PLAIN_LINE_SECONDS or done == self.total:
+            if self.every == 0:
+                self.say(f"step {done}/{self.total}  {status}")
+        elif now - self._printed >= self.every or done == self.total:
             self._printed = now
             self.say(f"step {done}/{self.total}  {status}")

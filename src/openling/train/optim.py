@@ -1,16 +1,16 @@
-"""Which parameters train, AdamW over them, and the learning rate of each step."""
+"""Which parameters train, and the optimisers over them."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
+from openling.train.muon import Muon
 
 # Regular expressions, any of which is found in the name; or a function of the name.
 ParameterChoice = Sequence[str] | Callable[[str], bool]
@@ -37,15 +37,52 @@ def select_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn
     return chosen
 
 
-def learning_rate(step: int, config: TrainConfig) -> float:
-    """Of step 0, 1, ...: a straight rise that reaches `lr` after `warmup_steps`, then constant or a cosine to its minimum."""
-    if step < config.warmup_steps:
-        return config.lr * (step + 1) / config.warmup_steps
-    if config.schedule == "constant":
-        return config.lr
-    progress = (step - config.warmup_steps) / max(1, config.total_steps - config.warmup_steps - 1)
-    low = config.min_lr_ratio
-    return config.lr * (low + (1 - low) * 0.5 * (1 + math.cos(math.pi * min(progress, 1.0))))
+def in_muon(name: str, parameter: nn.Parameter) -> bool:
+    """Matrices and stacked experts inside of layers; embeddings, head, router and vectors stay with AdamW."""
+    return parameter.dim() >= 2 and ".layers." in name and not name.endswith("mlp.gate.weight")
+
+
+class Optimizers:
+    """AdamW, or Muon with AdamW on the rest, over named parameters; all of them at one learning rate."""
+
+    def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> None:
+        self.parameters = parameters
+        muon = {name for name, p in parameters.items() if config.optimizer == "muon" and in_muon(name, p)}
+        rest = [p for name, p in parameters.items() if name not in muon]
+        self.each: list[torch.optim.Optimizer] = [adamw(rest, config)] if rest else []
+        if muon:
+            chosen = [parameters[name] for name in parameters if name in muon]
+            self.each.append(Muon(chosen, config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
+
+    def step(self, lr: float) -> None:
+        """One update at this rate; gradients are gone afterwards."""
+        for optimizer in self.each:
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            optimizer.step()
+        self.zero_grad()
+
+    def zero_grad(self) -> None:
+        """Forget all gradients."""
+        for p in self.parameters.values():
+            p.grad = None
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The state as SLOT/NAME: exp_avg, exp_avg_sq and step of AdamW, momentum_buffer of Muon."""
+        owners = {p: optimizer for optimizer in self.each for group in optimizer.param_groups for p in group["params"]}
+        return {
+            f"{slot}/{name}": value for name, p in self.parameters.items() for slot, value in owners[p].state.get(p, {}).items()
+        }
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put back what `tensors` returned."""
+        names = {p: name for name, p in self.parameters.items()}
+        for optimizer in self.each:
+            slots = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
+            for p in (p for group in optimizer.param_groups for p in group["params"]):
+                found = {slot: tensors[f"{slot}/{names[p]}"] for slot in slots if f"{slot}/{names[p]}" in tensors}
+                if found:
+                    optimizer.state[p] = {slot: value.to(p.device) for slot, value in found.items()}
 
 
 def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

@@ -1,0 +1,68 @@
+"""Muon over matrices and stacks of matrices: experts [E, F, M] are E matrices that are orthogonalised together.
+
+    B <- mu B + (1 - mu) g     U = mu B + (1 - mu) g     X_0 = U / ||U||_F     X <- a X + (b A + c A^2) X,  A = X X^T,  5 times
+    p <- p (1 - lr wd) - lr 0.2 sqrt(max(rows, columns)) X_5
+
+Numbers and order are those of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which takes single matrices only: a test
+holds the two equal. The factor gives updates the size of AdamW's, so one learning rate serves both. The Gram matrix is always
+that of the shorter side. Ling names Muon as future work; Ling-2.6 was trained with AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import Tensor, nn
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+EPS = 1e-7
+
+
+def orthogonalised(x: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    """The matrices [..., m, n] with all singular values moved near 1 (0.7 to 1.2), in `dtype`."""
+    a, b, c = COEFFICIENTS
+    lead = x.shape[:-2]
+    y = x.to(dtype).flatten(0, -3) if lead else x.to(dtype)[None]
+    tall = y.shape[-2] > y.shape[-1]
+    y = y.mT if tall else y
+    y = y / y.norm(dim=(-2, -1), keepdim=True).clamp(min=EPS)
+    for _ in range(STEPS):
+        gram = torch.bmm(y, y.mT)
+        y = torch.baddbmm(y, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), y, beta=a)
+    y = y.mT if tall else y
+    return y.reshape(x.shape)
+
+
+class Muon(torch.optim.Optimizer):
+    """For parameters of two or more dims; state: one `momentum_buffer` each."""
+
+    def __init__(
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float,
+        *,
+        momentum: float = 0.95,
+        weight_decay: float = 0.1,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """One update."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    state["momentum_buffer"] = torch.zeros_like(p.grad)
+                buffer = state["momentum_buffer"]
+                buffer.lerp_(p.grad, 1 - group["momentum"])
+                update = orthogonalised(p.grad.lerp(buffer, group["momentum"]), group["dtype"])
+                p.mul_(1 - group["lr"] * group["weight_decay"])
+                size = 0.2 * math.sqrt(max(p.shape[-2:]))
+                p.add_(update.to(p.dtype), alpha=-group["lr"] * size)
