@@ -164,7 +164,7 @@ def test_head_loss_through_the_kernel_equals_the_plain_one(monkeypatch, limit):
 
 
 def test_chunks_cover_all_tokens_once_and_are_of_equal_size():
-    call = loss_module._Call(torch.zeros(1), None, 1.0, 0.0, False, torch.float32, 2000 * 100)
+    call = loss_module._Call(torch.zeros(1), None, 1.0, 0.0, 0.0, False, torch.float32, 2000 * 100, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loss_module, "kernels_for", lambda x: kernels)
         for count in (1, 255, 2000, 2001, 8188, 32760):

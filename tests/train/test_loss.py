@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from openling.ops.loss import head_loss
+from openling.ops.loss import head_loss, target_loss
 
 
 def _inputs(batch, tokens, width, vocab, seed=0, dtype=torch.float64):
@@ -93,3 +93,20 @@ def test_frozen_head_gets_no_gradient_and_no_grad_none_at_all():
     assert h.grad is not None
     with torch.no_grad():
         assert not head_loss(h, weight, ids).loss.requires_grad
+
+
+@pytest.mark.parametrize("z_weight", [0.0, 0.3])
+def test_shares_of_parts_add_up_to_the_mean_with_z(z_weight):
+    """Three parts of the rows, each divided by all rows' count, against the formula on all of them."""
+    h, weight, _, _, _ = _inputs(1, 13, 5, 20)
+    targets = torch.randint(20, (13,), generator=torch.Generator().manual_seed(3))
+    logits = h[0] @ weight.T
+    expected = F.cross_entropy(logits, targets) + z_weight * logits.logsumexp(-1).square().mean()
+    expected_grads = torch.autograd.grad(expected, (h, weight))
+    cuts = [(0, 4), (4, 4), (4, 13)]  # the middle one has no token at all
+    parts = [target_loss(h[0, a:b], weight, targets[a:b], z_weight=z_weight, denominator=13, chunk_values=50) for a, b in cuts]
+    total = sum(p.loss for p in parts)
+    grads = torch.autograd.grad(total, (h, weight))
+    for a, b in ((total, expected), *zip(grads, expected_grads, strict=True)):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=1e-12)
+    assert (parts[0].z is None) == (z_weight == 0)
