@@ -75,6 +75,15 @@ def test_experts_take_as_long_as_they_took_on_an_h100():
     assert layer_seconds(c, 1, job)["experts"] == pytest.approx(row["value"] * 1e-6, rel=0.03)
 
 
+@pytest.mark.parametrize(("name", "file"), [("h100", "nvidia-h100.json"), ("h200", "nvidia-h200-stack.json")])
+def test_rates_of_the_table_are_those_measured(name, file):
+    measured = json.loads((MEASURED.parent / file).read_text())["rates"]["cuda"]
+    assert DEVICES[name].matmul == pytest.approx(measured["matmul_flops_per_s"], rel=0.005)
+    assert DEVICES[name].bandwidth == pytest.approx(measured["copy_bytes_per_s"], rel=0.005)
+    assert all(file in DEVICES[name].sources[field] for field in ("matmul", "bandwidth"))
+    assert DEVICES[name].sources.keys() >= {"memory", "peak", "nvlink", "network", "attention", "grouped", "node"}
+
+
 def test_a_pipeline_idles_for_one_pass_of_the_slowest_stage_per_other_stage():
     inv = inventory(preset("ling-2.6-flash"))
     one, many = (predict(inv, setup(Mesh(pipeline=4, shard=8, expert=8), batches=b)) for b in (4, 32))
@@ -249,6 +258,8 @@ def test_a_plan_of_1t_adds_up(mesh):
     plan = plan_training(preset("ling-2.6-1t"), world=2048, mesh=mesh)
     out = plan.as_dict()
     assert len(out["tensors"]) == len(plan.inventory.tensors)
+    assert out["tensors"]["model.word_embeddings.weight"]["stages"] == [0, 7]  # the MTP layer reads them as well
+    assert out["tensors"]["lm_head.weight"]["stages"] == [7]
     for stage in out["memory"]:
         assert stage["total"] == sum(stage["by_kind"].values()) == sum(p["bytes"] for p in stage["parts"])
     assert sum(out["step"]["parts"].values()) == pytest.approx(out["step"]["seconds"])
@@ -297,6 +308,12 @@ def test_json_and_overridden_rates(capsys):
         (["plan", "tiny", "--world", "8", "--source", "tiny"], "--source"),
         (["plan", "tiny", "--world", "8", "--matmul-flops", "-1"], "--matmul-flops"),
         (["plan", "tiny", "--world", "8", "--seq-len", "0"], "--seq-len"),
+        (["plan", "tiny", "--world", "8", "--batch-tokens", "0"], "--batch-tokens"),
+        (["plan", "tiny", "--world", "8", "--gpu-memory", "nan"], "--gpu-memory"),
+        (["plan", "tiny", "--world", "8", "--gpu-memory", "inf"], "--gpu-memory"),
+        (["plan", "tiny", "--world", "8", "--reserve", "nan"], "--reserve"),
+        (["plan", "tiny", "--world", "8", "--reserve", "1000"], "--reserve"),
+        (["plan", "tiny", "--world", "8", "--device", "a100"], "--device"),
         (["plan", "tiny", "--budget", "1e20"], "MODEL"),
         (["plan", "--budget", "nan"], "--budget"),
     ],

@@ -7,13 +7,20 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
+
+from rich.console import Console
 
 from openling.errors import UserError
 from openling.migrate import plan as migration
+from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.plan.activations import POLICIES
-from openling.plan.devices import DEVICES, GIB, device
+from openling.plan.devices import DEVICES, GIB, Device, device
 from openling.plan.mesh import GATHERS, OPTIMIZERS
+
+if TYPE_CHECKING:
+    from openling.plan.job import TrainingPlan
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +75,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _job(args: argparse.Namespace) -> int:
-    from openling.plan.job import plan_training
     from openling.plan.show_job import show_job
 
     given = {name: getattr(args, name) for name in ("dp", "tp", "pp", "ep") if getattr(args, name) != 1}
@@ -77,8 +83,24 @@ def _job(args: argparse.Namespace) -> int:
     if args.source is not None:
         raise UserError("a training job has no teacher to compare with", where="--source", expected="no --source with --world")
     gpu = device(args.device).replace(**_rates(args))
-    plan = plan_training(
-        read_config(migration.load_config(args.model)),
+    if args.reserve is not None and not 0 <= args.reserve < float("inf"):
+        raise UserError("this reserve is no size", where="--reserve", value=args.reserve, expected="a number of GiB, 0 or more")
+    config = read_config(migration.load_config(args.model))
+    searching = f"Searching meshes of {args.world:,} GPUs ..." if args.mesh == "auto" else "Planning ..."
+    with Console(stderr=True).status(searching):  # on a terminal only
+        plan = _plan(args, config, gpu)
+    if args.json:
+        print(json.dumps({"model": args.model, **plan.as_dict()}, indent=2))
+    else:
+        show_job(plan, args.model, placement=not args.no_placement)
+    return 0
+
+
+def _plan(args: argparse.Namespace, config: ModelConfig, gpu: Device) -> TrainingPlan:
+    from openling.plan.job import plan_training
+
+    return plan_training(
+        config,
         world=args.world,
         mesh=args.mesh,
         seq_len=args.seq_len,
@@ -90,11 +112,6 @@ def _job(args: argparse.Namespace) -> int:
         optimizer=args.optimizer,
         reserve=None if args.reserve is None else int(args.reserve * GIB),
     )
-    if args.json:
-        print(json.dumps({"model": args.model, **plan.as_dict()}, indent=2))
-    else:
-        show_job(plan, args.model, placement=not args.no_placement)
-    return 0
 
 
 def _rates(args: argparse.Namespace) -> dict[str, float | int | None]:
@@ -107,6 +124,8 @@ def _rates(args: argparse.Namespace) -> dict[str, float | int | None]:
         found[field] = None if value is None else value * SCALES[unit]
     found["node"] = None if found["node"] is None else int(found["node"])
     if args.gpu_memory is not None:
+        if not 0 < args.gpu_memory < float("inf"):
+            raise UserError("a memory has to be positive", where="--gpu-memory", value=args.gpu_memory, expected="a number of GB")
         found["memory"] = int(args.gpu_memory * 1e9)
     return found
 

@@ -22,7 +22,7 @@ from openling.plan.memory import LayerCosts, StageMemory, fullest, memory
 from openling.plan.mesh import AXES, GATHERS, Gather, Mesh, Optimizer
 from openling.plan.placement import Inventory, inventory
 from openling.plan.roofline import StepTime, predict
-from openling.plan.setup import Setup, default_reserve
+from openling.plan.setup import Setup, default_reserve, stages
 
 TOKENS_PER_RANK = 32768  # of the default batch
 RUNNERS_UP = 5
@@ -85,9 +85,10 @@ class TrainingPlan:
         s, mesh = self.setup, self.setup.mesh
         stage_of = {layer: i for i, run in enumerate(self.inventory.stages(mesh.pipeline, s.seq_len)) for layer in run}
         last = mesh.pipeline - 1
-        ends = {"model.word_embeddings.weight": 0}
+        embeddings = [stage.index for stage in stages(self.inventory, s) if "embeddings" in stage.blocks]
+        ends = {"model.word_embeddings.weight": embeddings}
         tensors = {
-            t.name: t.placement(mesh) | {"stage": ends.get(t.name, last) if t.layer is None else stage_of[t.layer]}
+            t.name: t.placement(mesh) | {"stages": ends.get(t.name, [last]) if t.layer is None else [stage_of[t.layer]]}
             for t in self.inventory.tensors
         }
         return {
@@ -146,10 +147,15 @@ def plan_training(
     mesh: `parse_mesh`'s text, a Mesh, or "auto". batch_tokens: per optimiser step and all ranks (default: 32,768 per rank,
     rounded to what divides). recompute and gather: see `Setup`; None takes the fastest that fits.
     """
-    for name, value in (("--world", world), ("--seq-len", seq_len), ("--micro-batch", micro_batch)):
-        if value < 1:
+    given = {"--world": world, "--seq-len": seq_len, "--micro-batch": micro_batch, "--batch-tokens": batch_tokens}
+    for name, value in given.items():
+        if value is not None and value < 1:
             raise UserError("this has to be positive", where=name, value=value, expected="a positive integer")
     gpu = devices.device(device) if isinstance(device, str) else device
+    if reserve is not None and not 0 <= reserve < gpu.memory:
+        raise UserError(
+            "this reserve leaves no memory", where="--reserve", value=_gib(reserve), expected=f"0 to {_gib(gpu.memory)}"
+        )
     fixed = Setup(
         Mesh(), gpu, seq_len, 0, micro_batch, optimizer=optimizer, reserve=default_reserve(gpu) if reserve is None else reserve
     )

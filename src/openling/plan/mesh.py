@@ -120,8 +120,7 @@ def problems(c: ModelConfig, mesh: Mesh, *, seq_len: int) -> list[Problem]:
     def divides(axis: str, number: int, what: str) -> None:
         degree = getattr(mesh, axis)
         if number % degree:
-            allowed = [d for d in range(1, number + 1) if number % d == 0]
-            found.append(Problem(axis, degree, f"a divisor of {what} = {number:,}", _close(degree, allowed)))
+            found.append(Problem(axis, degree, f"a divisor of {what} = {number:,}", _close(degree, _divisors(number, number))))
 
     divides("tensor", c.num_attention_heads, "num_attention_heads")
     kinds = {*c.layer_kinds, *([c.mtp_layer_kind] if c.num_nextn_predict_layers else [])}
@@ -179,7 +178,9 @@ def meshes(c: ModelConfig, world: int, *, seq_len: int, node: int) -> list[Mesh]
 
 
 def _divisors(number: int, most: int) -> list[int]:
-    return [d for d in range(1, min(number, most) + 1) if number % d == 0]
+    """Rising, none above `most`."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    return sorted(d for d in {*small, *(number // d for d in small)} if d <= most)
 
 
 def distance(a: Mesh, b: Mesh) -> float:

@@ -23,7 +23,7 @@ AXIS_TEXT = {
 }
 ADVICE = {
     "matrix products": "the products themselves: nothing to change but the recomputation they include",
-    "experts": "the experts' products: larger micro-batches fill them better; less recomputation saves some",
+    "experts": "the experts' products: less recomputation saves some; nothing else here makes them faster",
     "attention": "softmax attention: fewer or shorter full-attention layers, or context ranks",
     "Lightning": "the Lightning scan, bound by memory",
     "norms, gates, RoPE": "memory traffic between products: less recomputation saves some",
@@ -63,6 +63,7 @@ def _heading(console: Console, plan: TrainingPlan, name: str) -> None:
             table.add_row(axis, f"[bold]{degree:,}[/bold]", text)
     if s.mesh.world == 1:
         table.add_row("mesh", "[bold]1[/bold]", "one rank")
+    table.add_row("", "", f"--mesh {s.mesh}" if s.mesh.world > 1 else "")
     table.add_row()
     sequences = s.batch_tokens // s.seq_len
     table.add_row("batch", "", f"{short(s.batch_tokens)} tokens per step: {sequences:,} sequences of {s.seq_len:,}")
@@ -173,10 +174,10 @@ def _placement(console: Console, plan: TrainingPlan) -> None:
         p = t.placement(mesh)
         name = re.sub(r"^(model\.)?(layers\.\d+\.)?|\.weight$", "", t.name)
         shapes = ("x".join(map(str, p["shape"])), "x".join(map(str, p["local_shape"])))
-        cuts = ", ".join(re.sub(r": dim (\d) / \d+", r" \1", cut) for cut in p["cuts"]) or "-"
+        cuts = " ".join(re.sub(r": dim (\d) / \d+", r":\1", cut) for cut in p["cuts"]) or "-"
         key = (name, *shapes, cuts)
         rows[key] = rows.get(key, 0) + 1
-    console.print("\n[bold]Placement[/bold]: every tensor, and its part on the fullest rank (cut: axis and dim)")
+    console.print("\n[bold]Placement[/bold]: every tensor, and its part on the fullest rank (cut: axis:dim)")
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("tensor", no_wrap=True)
     table.add_column("count", justify="right")
