@@ -1,6 +1,7 @@
 """Meshes and placements against the real model: optimiser states of real steps, and FSDP's own shards on a fake process group."""
 
 import math
+from contextlib import contextmanager
 
 import pytest
 import torch
@@ -91,25 +92,51 @@ def test_muon_states_to_the_byte():
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def eight_fake_ranks():
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=8)
-    yield init_device_mesh("cpu", (8,))
-    dist.destroy_process_group()
+@contextmanager
+def fake_ranks(world: int):
+    """A process group of which only rank 0 exists. It is the fullest: torch gives it the first part of every dim."""
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
 
 
-def test_shards_are_those_of_fsdp(eight_fake_ranks):
-    """Rank 0 is the fullest: torch gives it the first, never smaller, part of every dim that does not divide."""
-    c = preset("tiny")
+def cut_by_tensor_and_expert(model: Ling, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Parameters of these shapes, as tensor and expert ranks hold them before FSDP."""
+    for prefix, module in model.named_modules():
+        for name, _ in list(module.named_parameters(recurse=False)):
+            full = f"{prefix}.{name}" if prefix else name
+            module._parameters[name] = torch.nn.Parameter(torch.empty(shapes[full], device="meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "mesh"),
+    [
+        ("tiny", {"num_experts": 0}, Mesh(shard=8)),
+        ("tiny", {}, Mesh(shard=6, tensor=2, expert=2)),
+        ("ling-2.6-1t", {"num_hidden_layers": 8}, Mesh(shard=1024, tensor=2, expert=64)),
+        ("ling-2.6-1t", {"num_hidden_layers": 8}, Mesh(shard=21, context=4, expert=4)),
+    ],
+)
+def test_shards_are_those_of_fsdp(name, changes, mesh):
+    """Every parameter, sharded by FSDP2 itself on up to 2048 ranks that do not exist; 1T as a group of 8 layers and MTP."""
+    c = read_config(PRESETS[name]() | changes)
+    tensors = [t for t in inventory(c).tensors if not t.buffer]
     with torch.device("meta"):
         model = Ling(c)
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=eight_fake_ranks)
-    fully_shard(model, mesh=eight_fake_ranks)
-    mesh = Mesh(shard=8)
-    planned = {t.name: t.local(mesh) for t in inventory(c).tensors if not t.buffer and not t.rule.experts}
-    real = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
-    assert planned and all(real[name] == shape for name, shape in planned.items())
+    cut_by_tensor_and_expert(model, {t.name: t.whole(mesh) for t in tensors})
+    with fake_ranks(mesh.world):
+        dense = init_device_mesh("cpu", (mesh.fsdp, mesh.tensor), mesh_dim_names=("shard", "tensor"))["shard"]
+        sizes = (mesh.expert_fsdp, mesh.expert, mesh.tensor)
+        experts = init_device_mesh("cpu", sizes, mesh_dim_names=("shard", "expert", "tensor"))["shard"]
+        for layer in model.model.layers:
+            if hasattr(layer.mlp, "experts"):
+                fully_shard(layer.mlp.experts, mesh=experts)
+            fully_shard(layer, mesh=dense)
+        fully_shard(model, mesh=dense)
+        real = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
+    assert real == {t.name: t.local(mesh) for t in tensors}
 
 
 @pytest.mark.parametrize("name", ["ling-2.6-flash", "ling-1t", "tiny"])

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from openling.errors import Failure
 from openling.model.config import ModelConfig
 from openling.model.count import forward_flops
 from openling.model.ling import Ling
@@ -41,7 +42,9 @@ RULES = (
     Rule(r"attention\.dense\.weight$", tensor_dim=1),
     Rule(r"mlp\.(shared_experts\.)?(gate|up)_proj\.(weight|bias)$", tensor_dim=0),
     Rule(r"mlp\.(shared_experts\.)?down_proj\.weight$", tensor_dim=1),
-    Rule(r""),  # norms, router, latents' projections, eh_proj: whole on every tensor rank
+    # Whole on every tensor rank: norms, the router, MLA's down-projections, MTP's joint, biases of split outputs.
+    Rule(r"norm\.weight$|mlp\.gate\.(weight|expert_bias)$|attention\.(q_a_proj|kv_a_proj_with_mqa)\.(weight|bias)$"),
+    Rule(r"eh_proj\.weight$|attention\.dense\.bias$|mlp\.(shared_experts\.)?down_proj\.bias$"),
 )
 
 
@@ -220,6 +223,8 @@ def inventory(c: ModelConfig) -> Inventory:
     named = [(n, t, False) for n, t in model.named_parameters()] + [(n, t, True) for n, t in model.named_buffers()]
     for name, tensor, buffer in named:
         found = re.match(r"model\.layers\.(\d+)\.", name)
-        rule = next(r for r in RULES if re.search(r.pattern, name))
+        rule = next((r for r in RULES if re.search(r.pattern, name)), None)
+        if rule is None:
+            raise Failure("the table of cuts has no row for a tensor", where="plan/placement.py", value=name, expected="a rule")
         tensors.append(TensorInfo(name, tuple(tensor.shape), buffer, int(found[1]) if found else None, rule))
     return Inventory(c, tensors)
