@@ -21,7 +21,8 @@ from openling.model.ling import Ling
 from openling.plan.activations import POLICIES
 from openling.plan.devices import DEVICES, GIB, device
 from openling.plan.job import plan_training
-from openling.plan.mesh import Mesh
+from openling.plan.memory import memory
+from openling.plan.mesh import GATHERS, Mesh, parse_mesh
 from openling.plan.placement import inventory
 from openling.plan.roofline import layer_seconds, predict
 from openling.plan.setup import Setup, stages
@@ -175,11 +176,16 @@ def test_context_ranks_exchange_states_and_latents():
     assert found["context: latents, BF16"] == 1152 * 32768 * 7 / 8 * 10
 
 
-def test_gathering_once_per_step_divides_the_weights_traffic_by_the_micro_batches():
+def test_gathering_and_reducing_once_per_step_save_traffic_and_cost_memory():
     c, mesh = preset("ling-2.6-flash"), Mesh(shard=64, expert=8)
-    each, once = (flows(c, setup(mesh, batches=16, gather=gather)) for gather in ("layer", "step"))
-    name = "shard of experts: weights of experts, BF16"
-    assert each[name] == 2 * 16 * once[name]
+    layer, accumulate, step = (flows(c, setup(mesh, batches=16, gather=gather)) for gather in GATHERS)
+    weights, gradients = "shard of experts: weights of experts, BF16", "shard of experts: gradients of experts, FP32"
+    assert layer[weights] == accumulate[weights] == 2 * 16 * step[weights]
+    assert layer[gradients] == 16 * accumulate[gradients] == 16 * step[gradients]
+    inv = inventory(c)
+    kinds = [memory(inv, setup(mesh, batches=16, gather=gather))[0].by_kind() for gather in GATHERS]
+    assert kinds[0]["gradients"] < kinds[1]["gradients"] == kinds[2]["gradients"]
+    assert kinds[0]["gathered weights"] == kinds[1]["gathered weights"] < kinds[2]["gathered weights"]
 
 
 def test_links():
@@ -287,6 +293,16 @@ def test_the_page_fits_the_terminal(width, monkeypatch, capsys):
         assert said in out
     # No cell of the placement is cut short.
     assert "…" not in out
+
+
+def test_the_page_of_a_search_fits_and_its_meshes_can_be_copied(monkeypatch, capsys):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["plan", "ling-mini-2.0", "--world", "32", "--no-placement"]) == 0
+    out = capsys.readouterr().out
+    assert max(map(len, out.splitlines())) <= 80 and "…" not in out
+    listed = out.split("Runners-up")[1].splitlines()[2:]
+    meshes = [line.split()[0] for line in listed if line.startswith(("pipeline", "shard", "replicate", "context"))]
+    assert meshes and all(parse_mesh(text, 32).world == 32 for text in meshes)
 
 
 def test_json_and_overridden_rates(capsys):

@@ -103,7 +103,7 @@ def _states(setup: Setup, stage: Stage) -> list[Part]:
         Part("parameters", "router bias, FP32, on every rank", 4 * buffers),
         Part("gradients", "FP32, sharded", 4 * local),
     ]
-    if setup.gather == "step":
+    if setup.gather != "layer":
         parts.append(Part("gradients", "FP32, whole until the step's last micro-batch", 4 * sum(b.whole for b in blocks)))
     matrices, tensors = 0, sum(b.tensors for b in blocks)
     if setup.optimizer == "muon":

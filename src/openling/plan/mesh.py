@@ -17,7 +17,7 @@ from openling.errors import UserError, nearest
 from openling.model.config import ModelConfig
 from openling.model.count import LIGHTNING_CHUNK
 
-Gather = Literal["layer", "step"]
+Gather = Literal["layer", "accumulate", "step"]
 Optimizer = Literal["adamw", "muon"]
 GATHERS: tuple[Gather, ...] = get_args(Gather)
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)

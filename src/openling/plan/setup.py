@@ -15,9 +15,9 @@ from openling.plan.placement import Block, Inventory, Kind
 class Setup:
     """A job. recompute: what activation checkpointing makes again in backward (`activations.Policy`).
 
-    gather: "layer" frees a block's whole weights after each use and reduces gradients of every micro-batch; "step" keeps whole
-    weights, and whole gradients in FP32, through all micro-batches of a step and communicates once. reserve: bytes that no
-    part below accounts for (CUDA context, NCCL, fragmentation).
+    gather: "layer" frees a block's whole weights after each use and reduces gradients of every micro-batch; "accumulate" keeps
+    whole gradients, in FP32, until a step's last micro-batch and reduces them once; "step" keeps whole weights through a step
+    too. reserve: bytes that no part below accounts for (CUDA context, NCCL, fragmentation).
     """
 
     mesh: Mesh

@@ -31,7 +31,7 @@ ADVICE = {
     "expert all-to-all": "rows sent to experts: keep expert within a node, or raise --network-bandwidth",
     "tensor collectives": "collectives inside layers: lower tensor",
     "context collectives": "states and latents between context ranks: lower context",
-    "weights and gradients": "gathering and reducing weights: --gather step, larger micro-batches, or more pipeline stages",
+    "weights and gradients": "gathering and reducing weights: --gather step, larger micro-batches or more stages",
     "pipeline bubble": "idle stages: more micro-batches (--batch-tokens) or fewer stages",
     "optimiser": "the optimiser's own pass over its states: larger batches make it rarer",
 }
@@ -81,6 +81,7 @@ RECOMPUTE_TEXT = {
 }
 GATHER_TEXT = {
     "layer": "whole weights exist only while their layer works",
+    "accumulate": "whole gradients stay through a step, whole weights do not",
     "step": "whole weights and gradients stay through a step",
 }
 
@@ -154,11 +155,12 @@ def _traffic(console: Console, plan: TrainingPlan) -> None:
 
 def _runners_up(console: Console, plan: TrainingPlan) -> None:
     console.print(f"\n[bold]Runners-up[/bold] of {plan.tried:,} setups tried")
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    for title in ("--mesh", "recompute", "gather"):
-        table.add_column(title)
-    for title in ("GiB", "tokens/s", "against the best"):
-        table.add_column(title, justify="right")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
+    table.add_column("--mesh", overflow="fold")
+    for title in ("recompute", "gather"):
+        table.add_column(title, no_wrap=True)
+    for title in ("GiB", "tokens/s", "vs best"):
+        table.add_column(title, justify="right", no_wrap=True)
     for r in plan.runners_up:
         behind = r.tokens_per_second / plan.tokens_per_second - 1
         s = r.setup

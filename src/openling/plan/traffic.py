@@ -19,6 +19,8 @@ from openling.plan.setup import Setup, Stage
 
 Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 When = Literal["hidden", "exposed", "once"]
+HIDDEN: When = "hidden"
+ONCE: When = "once"
 
 
 @dataclass(frozen=True)
@@ -96,14 +98,13 @@ class _Flows:
 
     def weights(self, name: str, one: Block) -> None:
         """Gathering weights, for forward and for backward (embeddings and head stay between them), and reducing gradients."""
-        m = self.setup.micro_batches
-        each = self.setup.gather == "layer"
-        when: When = "hidden" if each else "once"
+        m, gather = self.setup.micro_batches, self.setup.gather
         for axis, whole in (("fsdp", one.whole_dense), ("expert_fsdp", one.whole_experts)):
             what = "experts" if axis == "expert_fsdp" else name
-            gathers = (2 if name == "layers" else 1) * m if each else 1
-            self.add(axis, "all-gather", f"weights of {what}, BF16", 2 * whole, gathers, when)
-            self.add(axis, "reduce-scatter", f"gradients of {what}, FP32", 4 * whole, m if each else 1, when)
+            gathers, gathered = (1, ONCE) if gather == "step" else ((2 if name == "layers" else 1) * m, HIDDEN)
+            reduces, reduced = (m, HIDDEN) if gather == "layer" else (1, ONCE)
+            self.add(axis, "all-gather", f"weights of {what}, BF16", 2 * whole, gathers, gathered)
+            self.add(axis, "reduce-scatter", f"gradients of {what}, FP32", 4 * whole, reduces, reduced)
         self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * one.local, 1, "once")
 
     def layer(self, c: ModelConfig, layer: int) -> None:
