@@ -27,7 +27,8 @@ DTYPES = ("float32", "bfloat16")
 GOAL = 0.85  # within 15 %
 # From a profile on a processor without AVX-512.
 WHY = (
-    "PyTorch's product of one row reads 11 to 19 GB/s here (llama.cpp's whole token 20), and, by estimate, the calls between products cost the rest"
+    "PyTorch's product of one row reads 11 to 19 GB/s here (llama.cpp's whole token 20), and, by estimate, "
+    "the calls between products cost the rest"
 )
 
 
