@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 
 from openling.ops.cpu import autocast_dtype, blockwise_attention, has_amx
 from openling.ops.pick import batch_invariant, kernels_for
@@ -63,6 +62,8 @@ def softmax_attention(
         return out.flatten(1, 2).unsqueeze(1)
     mask: Tensor | None = None
     if new != total and key_mask is None and (q.is_cuda or new >= BLOCKWISE_TOKENS):
+        from torch.nn.attention.bias import causal_lower_right  # not above: it imports torch._dynamo, which takes seconds
+
         mask = causal_lower_right(new, total)  # stands for a [T, S] mask that is never in memory
     elif new != total or key_mask is not None:
         mask = causal_mask(new, total, key_mask, q.device)
