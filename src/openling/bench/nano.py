@@ -8,14 +8,12 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
+from openling.data.byte_tokenizer import byte_tokenizer
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.weights.export import save
 
-SPECIAL = ("<|endoftext|>", "<|startoftext|>", "<|role_end|>", "<tool_call>", "</tool_call>", "<think>", "</think>")
 NANO = ModelConfig(
     vocab_size=320,
     hidden_size=64,
@@ -50,16 +48,6 @@ NANO = ModelConfig(
     bos_token_id=257,
     eos_token_id=[256, 258],
 )
-# Ling's roles; a thinking block first where the request asks for one.
-TEMPLATE = """\
-{%- for message in messages -%}
-<role>{{ message.role | upper }}</role>{{ message.content or '' }}
-{%- for call in message.tool_calls or [] %}<tool_call>
-{"name": "{{ call.function.name }}", "arguments": {{ call.function.arguments }}}
-</tool_call>{% endfor %}<|role_end|>
-{%- endfor -%}
-{%- if add_generation_prompt %}<role>ASSISTANT</role>{% if enable_thinking %}<think>{% endif %}{% endif -%}
-"""
 
 
 def write_nano(folder: Path, *, seed: int = 0) -> Path:
@@ -67,19 +55,5 @@ def write_nano(folder: Path, *, seed: int = 0) -> Path:
     model = Ling(NANO)
     model.init_weights(torch.Generator().manual_seed(seed))
     save(model, folder, name="nano", provenance={"weights": f"random, seed {seed}"})
-    _tokenizer().save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
     return folder
-
-
-def _tokenizer() -> PreTrainedTokenizerFast:
-    """A token per byte, then the special ones."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    inner = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.decoder = decoders.ByteLevel()
-    inner.add_special_tokens([AddedToken(token, normalized=False) for token in SPECIAL[:3]])
-    inner.add_tokens([AddedToken(token, normalized=False) for token in SPECIAL[3:]])
-    special = {"pad_token": SPECIAL[0], "bos_token": SPECIAL[1], "eos_token": SPECIAL[2]}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=inner, **special)
-    tokenizer.chat_template = TEMPLATE
-    return tokenizer

@@ -207,6 +207,44 @@ def tiny() -> Preset:
     }
 
 
+def nano() -> Preset:
+    """Ours: 10 M parameters with every part of the layout, for a byte tokenizer; trains on a CPU."""
+    return tiny() | {
+        "vocab_size": 320,
+        "hidden_size": 128,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "num_kv_heads_for_linear_attn": 4,
+        "head_dim": 32,
+        "intermediate_size": 384,
+        "layer_group_size": 8,
+        "group_norm_size": 4,
+        "q_lora_rank": 64,
+        "kv_lora_rank": 64,
+        "qk_nope_head_dim": 32,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "num_experts": 48,
+        "num_experts_per_tok": 2,
+        "n_group": 4,
+        "topk_group": 2,
+        "moe_intermediate_size": 64,
+        "moe_shared_expert_intermediate_size": 64,
+        "rope_theta": 10000.0,
+        "max_position_embeddings": 1024,
+        "pad_token_id": 256,
+        "bos_token_id": 257,
+        "eos_token_id": 256,
+    }
+
+
+def ling_26_mini() -> Preset:
+    """Ours: the shape of Ling-mini-2.0 with 2.6's layout; nobody has published one. 20 layers make groups of 5."""
+    heads = {"num_key_value_heads": 16, "num_kv_heads_for_linear_attn": 16}
+    small = {"layer_group_size": 5, "group_norm_size": 4, "max_position_embeddings": 131072, "num_nextn_predict_layers": 1}
+    return _HYBRID | _MINI | heads | small
+
+
 PRESETS: dict[str, Callable[[], Preset]] = {
     "ling-2.6-flash": ling_26_flash,
     "ling-2.6-1t": ling_26_1t,
@@ -223,4 +261,6 @@ PRESETS: dict[str, Callable[[], Preset]] = {
     "ring-1t": ling_1t,
     "smollm2-135m": smollm2_135m,
     "tiny": tiny,
+    "nano": nano,
+    "ling-2.6-mini": ling_26_mini,
 }

@@ -78,8 +78,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"warmup_steps and decay_steps are more than the {self.total_steps} steps of the run")
         if self.keep_every and self.keep_every % (self.checkpoint_steps or self.keep_every + 1):
             raise ValueError("keep_every must be a multiple of checkpoint_steps")
-        if self.ramp and (self.ramp.start > self.batch_size or self.ramp.start < self.part_size):
-            raise ValueError(f"ramp.start must lie between a part of a batch, {self.part_size}, and batch_size")
+        if self.ramp and self.ramp.start > self.batch_size:
+            raise ValueError(f"ramp.start must be at most batch_size = {self.batch_size}")
         return self
 
     @property
@@ -89,13 +89,13 @@ class TrainConfig(BaseModel):
 
     @property
     def stairs(self) -> tuple[tuple[int, int], ...]:
-        """(first step behind it, windows) of each smaller batch size, in order; sizes are whole parts."""
+        """(first step behind it, windows) of each smaller batch size, in order; sizes are whole parts, or less than one."""
         if self.ramp is None:
             return ()
         found, stop, r = [], 0, self.ramp
         for i in range(r.stairs):
             rows = r.start + (self.batch_size - r.start) * i // r.stairs
-            rows -= rows % self.part_size
+            rows -= rows % self.part_size if rows > self.part_size else 0
             stop += -(-r.tokens // (r.stairs * rows * self.sequence_length))
             found.append((stop, rows))
         return tuple(found)

@@ -74,13 +74,11 @@ def combine_experts(
     token = order // top_k
     gate = weight_Nk.flatten()[order].to(dtype)
     out = torch.zeros(x_NM.shape, dtype=dtype, device=x_NM.device)
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            rows = token[start : start + count]
-            y = run_expert(expert, x_NM[rows]).to(dtype)
-            out.index_add_(0, rows, y * gate[start : start + count, None])
-            start += count
+    # Gathered and added once: taken expert by expert, each would get its own gradient of the size of x.
+    pieces = x_NM[token].split(counts)
+    found = [run_expert(expert, piece) for expert, piece in enumerate(pieces) if counts[expert]]
+    if found:
+        out.index_add_(0, token, torch.cat(found).to(dtype) * gate[:, None])
     return out.to(x_NM.dtype)
 
 
@@ -92,9 +90,12 @@ def swiglu_experts(
     if fast is not None and x_NM.shape[0]:
         return fast.experts(x_NM.to(half), weight_Nk, index_Nk, gate_EFM, up_EFM, down_EMF)
 
+    # Unbound at once: the gradient of one expert taken from a stack would be a stack of zeros and that expert, for every expert.
+    gates, ups, downs = (w.unbind() for w in (gate_EFM, up_EFM, down_EMF))
+
     def run(expert: int, x: Tensor) -> Tensor:
-        inner = F.silu(linear_rows(x, gate_EFM[expert])) * linear_rows(x, up_EFM[expert])
-        return linear_rows(inner, down_EMF[expert])
+        inner = F.silu(linear_rows(x, gates[expert])) * linear_rows(x, ups[expert])
+        return linear_rows(inner, downs[expert])
 
     return combine_experts(x_NM, weight_Nk, index_Nk, gate_EFM.shape[0], run)
 

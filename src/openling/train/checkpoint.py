@@ -203,6 +203,20 @@ def load_checkpoint(checkpoint: Path, trained: dict[str, Tensor], optimizers: Op
     return state
 
 
+def load_start(checkpoint: Path, model: nn.Module, optimizers: Optimizers | None = None) -> None:
+    """Put the weights of an earlier stage's checkpoint into a model, and what it has of optimiser state."""
+    weights = load_file(checkpoint / "model.safetensors")
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    for name, value in weights.items():
+        if name not in mine or mine[name].shape != value.shape:
+            found = list(mine[name].shape) if name in mine else "no such tensor"
+            raise UserError("the earlier stage trained another model", where=name, value=found, expected=list(value.shape))
+        with torch.no_grad():
+            mine[name].copy_(value)
+    if optimizers is not None:
+        optimizers.load(load_file(checkpoint / "optimizer.safetensors"))
+
+
 def trained_tensors(model: nn.Module, chosen: dict[str, nn.Parameter]) -> dict[str, Tensor]:
     """What training changes: the chosen parameters, and the router's biases, which are no parameters."""
     return {**chosen, **{name: b for name, b in model.named_buffers() if name.endswith("expert_bias")}}

@@ -30,7 +30,15 @@ from openling.errors import UserError
 from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.train.balance import Balance, imbalance
-from openling.train.checkpoint import Saver, load_checkpoint, sole_writer, trained_tensors, whole_checkpoint, write_json
+from openling.train.checkpoint import (
+    Saver,
+    load_checkpoint,
+    load_start,
+    sole_writer,
+    trained_tensors,
+    whole_checkpoint,
+    write_json,
+)
 from openling.train.flops import mean_keys, peak_flops, training_flops
 from openling.train.guard import Guard
 from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memory_bytes
@@ -63,6 +71,7 @@ def train(
     teacher: Ling | None = None,
     resume: bool = False,
     progress: bool | float = True,
+    start: Path | None = None,
     ranks: Ranks | None = None,
     trackers: Sequence[Tracker] = (),
 ) -> TrainResult:
@@ -71,6 +80,7 @@ def train(
     parameters: regular expressions for names, or a function of the name; all others are frozen and get no gradient.
     teacher: needed when `config.kl` > 0. run: the folder for metrics and checkpoints. resume: continue it; when it holds no
     run that is a `UserError`, and so is a run of another configuration. progress: False for silence, or seconds between lines.
+    start: a checkpoint of an earlier stage, whose weights and optimiser state a new run begins with.
     A loss or gradient that is not finite is a `Failure` that names the step, before any weight changes, unless
     `config.max_skips` lets it be left out; `evidence/` keeps the batch.
     """
@@ -89,7 +99,7 @@ def train(
         with _cast_once(models, set(chosen.values()), config):
             every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
             display = (progress is not False, every)
-            return _Run(model, config, batches, chosen, teacher, run, display, ranks or Alone(), trackers).go()
+            return _Run(model, config, batches, chosen, teacher, run, display, start, ranks or Alone(), trackers).go()
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
@@ -194,6 +204,7 @@ class _Run:
         teacher: Ling | None,
         run: Path,
         display: tuple[bool, float],
+        start: Path | None,
         ranks: Ranks,
         trackers: Sequence[Tracker],
     ) -> None:
@@ -212,6 +223,8 @@ class _Run:
         checkpoint = whole_checkpoint(run, told.append)
         if checkpoint is not None:
             self._restore(checkpoint)
+        elif start is not None:
+            load_start(start, model, self.optimizers)
         self.log, self.trackers = MetricsLog(run / "metrics.jsonl", step=self.step), trackers
         spoken, every = display
         limit = config.max_seconds
@@ -298,7 +311,7 @@ class _Run:
         """One optimiser step; returns its metrics."""
         started, c = time.monotonic(), self.config
         batch = source.batch(self.step)
-        parts = [prepare(piece, self.mtp) for piece in batch.split(batch.ids.shape[0] // c.part_size)]
+        parts = [prepare(piece, self.mtp) for piece in batch.split(max(1, batch.ids.shape[0] // c.part_size))]
         targets = self.ranks.summed(counts(parts))
         losses = [self._backward(part, targets, last=part is parts[-1]) for part in parts]
         norm = self.ranks.clip(list(self.chosen.values()), c.clip)

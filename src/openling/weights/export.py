@@ -38,6 +38,7 @@ def save(
     hf_config: dict[str, Any] | None = None,
     provenance: dict[str, Any] | None = None,
     name: str | None = None,
+    companions: str | Path | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Path:
     """Write `model` to the new folder `out`, which appears whole or not at all; returns its path.
@@ -46,7 +47,8 @@ def save(
     source: the folder this model came from; its tokenizer, chat template, generation config and licence are copied, and
     it is never changed. hf_config: the source's config.json (read from `source` when left out). provenance: what the
     model card and `openling.json` tell about the model's making.
-    name: the model card's title, by default the folder's. Raises UserError when `out` exists or cannot be written.
+    name: the model card's title, by default the folder's. companions: where tokenizer and template come from, if not from
+    `source`. Raises UserError when `out` exists or cannot be written.
     """
     source = checked_folder(source) if source is not None else None
     hf_config = read_hf_config(source) if hf_config is None and source is not None else hf_config
@@ -63,7 +65,7 @@ def save(
         writer.add_file("config.json", json_text(config))
         if not same:
             writer.add_file(REMOTE_FILE, remote_code())
-        add_companions(writer, source, model.config)
+        add_companions(writer, Path(companions) if companions is not None else source, model.config)
         record = {"openling_version": __version__, "base_model": source.name if source else None, **(provenance or {})}
         writer.add_file("openling.json", json_text(record))
         add_launch_scripts(writer, config, source, [name for name, _, _ in tensors], total)

@@ -1,0 +1,228 @@
+"""A recipe: a model, corpora, and stages of training in order. TOML; any field can be set from the command line. No torch here.
+
+[model] where training starts    [corpora.NAME] text to tokenise or a built corpus    [[sources]] what stages may read
+[train] defaults of every stage  [[stages]] name, mixture, length of the run, and whatever differs from [train]
+"""
+
+from __future__ import annotations
+
+import json
+import tomllib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from openling.config.data import MIXTURES, MixtureConfig, SourceConfig, read_mixture
+from openling.config.presets import PRESETS
+from openling.config.train import TrainConfig
+from openling.errors import UserError, nearest
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+
+
+class StartConfig(_Section):
+    """The first weights: a checkpoint folder, or a shape with random weights. With both the shape serves estimates alone."""
+
+    folder: str | None = Field(None, description="checkpoint folder to continue from, as `openling migrate` writes it")
+    preset: str | None = Field(None, description="shape by name")
+    overrides: dict[str, Any] = Field({}, description="keys of config.json that replace the preset's")
+    tokenizer: str | None = Field(None, description="folder with a tokenizer, or `bytes`; null: that of `folder`")
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the checkpoints that stages write")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.folder is None and (self.preset is None or self.tokenizer is None):
+            raise ValueError("give a folder, or a preset and a tokenizer")
+        if self.preset is not None and self.preset not in PRESETS:
+            close = nearest(self.preset, PRESETS)
+            raise ValueError(f"unknown preset {self.preset!r}" + (f", did you mean {close!r}?" if close else ""))
+        return self
+
+
+class CorpusConfig(_Section):
+    """A corpus that `openling data build` wrote, or what the run is to build for itself."""
+
+    path: str | None = Field(None, description="folder of a built corpus")
+    build: tuple[str, ...] = Field((), description="[NAME=]SOURCE words, as for `openling data build`")
+    filters: tuple[str, ...] = Field((), description="steps, as for `openling data build`")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if (self.path is None) == (not self.build):
+            raise ValueError("give a path or what to build")
+        return self
+
+
+class YarnConfig(_Section):
+    """RoPE scaled by YaRN, written into every checkpoint of the stage."""
+
+    factor: float = Field(gt=1)
+    original: int = Field(gt=0, description="context that the unscaled frequencies were trained for")
+
+
+class MergeConfig(_Section):
+    """WSM: the stage's checkpoint is a weighted mean of its last training checkpoints."""
+
+    last: int = Field(gt=1, description="how many checkpoints")
+    weights: str = Field("mean", description="mean, 1-sqrt, linear, cosine, ema:ALPHA")
+
+
+class StageConfig(TrainConfig):
+    """One stage. `sequence_length` is the mixture's row and is filled in from there."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    mixture: MixtureConfig
+    trainable: tuple[str, ...] = Field(("",), description="expressions for parameters that train; all by default")
+    rope_theta: float | None = Field(None, gt=0, description="null: as before")
+    yarn: YarnConfig | None = Field(None, description="null: as before")
+    max_position_embeddings: int | None = Field(None, gt=0, description="null: as before, or the rows where these are longer")
+    merge: MergeConfig | None = None
+
+    def run(self) -> TrainConfig:
+        """What the loop needs of it."""
+        return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
+
+
+class RecipeConfig(_Section):
+    """Everything that one `openling train` does."""
+
+    name: str = Field(pattern=r"^[\w.-]+$")
+    model: StartConfig
+    corpora: dict[str, CorpusConfig] = {}
+    stages: tuple[StageConfig, ...] = Field(min_length=1)
+    trackers: tuple[str, ...] = Field((), description="tensorboard, trackio, wandb")
+    seed: int = Field(0, ge=0, lt=2**63, description="of random first weights")
+
+    @field_validator("stages")
+    @classmethod
+    def _names_differ(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
+        names = [s.name for s in stages]
+        if twice := [n for n in names if names.count(n) > 1]:
+            raise ValueError(f"two stages are named {twice[0]}")
+        return stages
+
+    def corpus_path(self, name: str, run: Path) -> Path:
+        """Where a corpus lies: built ones in the run's folder."""
+        path = self.corpora[name].path
+        return run / "corpora" / name if path is None else Path(path)
+
+
+def read_recipe(path: Path, changes: Sequence[tuple[str, str]] = ()) -> RecipeConfig:
+    """The recipe in a TOML file with (dotted name, text) changes applied; every mistake is a `UserError` that says where."""
+    try:
+        data = tomllib.loads(path.read_text())
+    except OSError as error:
+        raise UserError("the recipe cannot be read", where=path, value=error.strerror, expected="a TOML file") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError("the recipe is not TOML", where=path, value=error) from error
+    for name, text in changes:
+        _change(data, name, text)
+    return resolve(data, where=path)
+
+
+def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
+    """A recipe from its tables: defaults of [train] and [[sources]] go into the stages, mixtures get their presets."""
+    _known(data, [*RecipeConfig.model_fields, "train", "sources"], where, "")
+    stage_keys = list(StageConfig.model_fields)
+    sections: list[tuple[str, type[BaseModel]]] = [("model", StartConfig)]
+    for name, section in sections:
+        _known(data.get(name, {}), list(section.model_fields), where, name)
+    for name, corpus in data.get("corpora", {}).items():
+        _known(corpus, list(CorpusConfig.model_fields), where, f"corpora.{name}")
+    shared = data.get("train", {})
+    _known(shared, [k for k in stage_keys if k not in ("name", "mixture")], where, "train")
+    sources = data.get("sources", [])
+    for i, source in enumerate(sources):
+        _known(source, list(SourceConfig.model_fields), where, f"sources.{i}")
+        if data.get("corpora") is not None and source.get("corpus") not in data["corpora"]:
+            close = nearest(str(source.get("corpus")), data["corpora"])
+            expected = ", ".join(data["corpora"])
+            raise UserError("no such corpus", where=f"sources.{i}", value=source.get("corpus"), expected=expected, nearest=close)
+    stages = [_stage(stage, shared, sources, stage_keys, where) for stage in data.get("stages", [])]
+    rest = {key: value for key, value in data.items() if key not in ("train", "sources", "stages")}
+    try:
+        return RecipeConfig(**rest, stages=tuple(stages))
+    except ValidationError as error:
+        raise _refusal(error, where, "") from error
+
+
+def _stage(stage: dict[str, Any], shared: dict[str, Any], sources: list[Any], keys: list[str], where: object) -> StageConfig:
+    name = str(stage.get("name", "without a name"))
+    place = f"stages.{name}"
+    _known(stage, keys, where, place)
+    fields = dict(shared) | stage
+    if "steps" in stage:
+        fields["tokens"] = stage.get("tokens")
+    elif "tokens" in stage:
+        fields["steps"] = None
+    table = dict(fields.get("mixture") or {})
+    table.setdefault("sources", _fitting(sources, table, place))
+    mixture = read_mixture(table, where=f"{where}, {place}.mixture")
+    if fields.get("sequence_length", mixture.row_length) != mixture.row_length:
+        raise UserError(
+            "the rows are as long as the mixture's", where=f"{where}, {place}.sequence_length", value=fields["sequence_length"],
+            expected=f"{mixture.row_length}, or leave it out",
+        )  # fmt: skip
+    try:
+        return StageConfig(**fields | {"mixture": mixture, "sequence_length": mixture.row_length})
+    except ValidationError as error:
+        raise _refusal(error, where, place) from error
+
+
+def _fitting(sources: list[Any], table: dict[str, Any], place: str) -> list[Any]:
+    """The recipe's sources that belong to a group of this mixture."""
+    shares = table.get("shares") or MIXTURES.get(str(table.get("preset")), {}).get("shares") or {"all": 1.0}
+    return [s for s in sources if s.get("group", "all") in shares]
+
+
+def _known(table: dict[str, Any], names: Sequence[str], where: object, place: str) -> None:
+    for key in table:
+        if key not in names:
+            dotted = f"{place}.{key}" if place else key
+            close = nearest(key, names)
+            shown = None if close is None else f"{place}.{close}" if place else close
+            raise UserError("unknown setting", where=where, value=dotted, expected=", ".join(names), nearest=shown)
+
+
+def _refusal(error: ValidationError, where: object, place: str) -> UserError:
+    first = error.errors()[0]
+    dotted = ".".join([*([place] if place else []), *(str(part) for part in first["loc"])])
+    value = None if isinstance(first["input"], dict) else first["input"]
+    expected = first["msg"].removeprefix("Value error, ")
+    return UserError("this setting is not valid", where=f"{where}, {dotted or 'the recipe'}", value=value, expected=expected)
+
+
+def _change(data: dict[str, Any], name: str, text: str) -> None:
+    """Set `section.field`, or `stages.NAME.field`, in a recipe's tables."""
+    *parents, last = name.split(".")
+    table: Any = data
+    done: list[str] = []
+    for part in parents:
+        if isinstance(table, list):
+            names = [str(entry.get("name", i)) for i, entry in enumerate(table)]
+            if part not in names:
+                at = ".".join(done)
+                raise UserError("no such entry", where=at, value=part, expected=", ".join(names), nearest=nearest(part, names))
+            table = table[names.index(part)]
+        else:
+            table = table.setdefault(part, {})
+        done.append(part)
+        if not isinstance(table, (dict, list)):
+            raise UserError("this setting has no parts", where=".".join(done), value=table)
+    if isinstance(table, list):
+        raise UserError("this is a list", where=".".join(done), value=last, expected=f"{'.'.join(done)}.NAME.FIELD")
+    table[last] = _value(text)
+    if last in ("steps", "tokens"):  # exactly one of them counts
+        table.pop("tokens" if last == "steps" else "steps", None)
+
+
+def _value(text: str) -> Any:
+    """JSON where it parses (numbers, booleans, null, lists), else the word itself."""
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text

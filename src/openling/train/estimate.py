@@ -1,0 +1,72 @@
+"""What a recipe will cost, from the recipe alone: parameters, tokens, FLOPs, memory of training, and what is not there yet."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from openling.config.recipe import RecipeConfig, StageConfig
+from openling.model import count
+from openling.model.config import ModelConfig
+from openling.plan.numbers import short
+from openling.train.flops import training_flops
+from openling.train.stages import first_config, stage_config
+
+# FP32 weights, gradients and two moments of AdamW; Muon has one moment.
+BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}
+
+
+def estimate(recipe: RecipeConfig, out: Path) -> str:
+    """A table of the stages, and what must be there before they can run."""
+    config, _ = first_config(recipe, folder=False)
+    total, active = count.total_parameters(config, mtp=True), count.active_parameters(config)
+    state = max(BYTES_PER_PARAMETER[s.optimizer] for s in recipe.stages) * total
+    lines = [
+        f"model    {short(total)} parameters with MTP, {short(active)} active per token",
+        f"memory   {state / 2**30:,.1f} GiB of weights, gradients and optimiser state, over all ranks; activations besides",
+        f"run      {out}",
+        "",
+        f"{'stage':<14}{'tokens':>10}{'steps':>11}{'rows':>8}{'length':>9}{'tokens/step':>13}{'lr':>10}{'FLOPs':>10}",
+    ]
+    flops = 0.0
+    for stage in recipe.stages:
+        config = stage_config(config, stage)
+        tokens, cost = tokens_of(stage), flops_of(config, stage)
+        flops += cost
+        step = stage.batch_size * stage.sequence_length
+        lines.append(
+            f"{stage.name:<14}{short(tokens):>10}{stage.total_steps:>11,}{stage.batch_size:>8,}{stage.sequence_length:>9,}"
+            f"{short(step):>13}{stage.lr:>10.3g}{cost:>10.2g}"
+        )
+    lines += ["", f"{flops:.3g} FLOPs in all (forward and backward, MTP included, documents as long as rows)"]
+    lines += [f"not there yet: {name}" for name in absent(recipe)]
+    return "\n".join(lines)
+
+
+def tokens_of(stage: StageConfig) -> int:
+    """Tokens of a stage, its smaller first batches counted."""
+    found, start = 0, 0
+    for stop, rows in stage.stairs:
+        stop = min(stop, stage.total_steps)
+        found += max(0, stop - start) * rows
+        start = stop
+    return (found + max(0, stage.total_steps - start) * stage.batch_size) * stage.sequence_length
+
+
+def flops_of(config: ModelConfig, stage: StageConfig) -> float:
+    """FLOPs of a stage whose documents fill their rows: the most it can be."""
+    steps = (stage.mtp_steps or config.num_nextn_predict_layers) if stage.mtp else 0
+    return training_flops(config, tokens_of(stage), stage.sequence_length / 2, steps)
+
+
+def absent(recipe: RecipeConfig) -> list[str]:
+    """Folders that the recipe names and that do not exist."""
+    wanted = [recipe.model.folder] if recipe.model.folder else []
+    if recipe.model.tokenizer not in (None, "bytes"):
+        wanted.append(recipe.model.tokenizer)
+    for stage in recipe.stages:
+        for source in stage.mixture.sources:
+            corpus = recipe.corpora.get(source.corpus)
+            path = source.corpus if corpus is None else corpus.path
+            if path is not None and path not in wanted:
+                wanted.append(path)
+    return [name for name in wanted if name is not None and not Path(name).exists()]

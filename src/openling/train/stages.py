@@ -1,0 +1,248 @@
+"""A recipe carried out: corpora built, stages trained one after the other, each written as a complete checkpoint folder.
+
+    RUN/recipe.json      what is being done            RUN/corpora/NAME    tokenised texts that the recipe builds
+    RUN/stages/NAME/     a stage's training run        RUN/models/NAME/    its checkpoint, in Hugging Face's layout
+
+A stage begins with the training state of the one before: unrounded weights, optimiser moments, router biases. What it writes is
+those weights, or the mean of its last checkpoints where the recipe merges. A run that is stopped anywhere goes on with `resume`.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openling.config.presets import PRESETS
+from openling.config.recipe import RecipeConfig, StageConfig
+from openling.data.build import BuildConfig, build
+from openling.data.byte_tokenizer import byte_tokenizer
+from openling.data.mixture import MixtureBatches
+from openling.data.sources import parse_source
+from openling.environment import commit, hardware, now, versions
+from openling.errors import UserError
+from openling.model.config import ModelConfig
+from openling.model.families import read_config
+from openling.model.ling import Ling
+from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint, write_json
+from openling.train.loop import TrainResult, train
+from openling.train.trackers import open_trackers
+from openling.train.wsm import chosen_checkpoints, merge_into
+from openling.weights.export import ling_config, save
+from openling.weights.folder import load, load_tokenizer
+from openling.weights.io import read_hf_config
+
+# Changes of these do not change what was trained so far.
+FREE_ON_RESUME = ("stages", "trackers")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How far a recipe came: the checkpoint folders that are finished, and what stopped it."""
+
+    models: list[Path]
+    stopped: TrainResult | None
+
+
+def first_config(recipe: RecipeConfig, *, folder: bool = True) -> tuple[ModelConfig, dict[str, Any] | None]:
+    """The shape that training starts with, and the folder's config.json where there is one. `folder`: it must be there."""
+    start = recipe.model
+    if start.folder is not None and (folder or Path(start.folder).exists() or start.preset is None):
+        hf = read_hf_config(start.folder)
+        return read_config(hf, where=Path(start.folder) / "config.json"), hf
+    assert start.preset is not None
+    return read_config(PRESETS[start.preset]() | start.overrides, where="model"), None
+
+
+def stage_config(config: ModelConfig, stage: StageConfig) -> ModelConfig:
+    """The model's configuration in a stage: positions are always said, never inferred (YaRN, theta, longest context)."""
+    changes: dict[str, Any] = {}
+    if stage.rope_theta is not None:
+        changes["rope_theta"] = stage.rope_theta
+    if stage.yarn is not None:
+        changes["rope_scaling"] = {
+            "rope_type": "yarn",
+            "factor": stage.yarn.factor,
+            "original_max_position_embeddings": stage.yarn.original,
+        }
+    rows = stage.sequence_length
+    changes["max_position_embeddings"] = stage.max_position_embeddings or max(config.max_position_embeddings, rows)
+    return config.replace(**changes)
+
+
+class Pipeline:
+    """One recipe in one run folder."""
+
+    def __init__(
+        self,
+        recipe: RecipeConfig,
+        run: Path,
+        *,
+        device: torch.device,
+        command: str = "",
+        say: Callable[[str], None] = lambda text: None,
+        progress: bool | float = True,
+    ) -> None:
+        self.recipe, self.run, self.device, self.command = recipe, run, device, command
+        self.say, self.progress = say, progress
+
+    def go(self, *, resume: bool = False) -> Outcome:
+        """Everything that is not done yet; a stage that stops ends it."""
+        with self._entered(resume):
+            self.tokenizer = self._tokenizer()
+            self._build_corpora()
+            config, _ = first_config(self.recipe)
+            sources = [self._batches(stage, config) for stage in self.recipe.stages]  # refused before the first step, if at all
+            model: Ling | None = None
+            before: list[Path] = []
+            models: list[Path] = []
+            for stage, batches in zip(self.recipe.stages, sources, strict=True):
+                config = stage_config(config, stage)
+                folder, out = self.run / "stages" / stage.name, self.run / "models" / stage.name
+                if not self._is_done(folder, out, stage):
+                    model = self._model(config, model, before)
+                    result = self._train(model, stage, batches, folder, before[-1] if before else None)
+                    if result.stopped == "signal":
+                        return Outcome(models, result)
+                    self._write(model, stage, folder, out)
+                    if result.stopped == "time":
+                        self.say(f"  stopped by the clock ({stage.max_seconds:.0f} s) after step {result.steps}")
+                models.append(out)
+                last = whole_checkpoint(folder, self.say)
+                assert last is not None
+                before.append(last)
+        return Outcome(models, None)
+
+    @contextmanager
+    def _entered(self, resume: bool) -> Iterator[None]:
+        path = self.run / "recipe.json"
+        if resume and not path.exists():
+            raise UserError(
+                "there is nothing to resume", where=self.run, expected="recipe.json of an earlier run",
+                next="the same without --resume",
+            )  # fmt: skip
+        if not resume and path.exists():
+            raise UserError(
+                "the folder holds a run already", where=self.run, expected="a new folder", next="add --resume, or choose --out"
+            )
+        with sole_writer(self.run):
+            fields = self.recipe.model_dump(mode="json")
+            if resume:
+                old = json.loads(path.read_text())["recipe"]
+                for name, value in fields.items():
+                    if name not in FREE_ON_RESUME and old.get(name) != value:
+                        raise UserError(
+                            "the recipe has changed since this run began", where=name, value=value, expected=old.get(name)
+                        )
+            record = {"recipe": fields, "command": self.command, "hardware": hardware(), "versions": versions()}
+            write_json(path, record | {"commit": commit(), "date": now()})
+            yield
+
+    def _tokenizer(self) -> Any:
+        start = self.recipe.model
+        if start.tokenizer == "bytes":
+            found = byte_tokenizer()
+        else:
+            folder = Path(start.tokenizer or start.folder or "")
+            found = load_tokenizer(folder)
+            if found is None:
+                raise UserError("the folder has no tokenizer", where=folder, expected="tokenizer.json")
+        if not (self.run / "tokenizer").exists():
+            found.save_pretrained(self.run / "tokenizer")
+        return found
+
+    def _build_corpora(self) -> None:
+        for name, corpus in self.recipe.corpora.items():
+            out = self.recipe.corpus_path(name, self.run)
+            if corpus.build and not out.exists():  # one that is finished stands for itself, whatever became of its sources
+                out.parent.mkdir(exist_ok=True)
+                sources = tuple(parse_source(word, licences={}, languages={}) for word in corpus.build)
+                build(BuildConfig(sources, filters=corpus.filters), out, self.tokenizer, say=self.say)
+
+    def _batches(self, stage: StageConfig, config: ModelConfig) -> MixtureBatches:
+        placed = tuple(
+            s.model_copy(update={"corpus": str(self.recipe.corpus_path(s.corpus, self.run))})
+            if s.corpus in self.recipe.corpora
+            else s
+            for s in stage.mixture.sources
+        )
+        return MixtureBatches(
+            stage.mixture.model_copy(update={"sources": placed}),
+            rows=stage.batch_size,
+            seed=stage.seed,
+            steps=stage.total_steps,
+            ramp=stage.stairs,
+            vocab_size=config.vocab_size,
+            tokenizer=self.tokenizer,
+        )
+
+    def _is_done(self, folder: Path, out: Path, stage: StageConfig) -> bool:
+        """Whether the stage's checkpoint folder stands for all of its steps: a longer stage goes on."""
+        if not out.exists():
+            return False
+        trained = json.loads((out / "openling.json").read_text())
+        return bool(trained.get("steps") == stage.total_steps or stage.max_seconds is not None)
+
+    def _model(self, config: ModelConfig, model: Ling | None, before: list[Path]) -> Ling:
+        """The model in FP32 as the stage before left it, with this stage's configuration."""
+        start = self.recipe.model
+        if model is None and start.folder is not None:
+            model = load(start.folder, dtype=torch.float32, device=self.device).model
+        elif model is None:
+            with torch.device(self.device):
+                model = Ling(config)
+            model.init_weights(torch.Generator(self.device).manual_seed(self.recipe.seed))
+        if model.config != config:
+            with torch.device("meta"):
+                changed = Ling(config)
+            changed.load_state_dict(model.state_dict(), assign=True)
+            if config.tie_word_embeddings:
+                changed.lm_head.weight = changed.model.word_embeddings.weight
+            model = changed
+        for checkpoint in before:
+            load_start(checkpoint, model)
+        return model
+
+    def _train(self, model: Ling, stage: StageConfig, batches: MixtureBatches, folder: Path, start: Path | None) -> TrainResult:
+        total, resume = stage.total_steps, (folder / "train.json").exists()
+        tokens = sum(stage.rows(s) for s in range(total)) if stage.ramp and total < 10**6 else total * stage.batch_size
+        self.say(
+            f"stage {stage.name}: {total:,} steps, {tokens * stage.sequence_length:,} tokens, rows of {stage.sequence_length}"
+        )
+        folder.parent.mkdir(exist_ok=True)
+        folder.mkdir(exist_ok=True)
+        write_json(folder / "config.json", ling_config(model.config, torch.float32))
+        trackers = open_trackers(self.recipe.trackers, folder, f"{self.recipe.name}-{stage.name}", stage.model_dump(mode="json"))
+        return train(
+            model,
+            stage.run(),
+            batches,
+            parameters=stage.trainable,
+            run=folder,
+            resume=resume,
+            progress=self.progress,
+            start=start,
+            trackers=trackers,
+        )
+
+    def _write(self, model: Ling, stage: StageConfig, folder: Path, out: Path) -> None:
+        """The stage's checkpoint folder; a shorter one of the same stage gives way."""
+        shutil.rmtree(out, ignore_errors=True)
+        out.parent.mkdir(exist_ok=True)
+        dtype = getattr(torch, self.recipe.model.dtype)
+        state = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        about = {"recipe": self.recipe.name, "stage": stage.name, "steps": state["step"], "tokens": state["tokens"]}
+        about |= {"loss": state["loss"], "command": self.command or None}
+        companions = self.run / "tokenizer"
+        source = self.recipe.model.folder
+        title = f"{self.recipe.name}-{stage.name}"
+        if stage.merge is not None:
+            about |= merge_into(model, chosen_checkpoints(folder, last=stage.merge.last), stage.merge.weights)
+        save(model.eval(), out, dtype=dtype, source=source, provenance=about, name=title, companions=companions)
+        self.say(f"  wrote {out}")

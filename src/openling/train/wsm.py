@@ -1,0 +1,50 @@
+"""Merging the checkpoints of a training run: their unrounded weights, before anything is cast to what a folder stores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import nn
+
+from openling.errors import UserError
+from openling.train.checkpoint import checkpoints, damage
+from openling.weights.merge import coefficients, weighted_sum
+
+
+def chosen_checkpoints(run: Path, *, last: int | None = None, steps: Sequence[int] = ()) -> dict[int, Path]:
+    """Some checkpoints of a run by step: the last few, those of these steps, or all. Absent and damaged ones are `UserError`s."""
+    found = checkpoints(run)
+    wanted = list(steps) or list(found)[-(last or len(found)) :]
+    listed = ", ".join(map(str, found)) or "none"
+    if missing := [s for s in wanted if s not in found]:
+        raise UserError("the run has no checkpoint of this step", where=run, value=missing[0], expected=listed)
+    if last is not None and len(wanted) < last:
+        raise UserError(
+            "the run has fewer checkpoints than are to be merged", where=run, value=f"{len(found)}: {listed}", expected=last,
+            next="checkpoint_steps and keep_every say which ones stay",
+        )  # fmt: skip
+    if not wanted:
+        raise UserError("the run has no checkpoint", where=run)
+    for step in wanted:
+        if wrong := damage(found[step]):
+            raise UserError("a checkpoint is damaged", where=found[step], value=wrong, next="name other steps")
+    return {step: found[step] for step in sorted(wanted)}
+
+
+@torch.no_grad()
+def merge_into(model: nn.Module, sources: dict[int, Path], weighting: str) -> dict[str, Any]:
+    """Put the weighted mean of these checkpoints into the model, one tensor at a time; returns what to write down about it."""
+    weights = coefficients(weighting, len(sources))
+    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path / "model.safetensors", "pt")) for path in sources.values()]
+        for name in files[-1].keys():  # noqa: SIM118, it is no dict
+            if name not in mine:
+                raise UserError("the checkpoint is of another model", where=name)
+            mine[name].copy_(weighted_sum([f.get_tensor(name) for f in files], weights, name))
+    return {"merged": [{"step": step, "weight": c} for step, c in zip(sources, weights, strict=True)], "weighting": weighting}

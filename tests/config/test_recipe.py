@@ -1,0 +1,111 @@
+"""Recipes: every mistake is told with its place and the nearest valid name; those that come with openling are whole."""
+
+from pathlib import Path
+
+import pytest
+
+from openling.cli import main
+from openling.commands.train import changes, find_recipe
+from openling.config.recipe import read_recipe
+from openling.errors import UserError
+
+RECIPES = Path(__file__).parents[2] / "recipes"
+SMALL = """
+name = "small"
+[model]
+preset = "tiny"
+tokenizer = "bytes"
+[corpora.texts]
+build = ["kjv"]
+[[sources]]
+corpus = "texts"
+[train]
+batch_size = 4
+lr = 1e-3
+[[stages]]
+name = "one"
+steps = 5
+mixture = { length = 64 }
+[[stages]]
+name = "two"
+tokens = 1e4
+lr = 2e-4
+mixture = { length = 32, long = { length = 128, share = 0.2 } }
+"""
+
+
+def small(folder, text=SMALL, **settings):
+    path = folder / "small.toml"
+    path.write_text(text)
+    return read_recipe(path, [(name.replace("__", "."), value) for name, value in settings.items()])
+
+
+def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
+    recipe = small(tmp_path)
+    one, two = recipe.stages
+    assert (one.lr, two.lr, one.batch_size, one.sequence_length, two.sequence_length) == (1e-3, 2e-4, 4, 64, 128)
+    assert (one.total_steps, two.total_steps) == (5, 20)
+    assert one.mixture.sources == two.mixture.sources
+    changed = small(
+        tmp_path, train__lr="3e-4", stages__one__tokens="512", stages__two__mixture__length="64", model__dtype="float32"
+    )
+    assert [s.lr for s in changed.stages] == [3e-4, 2e-4]
+    assert changed.stages[0].total_steps == 2 and changed.stages[0].steps is None
+    assert changed.stages[1].mixture.length == 64 and changed.model.dtype == "float32"
+    assert changes(["a.b=1"], ["--c.d", "2", "--e.f=3"]) == [("a.b", "1"), ("c.d", "2"), ("e.f", "3")]
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "told"),
+    [
+        ("lr = 1e-3", "lrr = 1e-3", ["train.lrr", "nearest:  train.lr"]),
+        ("steps = 5", "stepz = 5", ["stages.one.stepz", "nearest:  stages.one.steps"]),
+        ("[model]", "[modell]", ["modell", "nearest:  model"]),
+        ('preset = "tiny"', 'presett = "tiny"', ["model.presett", "nearest:  model.preset"]),
+        ('preset = "tiny"', 'preset = "tinny"', ["did you mean 'tiny'"]),
+        ("mixture = { length = 64 }", "mixture = { lenght = 64 }", ["lenght", "nearest:  length"]),
+        ('[[sources]]\ncorpus = "texts"', '[[sources]]\ncorpus = "text"', ["no such corpus", "nearest:  texts"]),
+        ('name = "two"', 'name = "one"', ["two stages are named one"]),
+        ("steps = 5", "steps = 5\ntokens = 7", ["exactly one of steps and tokens"]),
+        ("steps = 5", "steps = 5\nsequence_length = 32", ["64, or leave it out"]),
+        ("batch_size = 4", "batch_size = ", ["not TOML"]),
+        ("batch_size = 4", "batch_size = 0", ["stages.one.batch_size", "greater than 0"]),
+    ],
+)
+def test_mistakes_are_told(tmp_path, old, new, told):
+    assert old in SMALL
+    with pytest.raises(UserError) as error:
+        small(tmp_path, SMALL.replace(old, new, 1))
+    for words in told:
+        assert words in str(error.value)
+
+
+def test_mistakes_on_the_command_line(tmp_path, capsys):
+    with pytest.raises(UserError, match="nearest: +one"):
+        small(tmp_path, stages__onee__lr="1")
+    with pytest.raises(UserError, match="no such recipe[\\s\\S]*nearest: +nano"):
+        find_recipe("nanoo")
+    assert main(["train", "nano", "--set", "train.betaz=3"]) == 2
+    assert "nearest:  train.betas" in capsys.readouterr().err
+    assert main(["train", "nano", "--resum"]) == 2
+    assert "nearest:  --resume" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["nano", "mini", "flash", "1t"])
+def test_recipes_are_whole(name, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    recipe = read_recipe(RECIPES / f"{name}.toml")
+    assert recipe.name == name
+    first, *mid = recipe.stages
+    assert [s.bias_rate / first.bias_rate for s in mid] == pytest.approx([0.1] * 3)
+    assert {s.mtp for s in recipe.stages} == {0.1} and {s.schedule for s in recipe.stages} == {"constant"}
+    assert mid[0].mixture.long.share == 0.2 and mid[0].mixture.long.of == "sequences"
+    if name != "nano":
+        assert [s.tokens for s in recipe.stages] == [8 * 10**12, 250 * 10**9, 425 * 10**9, 525 * 10**9]
+        assert [s.sequence_length for s in recipe.stages] == [4096, 32768, 32768, 262144]
+        steps = {s.batch_size * s.sequence_length for s in recipe.stages}
+        assert max(steps) / min(steps) < 1.02  # one batch in tokens, as near as whole rows allow
+    assert main(["train", name, "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "FLOPs in all" in out and ("not there yet" in out) == (name != "nano")
+    assert not list(tmp_path.iterdir())

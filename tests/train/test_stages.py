@@ -1,0 +1,147 @@
+"""A recipe from text to checkpoint folders: stages follow one another, a kill anywhere changes nothing, merges are the means."""
+
+import json
+import multiprocessing
+import os
+import random
+import time
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from openling.config.recipe import read_recipe
+from openling.errors import UserError
+from openling.train.stages import Pipeline
+from openling.weights.folder import load
+from openling.weights.merge import coefficients
+
+# How often the run is killed: `OPENLING_KILLS=20 pytest tests/train/test_stages.py` for the long form.
+KILLS = int(os.environ.get("OPENLING_KILLS", "3"))
+RECIPE = """
+name = "small"
+[model]
+preset = "tiny"
+overrides = {{ num_hidden_layers = 4, hidden_size = 32, intermediate_size = 48, q_lora_rank = 16, initializer_range = 0.05 }}
+tokenizer = "bytes"
+dtype = "float32"
+[corpora.texts]
+build = ["story={folder}/story.txt"]
+[[sources]]
+corpus = "texts"
+repeat = 1000
+[train]
+batch_size = 2
+lr = 2e-3
+mtp = 0.1
+bias_rate = 1e-3
+precision = "fp32"
+keep_last = 3
+checkpoint_steps = 2
+[[stages]]
+name = "short"
+steps = {steps}
+warmup_steps = 2
+mixture = {{ length = 32 }}
+[[stages]]
+name = "long"
+steps = {steps}
+batch_size = 1
+mixture = {{ length = 64 }}
+rope_theta = 20000.0
+yarn = {{ factor = 2.0, original = 32 }}
+max_position_embeddings = 64
+merge = {{ last = 3, weights = "1-sqrt" }}
+"""
+
+
+def recipe(folder, steps=6):
+    rng = np.random.default_rng(0)
+    words = ["lamp", "river", "stone", "under", "walks", "the", "a", "and"]
+    if not (folder / "story.txt").exists():
+        (folder / "story.txt").write_text(" ".join(rng.choice(words, 400)))
+    path = folder / "small.toml"
+    path.write_text(RECIPE.format(folder=folder, steps=steps))
+    return read_recipe(path)
+
+
+def go(folder, run, *, resume=False, steps=6):
+    pipeline = Pipeline(recipe(folder, steps), run, device=torch.device("cpu"), progress=False)
+    return pipeline.go(resume=resume)
+
+
+def rows(run, stage):
+    lines = (run / "stages" / stage / "metrics.jsonl").read_text().splitlines()
+    return [{k: r[k] for k in ("step", "tokens", "loss", "mtp", "grad_norm", "lr")} for r in map(json.loads, lines)]
+
+
+def test_stages_follow_one_another_and_merge(tmp_path):
+    run = tmp_path / "run"
+    outcome = go(tmp_path, run)
+    assert [p.name for p in outcome.models] == ["short", "long"] and outcome.stopped is None
+    short, long = (load(p) for p in outcome.models)
+    assert short.config.rope_theta == 6e6 and short.config.rope_scaling is None
+    assert long.config.rope_theta == 20000.0 and long.config.max_position_embeddings == 64
+    assert long.config.rope_scaling == {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 32}
+    assert long.tokenizer is not None
+    # The first stage's folder holds its last weights; the second began with them and their moments.
+    last = load_file(run / "stages" / "short" / "checkpoints" / "step_6" / "model.safetensors")
+    for name, tensor in last.items():
+        assert torch.equal(dict(short.model.state_dict())[name], tensor), name
+    moments = load_file(run / "stages" / "long" / "checkpoints" / "step_6" / "optimizer.safetensors")
+    assert float(moments["step/lm_head.weight"]) == 12
+    # The second stage's folder is the weighted mean of its last three checkpoints.
+    parts = [load_file(run / "stages" / "long" / "checkpoints" / f"step_{s}" / "model.safetensors") for s in (2, 4, 6)]
+    weights = coefficients("1-sqrt", 3)
+    state = long.model.state_dict()
+    for name in parts[0]:
+        mean = sum(c * p[name].double() for c, p in zip(weights, parts, strict=True))
+        torch.testing.assert_close(state[name], mean.float(), atol=0, rtol=2**-23)
+    assert any("expert_bias" in name and float(state[name].abs().max()) > 0 for name in parts[0])
+    told = json.loads((run / "models" / "long" / "openling.json").read_text())
+    assert [m["step"] for m in told["merged"]] == [2, 4, 6] and told["tokens"] == 6 * 64
+    with pytest.raises(UserError, match="holds a run already"):
+        go(tmp_path, run)
+    # Finished stages are left alone; a longer last stage goes on.
+    before = (run / "models" / "short" / "model.safetensors").stat().st_mtime_ns
+    assert go(tmp_path, run, resume=True).stopped is None
+    assert (run / "models" / "short" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_nothing_to_resume_and_changed_recipes_are_told(tmp_path):
+    with pytest.raises(UserError, match="nothing to resume[\\s\\S]*without --resume"):
+        go(tmp_path, tmp_path / "run", resume=True)
+    assert not (tmp_path / "run").exists()
+
+
+def _child(folder, run, resume):
+    torch.set_num_threads(1)
+    go(folder, run, resume=resume, steps=12)
+
+
+def test_a_run_killed_at_random_ends_with_the_same_weights(tmp_path):
+    run, rng = tmp_path / "killed", random.Random(1)
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["openling.train.stages", "torch._dynamo"])
+    seconds, kills = 1.0, 0
+    while kills < KILLS:
+        child = processes.Process(target=_child, args=(tmp_path, run, (run / "recipe.json").exists()))
+        began = time.monotonic()
+        child.start()
+        child.join(rng.uniform(0.2, seconds))
+        if child.exitcode is None:
+            child.kill()
+            child.join()
+            kills += 1
+        elif child.exitcode == 0:  # faster than thought: this run is over, another begins
+            seconds = (time.monotonic() - began) * 0.8
+            run = tmp_path / f"killed-{kills}"
+        else:
+            raise AssertionError(f"the child failed with {child.exitcode}")
+    go(tmp_path, run, resume=(run / "recipe.json").exists(), steps=12)
+    go(tmp_path, tmp_path / "straight", steps=12)
+    for stage in ("short", "long"):
+        assert rows(run, stage) == rows(tmp_path / "straight", stage)
+        one, two = (load_file(r / "models" / stage / "model.safetensors") for r in (run, tmp_path / "straight"))
+        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
