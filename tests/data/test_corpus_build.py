@@ -241,6 +241,33 @@ def test_a_lost_shard_is_built_again(tmp_path, monkeypatch):
     assert not any(problems for _, problems in Dataset(tmp_path / "corpus").verify())
 
 
+def test_the_same_command_mends_damaged_shards(tmp_path):
+    how = {"config_unit_bytes": 2000, "config_dedup": "exact"} | MANY
+    folder = built(tmp_path, **how)
+    before = contents(folder)
+    names = sorted(before)[:3]
+    (folder / names[0]).unlink()
+    (folder / names[1]).write_bytes(before[names[1]][:-9])
+    (folder / names[2]).write_bytes(before[names[2]][:-1] + b"!")
+    config = BuildConfig(
+        tuple(Source(n, str(tmp_path / f"{n}.jsonl"), "MIT", "en") for n in MANY), dedup="exact", unit_bytes=2000
+    )
+    said = []
+    build(config, folder, TOKENIZER, say=said.append)
+    assert contents(folder) == before and len(said) == 4
+    assert sorted(p.name for p in (tmp_path / "corpus.run").iterdir()) == ["done", "plan.json", "scan"]
+
+
+def dies():
+    return lambda records: os._exit(9)
+
+
+def test_a_worker_that_dies_is_said(tmp_path):
+    with pytest.raises(Failure, match="worker process died"):
+        built(tmp_path, workers=2, config_filters=(f"{__name__}.dies",), a=["one"], b=["two"])
+    assert not (tmp_path / "corpus").exists()
+
+
 def test_sources_that_change_are_noticed(tmp_path, monkeypatch):
     monkeypatch.setattr(build_module, "_finish", lambda *a: {})
     built(tmp_path, a=["one"])

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = EXAMPLES
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     what = parser.add_subparsers(dest="what", metavar="WHAT", required=True)
-    build = what.add_parser("build", help="sources to tokenised shards; the same command continues a build", allow_abbrev=False)
+    build = what.add_parser("build", help="sources to tokenised shards; the same command continues or mends", allow_abbrev=False)
     build.add_argument(
         "sources", nargs="+", metavar="[NAME=]SOURCE", help="JSONL, Parquet, text, code, a folder of them, a built-in text"
     )
@@ -79,10 +79,9 @@ def _build(args: argparse.Namespace) -> int:
 
     if args.workers is not None and args.workers < 1:
         raise UserError("a build needs a process", where="--workers", value=args.workers, expected="1 or more")
-    words = [str(Path(w).expanduser()) if "=" not in w else w for w in args.sources]
-    names = [parse_source(w, licences={}, languages={}).name for w in words]
+    names = [parse_source(w, licences={}, languages={}).name for w in args.sources]
     licences, languages = _named(args.licence, names), _named(args.language, names)
-    sources = tuple(parse_source(w, licences=licences, languages=languages) for w in words)
+    sources = tuple(parse_source(w, licences=licences, languages=languages) for w in args.sources)
     tokenizer = load_tokenizer(args.tokenizer)
     if tokenizer is None:
         raise UserError("the folder has no tokenizer", where=args.tokenizer, expected="tokenizer.json")

@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from openling.data.dataset import Dataset
 from openling.data.dedup import copies, load_arrays, parse_dedup, save_arrays, signatures
 from openling.data.defects import FILTERS
 from openling.data.order import shuffled, stable_key
@@ -77,7 +78,7 @@ def build(
     run = out.with_name(out.name + ".run")
     plan = _plan(config, info)
     if out.exists():
-        return _finished_before(out, run, plan, say)
+        return _mend(out, run, plan, tokenizer_json, say)
     _enter(run, plan, tokenizer_json)
     jobs = Jobs(run, _workers(workers, plan), say)
     names = [unit["name"] for unit in plan["units"]]
@@ -138,20 +139,51 @@ def _enter(run: Path, plan: dict[str, Any], tokenizer_json: str) -> None:
     run.mkdir(parents=True, exist_ok=True)
     if (run / "plan.json").exists():
         return _compare(run, plan, "the folder holds another build that is not finished")
-    for name in ("out", "scan"):
-        (run / name).mkdir(exist_ok=True)
-    with new_file(run / "tokenizer.json") as handle:
-        write_all(handle, memoryview(tokenizer_json.encode()))
+    _lay_out(run, tokenizer_json)
     write_json(run / "plan.json", plan)
     return None
 
 
-def _finished_before(out: Path, run: Path, plan: dict[str, Any], say: Callable[[str], None]) -> dict[str, Any]:
+def _lay_out(run: Path, tokenizer_json: str) -> None:
+    """The folders that work happens in, and the tokenizer for worker processes."""
+    for name in ("out", "scan"):
+        (run / name).mkdir(exist_ok=True)
+    with new_file(run / "tokenizer.json") as handle:
+        write_all(handle, memoryview(tokenizer_json.encode()))
+
+
+def _tidy(run: Path) -> None:
+    """Leave what a damaged shard could be built again from: plan, results, which documents were copies."""
+    for path in (run / "scan").glob("*.npz"):
+        if not path.name.endswith(".gone.npz"):
+            path.unlink()
+    for name in ("claims", "out"):
+        shutil.rmtree(run / name, ignore_errors=True)
+    (run / "tokenizer.json").unlink(missing_ok=True)
+
+
+def _mend(out: Path, run: Path, plan: dict[str, Any], tokenizer_json: str, say: Callable[[str], None]) -> dict[str, Any]:
+    """Read every byte of a finished corpus and build damaged shards again; their bytes must come out as they were."""
     index = read_index(out)
     if not (run / "plan.json").exists():
         raise UserError("there is a corpus already", where=out, expected="a new folder")
     _compare(run, plan, "there is another corpus already")
-    say(f"{out} is finished: nothing to do")
+    say(f"{out} is finished: checking every byte")
+    damaged = {name for name, problems in Dataset(out, check=False).verify() if problems}
+    units = Units(run)
+    for line in index["shards"]:
+        if line["file"] not in damaged:
+            continue
+        say(f"{line['file']} is damaged: building it again")
+        _lay_out(run, tokenizer_json)
+        unit = line["file"].removesuffix(".safetensors")
+        (units.done / f"tokenise-{unit}.json").unlink(missing_ok=True)
+        work(run, "tokenise", unit)
+        again = (units.result(f"tokenise-{unit}") or {}).get("shard") or {}
+        if again.get("sha256") != line["sha256"]:
+            raise Failure("the shard comes out differently now", where=line["file"], next="build into a new folder")
+        (run / "out" / line["file"]).replace(out / line["file"])
+    _tidy(run)
     return index
 
 
@@ -365,7 +397,9 @@ class Jobs:
                     value=f"{self.workers} workers",
                     next="the same command continues; --workers N with a smaller N needs less memory",
                 ) from error
-            except BaseException:
+            except BaseException:  # a unit that is cut off is simply not done
+                for process in list(pool._processes.values()):
+                    process.kill()
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
 
@@ -400,9 +434,7 @@ def _finish(out: Path, run: Path, plan: dict[str, Any], say: Callable[[str], Non
                 write_index(run / "out", index)
                 (run / "out").rename(out)
         time.sleep(0 if mine else 0.2)
-    for name in ("claims", "scan", "tokenizer.json"):
-        path = run / name
-        shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    _tidy(run)
     return read_index(out)
 
 

@@ -97,6 +97,7 @@ def parse_source(word: str, *, licences: dict[str, str], languages: dict[str, st
     name, equals, path = word.partition("=")
     if not equals or "/" in name:
         name, path = "", word
+    path = str(Path(path).expanduser())
     if path in BUILT_IN:
         corpus = find_corpus(path)
         name = name or path
