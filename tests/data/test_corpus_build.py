@@ -258,13 +258,9 @@ def test_the_same_command_mends_damaged_shards(tmp_path):
     assert sorted(p.name for p in (tmp_path / "corpus.run").iterdir()) == ["done", "plan.json", "scan"]
 
 
-def dies():
-    return lambda records: os._exit(9)
-
-
 def test_a_worker_that_dies_is_said(tmp_path):
     with pytest.raises(Failure, match="worker process died"):
-        built(tmp_path, workers=2, config_filters=(f"{__name__}.dies",), a=["one"], b=["two"])
+        built(tmp_path, workers=2, config_filters=("dying_step.dies",), a=["one"], b=["two"])
     assert not (tmp_path / "corpus").exists()
 
 
