@@ -3,10 +3,14 @@
 import pytest
 import tiny_engine as tiny
 import torch
+from live_server import tiny_loaded
 
+from openling.config.serve import ServeConfig
 from openling.errors import UserError
 from openling.model.paged import Sizes
 from openling.serve.control import tensor_hash, weights
+from openling.serve.engine_config import EngineConfig
+from openling.serve.start import build_service
 from openling.serve.types import Grammar
 
 
@@ -184,3 +188,8 @@ def test_refusals_name_the_numbers():
     e.add(r)
     with pytest.raises(UserError, match="of this id"):
         e.add(r)
+
+
+def test_drafts_need_a_layer_that_drafts():
+    with pytest.raises(UserError, match="no MTP layer"):
+        build_service(tiny_loaded(), EngineConfig(drafts=2, pages=8, slots=4, max_running=2), ServeConfig())

@@ -68,7 +68,9 @@ async def _serve(loaded: Loaded, sock: socket.socket, engine_config: EngineConfi
 
 
 def build_service(loaded: Loaded, engine_config: EngineConfig, config: ServeConfig) -> Service:
-    """The service around a loaded model, its engine not yet started. Raises UserError where there is no fast tokenizer."""
+    """The service around a loaded model, its engine not yet started. Raises UserError without a fast tokenizer or what drafts."""
+    if engine_config.drafts and not loaded.model.model.mtp_layers():
+        raise UserError("this model has no MTP layer to draft with", where="--drafts", value=engine_config.drafts, expected="0")
     template = getattr(loaded.tokenizer, "chat_template", None)
     source = template_source(loaded.tokenizer) if template is not None else None
     formats = choose(source, tool_parser=config.tool_parser, reasoning_parser=config.reasoning_parser)
