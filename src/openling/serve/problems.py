@@ -25,6 +25,20 @@ TYPES = {
 }
 
 
+# Parameters of other services that change the reply, and what to do instead.
+UNSUPPORTED = {
+    "functions": "send them as tools",
+    "function_call": "send tool_choice",
+    "modalities": "replies are text",
+    "audio": "replies are text",
+    "prediction": "start the server with --drafts to draft tokens",
+    "verbosity": "ask for short or long replies in a message",
+    "web_search_options": "nothing is searched; send results as messages",
+    "output_format": "send output_config",
+    "mcp_servers": "call them yourself and send their functions as tools",
+}
+
+
 class ApiError(Exception):
     """A request that is answered with an error. `param` names the field at fault, `code` is for programs."""
 
@@ -84,6 +98,8 @@ def from_validation(error: ValidationError, fields: set[str]) -> ApiError:
     first = error.errors(include_url=False, include_input=False)[0]
     param = _path(first["loc"])
     if first["type"] == "extra_forbidden":
+        if len(first["loc"]) == 1 and param in UNSUPPORTED:
+            return bad(f"'{param}' is not supported: {UNSUPPORTED[param]}", param, "unsupported_parameter")
         close = nearest(str(first["loc"][-1]), fields) if len(first["loc"]) == 1 else None
         hint = f"; did you mean '{close}'?" if close else ""
         return bad(f"unknown parameter '{param}'{hint}", param, "unknown_parameter")
