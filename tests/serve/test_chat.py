@@ -363,6 +363,15 @@ def test_what_is_wrong_is_named(scripted, body, param):
     assert answer.error["param"] == param
 
 
+@pytest.mark.parametrize("name, instead", [("functions", "tools"), ("function_call", "tool_choice"), ("modalities", "text")])
+def test_what_is_not_supported_says_what_to_do_instead(scripted, name, instead):
+    error = scripted.client.post(CHAT, {"messages": HI, name: []}).error
+    assert error["code"] == "unsupported_parameter"
+    assert f"'{name}' is not supported" in error["message"]
+    assert instead in error["message"]
+    assert "did you mean" not in error["message"]
+
+
 def test_harmless_parameters_of_hosted_services_are_ignored(scripted):
     say(scripted, "x")
     ask(scripted, user="me", store=True, metadata={"a": "b"}, service_tier="auto", safety_identifier="x", prompt_cache_key="k")
@@ -476,6 +485,12 @@ def test_errors_of_messages_have_anthropics_shape(scripted):
     assert answer.status == 400
     assert answer.json["type"] == "error"
     assert answer.error == {"type": "invalid_request_error", "message": "missing required parameter 'max_tokens'"}
+
+    image = {"type": "image", "source": {"type": "url", "url": "http://x"}}
+    answer = scripted.client.post(MESSAGES, ANTHROPIC | {"messages": [{"role": "user", "content": [image]}]})
+    assert answer.status == 400
+    assert "messages[0].content[0]" in answer.error["message"]
+    assert "'image'" in answer.error["message"]
 
     async def fails(request):
         yield piece(request, "x")

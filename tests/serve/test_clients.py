@@ -186,6 +186,22 @@ def test_messages(claude: anthropic.Anthropic) -> None:
     assert streamed.usage.output_tokens == reply.usage.output_tokens
 
 
+def test_models_in_anthropics_words(claude: anthropic.Anthropic) -> None:
+    page = claude.models.list()
+    (model,) = page.data
+    assert (model.id, model.type, model.display_name) == ("nano", "model", "nano")
+    assert model.created_at.tzinfo is not None
+    assert (page.has_more, page.first_id, page.last_id) == (False, "nano", "nano")
+
+
+def test_messages_as_a_schema_says(claude: anthropic.Anthropic) -> None:
+    schema = {"type": "object", "properties": {"days": {"enum": [1, 2, 3]}}, "required": ["days"], "additionalProperties": False}
+    config = {"format": {"type": "json_schema", "schema": schema}}
+    reply = claude.messages.create(model="nano", messages=ASK[1:], max_tokens=400, output_config=config)
+    assert reply.stop_reason == "end_turn"
+    assert json.loads(reply.content[0].text)["days"] in (1, 2, 3)
+
+
 def test_messages_with_a_tool(claude: anthropic.Anthropic) -> None:
     function = WEATHER["function"]
     tool = {"name": "weather", "description": function["description"], "input_schema": function["parameters"]}

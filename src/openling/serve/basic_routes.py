@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 from starlette.requests import Request as HttpRequest
@@ -15,11 +16,15 @@ from openling.serve.service import Service, json_response
 
 
 def _model_card(service: Service) -> dict[str, Any]:
+    """What OpenAI's clients read, then what Anthropic's read, then ours."""
     return {
         "id": service.model_id,
         "object": "model",
         "created": service.created,
         "owned_by": "openling",
+        "type": "model",
+        "display_name": service.model_id,
+        "created_at": datetime.fromtimestamp(service.created, UTC).isoformat(),
         "max_model_len": service.max_model_len,
         "weight_version": service.weight_version,
     }
@@ -27,7 +32,8 @@ def _model_card(service: Service) -> dict[str, Any]:
 
 async def models(service: Service, http: HttpRequest) -> Response:
     """GET /v1/models: the one model, its context and the version of its weights."""
-    return json_response({"object": "list", "data": [_model_card(service)]})
+    page = {"has_more": False, "first_id": service.model_id, "last_id": service.model_id}
+    return json_response({"object": "list", "data": [_model_card(service)]} | page)
 
 
 async def model(service: Service, http: HttpRequest) -> Response:

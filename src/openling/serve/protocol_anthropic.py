@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from openling.serve.protocol import Body
 
@@ -56,13 +56,21 @@ class ToolResultBlock(_Part):
 
 
 Block = Annotated[TextBlock | ThinkingBlock | HiddenThinkingBlock | ToolUseBlock | ToolResultBlock, Field(discriminator="type")]
+# Text becomes a block first: of a union with `str`, errors would speak of the branch that was not meant.
+Blocks = Annotated[
+    list[Block],
+    BeforeValidator(
+        lambda value: [{"type": "text", "text": value}] if isinstance(value, str) else value,
+        json_schema_input_type=str | list[Block],
+    ),
+]
 
 
 class AnthropicMessage(_Part):
     """One message: text or blocks."""
 
     role: Literal["user", "assistant"]
-    content: str | list[Block]
+    content: Blocks
 
 
 class AnthropicTool(_Part):
@@ -96,6 +104,19 @@ class Thinking(Body):
     display: str | None = None
 
 
+class OutputFormat(Body):
+    """A JSON schema that the reply must satisfy."""
+
+    type: Literal["json_schema"]
+    schema_: dict[str, Any] = Field(alias="schema")
+
+
+class OutputConfig(Body):
+    """What the reply's text must be."""
+
+    format: OutputFormat | None = None
+
+
 class CountRequest(Body):
     """The body of /v1/messages/count_tokens."""
 
@@ -105,6 +126,7 @@ class CountRequest(Body):
     tools: list[AnthropicTool] | None = None
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
+    output_config: OutputConfig | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -143,6 +165,8 @@ def as_chat(body: CountRequest) -> dict[str, Any]:
             chat["parallel_tool_calls"] = not choice.disable_parallel_tool_use
     if body.thinking is not None and body.thinking.type != "adaptive":
         chat["chat_template_kwargs"] = {"enable_thinking": body.thinking.type == "enabled"}
+    if body.output_config is not None and body.output_config.format is not None:
+        chat["response_format"] = {"type": "json_schema", "json_schema": {"schema": body.output_config.format.schema_}}
     if isinstance(body, MessagesRequest):
         chat["max_tokens"] = body.max_tokens
         same = {"stop": body.stop_sequences, "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k}
@@ -163,8 +187,6 @@ def _tool(tool: AnthropicTool) -> dict[str, Any]:
 
 def _messages(message: AnthropicMessage) -> list[dict[str, Any]]:
     """One message in OpenAI's terms; a user's tool results become messages of their own, before the user's words."""
-    if isinstance(message.content, str):
-        return [{"role": message.role, "content": message.content}]
     found: list[dict[str, Any]] = []
     text: list[str] = []
     thinking: list[str] = []
