@@ -72,6 +72,17 @@ def test_arguments_as_a_string_render_the_same(case):
     assert found == case["rendered"]
 
 
+@pytest.mark.parametrize("renderer", [LING, RING, CHAT], ids=["ling", "ring", "chat"])
+@pytest.mark.parametrize("content", ["The answer is", "a </think> b", " x \n", "\u2042 end \u2042 <|im_end|>"])
+def test_a_last_message_is_open_at_its_end(renderer, content):
+    found = renderer.render_open([USER, {"role": "assistant", "content": content}])
+    closed = renderer.render([USER, {"role": "assistant", "content": content}], add_generation_prompt=False)
+    assert found.endswith(content.rpartition("</think>")[2])
+    assert closed.startswith(found.rstrip())
+    with pytest.raises(UserError, match="leaves the last message out"):
+        ChatRenderer(tokenizer_with("{{ messages[0].content }}")).render_open([USER, REPLY])
+
+
 def test_ling_keeps_a_mode_that_the_system_message_names():
     system = {"role": "system", "content": "Be brief. detailed thinking on"}
     assert LING.render([system, USER]).startswith("<role>SYSTEM</role>Be brief. detailed thinking on<|role_end|>")

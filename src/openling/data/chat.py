@@ -10,11 +10,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from openling.data.messages import MARKS, checked_kwargs, normalise
+from openling.data.messages import MARKS, checked_kwargs, normalise, text_of
 from openling.data.template import IsolatedTemplate, LocalTemplate, Rendered, Template
 from openling.errors import Failure, UserError
 
 Messages = Sequence[Mapping[str, Any]]
+
+
+_PROBE = "\u2042 end \u2042"  # stands where a message's text ends, to find the place in what a template makes of it
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,18 @@ class ChatRenderer:
         tools: function tools in OpenAI's form; kwargs: settings of the template that `messages.TEMPLATE_KWARGS` lists.
         """
         return self._rendered(messages, tools, kwargs, add_generation_prompt).text
+
+    def render_open(self, messages: Messages, *, tools: Messages | None = None, kwargs: Mapping[str, Any] | None = None) -> str:
+        """The text of a conversation up to the end of the last message's own text, for the model to write on there.
+
+        Raises UserError where the template does not show that text.
+        """
+        last = messages[-1]
+        probed = {**last, "content": text_of(last.get("content"), f"messages[{len(messages) - 1}]") + _PROBE}
+        text, found, _ = self._rendered([*messages[:-1], probed], tools, kwargs, False).text.rpartition(_PROBE)
+        if not found:
+            raise UserError("the chat template leaves the last message out, so that it cannot be continued")
+        return text
 
     def encode(
         self,
@@ -134,10 +149,9 @@ class ChatRenderer:
         last = messages[-1]
         if last.get("role") != "assistant":
             return ""
-        probe = "\u2042 end \u2042"
-        with_probe = {**last, "content": probe, "tool_calls": None}
+        with_probe = {**last, "content": _PROBE, "tool_calls": None}
         rendered = self._rendered([*messages[:-1], with_probe], tools, kwargs, False).text
-        closing = rendered.rpartition(probe)[2]
+        closing = rendered.rpartition(_PROBE)[2]
         if not text.endswith(closing):
             raise Failure("the template closes a turn in several ways", next="encode the conversation anew")
         return closing

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 from starlette.requests import Request as HttpRequest
 from starlette.types import ASGIApp
 
-from openling.serve.chat import PreparedChat, prepare, render
+from openling.serve.chat import prepare, render
 from openling.serve.chat_replies import ChatChoice
 from openling.serve.parsers import Delta
 from openling.serve.problems import from_validation
@@ -33,7 +33,7 @@ async def messages(service: Service, http: HttpRequest) -> ASGIApp:
     choice = prepared.choices(service)[0]
     if body.stream:
         return EventStream(
-            _events(call, choice, prepared),
+            _events(call, choice),
             close=call.aclose,
             timeouts=service.config.timeouts,
             request_id=call.request_id,
@@ -119,20 +119,21 @@ def _usage(output: Output) -> dict[str, int]:
     }
 
 
-async def _events(call: Call, choice: ChatChoice, prepared: PreparedChat) -> AsyncGenerator[bytes, None]:
+async def _events(call: Call, choice: ChatChoice) -> AsyncGenerator[bytes, None]:
     """message_start, blocks, message_delta, message_stop."""
     assert call.replies is not None
-    usage = {"input_tokens": len(prepared.prompt_ids), "output_tokens": 0}
-    yield event({"type": "message_start", "message": _message(call) | {"usage": usage}}, "message_start")
-    yield event({"type": "ping"}, "ping")
     blocks = _OpenBlock()
-    last = Output("")
+    last: Output | None = None
     async for _, output in call.replies:
+        if last is None:  # not before: only the first output tells which of the prompt's tokens were cached
+            yield event({"type": "message_start", "message": _message(call) | {"usage": _usage(output)}}, "message_start")
+            yield event({"type": "ping"}, "ping")
         call.note(output)
         last = output
         for delta in choice.feed(output):
             for chunk in blocks.feed(delta):
                 yield chunk
+    assert last is not None
     for chunk in blocks.close():
         yield chunk
     yield event({"type": "message_delta", "delta": _ending(choice), "usage": _usage(last)}, "message_delta")

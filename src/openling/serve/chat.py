@@ -124,7 +124,8 @@ async def render(service: Service, body: ChatRequest) -> Prompt:
         service.check_size(message.get("content") or "", "messages")
     kwargs = template_kwargs(body)
     try:
-        text = await service.in_worker(lambda: service.text.render(messages, tools or None, kwargs))
+        continued = bool(body.continue_final_message)
+        text = await service.in_worker(lambda: service.text.render(messages, tools or None, kwargs, continued=continued))
         service.check_size(text, "messages")
         return Prompt(text, await service.in_worker(lambda: service.text.encode(text, special=False)))
     except UserError as error:

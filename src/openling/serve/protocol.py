@@ -227,6 +227,8 @@ class ChatRequest(SamplingFields):
     top_logprobs: int | None = Field(None, ge=0)
     reasoning_effort: Literal["none", "high", "xhigh"] | None = None
     chat_template_kwargs: dict[str, str | int | float | bool] | None = None
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = Field(None, description="the opposite of continue_final_message; may be left out")
     include_reasoning: bool | None = None
 
     @model_validator(mode="after")
@@ -243,7 +245,18 @@ class ChatRequest(SamplingFields):
                 raise ValueError(f"tool_choice names a function that is not among tools: {', '.join(names)}")
         if self.tool_choice not in (None, "none", "auto") and self.response_format and self.response_format.type != "text":
             raise ValueError("response_format and a forced tool_choice exclude each other")
+        if self.add_generation_prompt is not None and self.add_generation_prompt == bool(self.continue_final_message):
+            raise ValueError("add_generation_prompt: false goes with continue_final_message: true, and only with it")
+        if self.continue_final_message:
+            self._check_continued()
         return self
+
+    def _check_continued(self) -> None:
+        last = self.messages[-1] if self.messages else None
+        if last is None or last.role != "assistant" or last.tool_calls:
+            raise ValueError("messages: only text of the assistant can be continued, as the last message")
+        if self.tool_choice not in (None, "none", "auto") or (self.response_format and self.response_format.type != "text"):
+            raise ValueError("messages: a continued message cannot be held to a schema or a tool; end with another's message")
 
 
 def _prompts(value: Any) -> Any:

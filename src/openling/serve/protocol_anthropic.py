@@ -135,6 +135,18 @@ class CountRequest(Body):
             return {key: value for key, value in data.items() if key not in IGNORED}
         return data
 
+    @model_validator(mode="after")
+    def _ends_in_text(self) -> Self:
+        """A last message of the assistant is continued: what the hosted service asks of it."""
+        last = self.messages[-1]
+        if last.role == "assistant" and last.content:
+            block = last.content[-1]
+            if isinstance(block, ToolUseBlock):
+                raise ValueError("messages: the last one uses a tool, whose tool_result must follow")
+            if isinstance(block, TextBlock) and block.text.strip() and block.text != block.text.rstrip():
+                raise ValueError("messages: the last one is continued, so that it cannot end with white space")
+        return self
+
 
 class MessagesRequest(CountRequest):
     """The body of /v1/messages."""
@@ -155,6 +167,11 @@ def as_chat(body: CountRequest) -> dict[str, Any]:
     for message in body.messages:
         messages += _messages(message)
     chat: dict[str, Any] = {"messages": messages}
+    if body.messages[-1].role == "assistant":
+        if messages[-1]["content"].strip() or "reasoning_content" in messages[-1]:
+            chat["continue_final_message"] = True
+        else:
+            messages.pop()  # nothing to continue
     if body.tools:
         chat["tools"] = [_tool(tool) for tool in body.tools]
     if body.tool_choice is not None:

@@ -37,11 +37,17 @@ class ModelText:
         """Token ids; special: with what the tokenizer puts around a text."""
         return list(self._backend.encode(text, add_special_tokens=special).ids)
 
-    def render(self, messages: Sequence[Mapping[str, Any]], tools: Any, kwargs: Mapping[str, Any]) -> str:
-        """The text of a conversation, opened for the assistant's turn. Raises UserError where it cannot be rendered."""
+    def render(
+        self, messages: Sequence[Mapping[str, Any]], tools: Any, kwargs: Mapping[str, Any], *, continued: bool = False
+    ) -> str:
+        """The text of a conversation, opened for the assistant's turn, or `continued` in its last message.
+
+        Raises UserError where it cannot be rendered.
+        """
         if self._renderer is None:
             raise UserError("this model has no chat template", expected="/v1/completions")
-        return self._renderer.render(messages, tools=tools, kwargs=kwargs)
+        render = self._renderer.render_open if continued else self._renderer.render
+        return render(messages, tools=tools, kwargs=kwargs)
 
     def warm_up(self) -> None:
         """Start the template's process, so that the first request need not wait for it."""
