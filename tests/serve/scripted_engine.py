@@ -25,7 +25,7 @@ class ScriptedEngine:
         self.script, self.engine, self.healthy = script, engine, True
         self.requests: list[Request] = []
         self.running = 0
-        self.paused_seconds = 0.0
+        self.paused, self.paused_seconds = False, 0.0
         self.left: list[str] = []
 
     def start(self) -> None:

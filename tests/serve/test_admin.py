@@ -159,10 +159,12 @@ def test_a_pause_keeps_what_runs(server):
     asking = Asking(server.client, "/generate", long_body())
     until(lambda: server.stats().generated_tokens > before + 2)
     assert ask(server.client, "/pause_generation", {"mode": "in_place"})["paused"] == 1
+    assert (server.client.get("/ready").status, server.client.get("/health").status) == (503, 200)
     held = server.stats().generated_tokens
     assert server.stats().generated_tokens == held
     assert asking.is_alive()
     assert ask(server.client, "/continue_generation")["paused"] == 0
+    assert server.client.get("/ready").status == 200
     assert asking.reply["token_ids"] == whole
 
 
@@ -265,6 +267,7 @@ def test_weights_in_pieces_are_used_all_at_once(server):
     ("tensors", "says"),
     [
         ({"nonsense": torch.zeros(2)}, "no weight"),
+        ({"lm_head.weigth": torch.zeros(2)}, "nearest are lm_head.weight"),
         ({"lm_head.weight": torch.zeros(2)}, "expected"),
         ({"lm_head.weight": torch.zeros(258, 32, dtype=torch.float16)}, "expected"),
     ],

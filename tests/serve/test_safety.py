@@ -445,6 +445,22 @@ def test_an_engine_that_dies_is_seen_in_health(caplog):
         assert server.client.get("/metrics").status == 200
 
 
+def test_answers_are_counted_by_route_and_never_by_what_a_client_made_up(tiny):
+    for path in ("/", "/v1/models/mine", "/v1/models/tiny", "/made-up", "/weights/made-up"):
+        tiny.client.get(path)
+    page = tiny.client.get("/metrics").body.decode()
+    counted = {line.split('"')[1] for line in page.splitlines() if line.startswith("openling_requests_total")}
+    assert {"/", "/v1/models/*", "other", "/weights/*"} <= counted
+    assert "made-up" not in page and "mine" not in page
+    assert "_created" not in page
+
+
+def test_a_route_with_few_fields_names_them_all(tiny):
+    for field in ("text", "content"):
+        assert "takes add_special_tokens" in tiny.client.post("/tokenize", {field: "x"}).error["message"]
+    assert "did you mean 'prompt'" in tiny.client.post("/tokenize", {"promt": "x"}).error["message"]
+
+
 def test_request_ids_come_back(tiny):
     assert tiny.client.get("/health", X_Request_Id="mine-1").headers["x-request-id"] == "mine-1"
     for bad in ("a" * 200, "a b", "x\ty"):

@@ -6,8 +6,9 @@ Every change happens in the engine's thread between two steps.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from difflib import get_close_matches
 from pathlib import Path
 
 from safetensors.torch import load as load_tensors
@@ -101,7 +102,7 @@ async def stream_update(service: Service, http: HttpRequest) -> Response:
     shapes = {name: (weight.shape, weight.dtype) for name, weight in control.weights(service.engine.engine.model).items()}
     for name, tensor in tensors.items():
         if name not in shapes:
-            raise bad(f"the model has no weight '{name[:200]}'", "name", "invalid_weights")
+            raise bad(await asyncio.to_thread(_no_weight, name, shapes), "name", "invalid_weights")
         if (tensor.shape, tensor.dtype) != shapes[name]:
             shape, dtype = shapes[name]
             raise bad(f"{name} is {tensor.dtype} {list(tensor.shape)}; expected {dtype} {list(shape)}", name, "invalid_weights")
@@ -119,6 +120,12 @@ async def commit_update(service: Service, http: HttpRequest) -> Response:
     answer = await _flip(service, upload.version, list(upload.tensors.items()), body.hashes)
     service.upload = None
     return answer
+
+
+def _no_weight(name: str, known: Iterable[str]) -> str:
+    """Off the event loop: comparing names takes long where there are many."""
+    close = get_close_matches(name[:200], list(known), n=3)
+    return f"the model has no weight '{name[:200]}'" + (f"; nearest are {', '.join(close)}" if close else "")
 
 
 def _upload(service: Service) -> Upload:

@@ -44,6 +44,11 @@ class AsyncEngine:
         return self._thread is not None and self._thread.is_alive() and self._failure is None
 
     @property
+    def paused(self) -> bool:
+        """Whether the engine stands still, so that new requests would wait."""
+        return self.engine.pauses.on
+
+    @property
     def paused_seconds(self) -> float:
         """How long the engine has stood still so far."""
         return self.engine.pauses.seconds

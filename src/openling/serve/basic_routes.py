@@ -50,9 +50,11 @@ async def health(service: Service, http: HttpRequest) -> Response:
 
 
 async def ready(service: Service, http: HttpRequest) -> Response:
-    """GET /ready: 200 while new requests are taken, 503 while draining."""
+    """GET /ready: 200 while new requests would be computed; 503 while draining or paused."""
     if service.draining or not service.engine.healthy:
         raise unavailable("the server is draining" if service.draining else "the engine has stopped")
+    if service.engine.paused:
+        raise unavailable("the engine is paused; requests would wait until /resume")
     return json_response({"status": "ready", "model": service.model_id})
 
 

@@ -42,6 +42,7 @@ class Paths:
     open: frozenset[str] = frozenset()
     admin: frozenset[str] = frozenset()
     admin_prefixes: tuple[str, ...] = ()
+    prefixes: tuple[str, ...] = ()  # of routes whose path ends in a name, the admin's among them
     known: frozenset[str] = frozenset()
     binary: frozenset[str] = frozenset()
 
@@ -53,7 +54,7 @@ class Paths:
 
     def label(self, path: str) -> str:
         """A path as metrics and logs name it: what a client made up is not repeated."""
-        prefix = next((p for p in self.admin_prefixes if path.startswith(p)), None)
+        prefix = next((p for p in self.prefixes if path.startswith(p)), None)
         return path if path in self.known else f"{prefix}*" if prefix else "other"
 
 

@@ -37,6 +37,7 @@ UNSUPPORTED = {
     "output_format": "send output_config",
     "mcp_servers": "call them yourself and send their functions as tools",
 }
+_FEW_FIELDS = 10
 
 
 class ApiError(Exception):
@@ -100,13 +101,20 @@ def from_validation(error: ValidationError, fields: set[str]) -> ApiError:
     if first["type"] == "extra_forbidden":
         if len(first["loc"]) == 1 and param in UNSUPPORTED:
             return bad(f"'{param}' is not supported: {UNSUPPORTED[param]}", param, "unsupported_parameter")
-        close = nearest(str(first["loc"][-1]), fields) if len(first["loc"]) == 1 else None
-        hint = f"; did you mean '{close}'?" if close else ""
+        hint = _known(param, fields) if len(first["loc"]) == 1 else ""
         return bad(f"unknown parameter '{param}'{hint}", param, "unknown_parameter")
     if first["type"] == "missing":
         return bad(f"missing required parameter '{param}'", param, "missing_required_parameter")
     message = first["msg"].removeprefix("Value error, ")
     return bad(f"{message[:1].lower()}{message[1:]}", param or None, "invalid_value")
+
+
+def _known(param: str, fields: set[str]) -> str:
+    """The known parameter that is nearest; where none is, all of them, if they are few."""
+    close = nearest(param, fields)
+    if close:
+        return f"; did you mean '{close}'?"
+    return f"; this route takes {', '.join(sorted(fields))}" if len(fields) <= _FEW_FIELDS else ""
 
 
 def _path(location: tuple[int | str, ...]) -> str:

@@ -137,10 +137,18 @@ def build_app(service: Service, keys: Keys, *, local_only: bool = False) -> ASGI
 def _paths(table: list[Endpoint], page: dict[str, Response]) -> Paths:
     open_paths = {entry.path for entry in table if entry.access == "open"} | set(page)
     admin_paths = {entry.path for entry in table if entry.access == "admin" and "{" not in entry.path}
-    prefixes = {entry.path.partition("{")[0] for entry in table if entry.access == "admin" and "{" in entry.path}
+    prefixes = {entry.path.partition("{")[0]: entry.access for entry in table if "{" in entry.path}
+    admin_prefixes = sorted(prefix for prefix, access in prefixes.items() if access == "admin")
     known = {entry.path for entry in table} | set(page)
     binary = {entry.path for entry in table if entry.binary}
-    return Paths(frozenset(open_paths), frozenset(admin_paths), tuple(sorted(prefixes)), frozenset(known), frozenset(binary))
+    return Paths(
+        open=frozenset(open_paths),
+        admin=frozenset(admin_paths),
+        admin_prefixes=tuple(admin_prefixes),
+        prefixes=tuple(sorted(prefixes)),
+        known=frozenset(known),
+        binary=frozenset(binary),
+    )
 
 
 def _endpoint(service: Service, handlers: dict[str, Handler]) -> Callable[[HttpRequest], Awaitable[Any]]:
