@@ -88,7 +88,9 @@ def run(args: argparse.Namespace) -> int:
     page = build(run_dir)
     console.print(summary_table(report))
     console.print(
-        f"\nReport: {page}\nHybrid: {hybrid}\nTalk:   openling generate {hybrid} 'The capital of France is'", highlight=False
+        f"\nReport: {page}\nHybrid: {hybrid}\nTalk:   openling generate {hybrid} 'The capital of France is'\n"
+        f"Serve:  openling serve {teacher}",
+        highlight=False,
     )
     return 0
 
