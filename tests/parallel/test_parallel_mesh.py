@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from world_cases import CONFIG, DENSE, MTP_WEIGHT, batches, model_of, reference_loss
+from world_cases import CONFIG, DENSE, LOSSES, batches, model_of, reference_loss
 
 from openling.errors import UserError
 from openling.model.config import ModelConfig
 from openling.parallel.apply import apply
-from openling.parallel.context import part_of
 from openling.parallel.mesh import Axes, check, fit
-from openling.parallel.objective import counts, objective
-from openling.parallel.pieces import load, save
+from openling.parallel.pieces import load, pieces, save
 from openling.parallel.recompute import recompute
 from openling.parallel.table import TABLE, Run, holdings, placement, split, within
+from openling.train.objective import counts, objective, prepare
 
 
 @pytest.mark.parametrize(
@@ -97,18 +96,19 @@ def test_one_rank_is_the_plain_model(tmp_path: Path) -> None:
     kinds = [type(m) for m in model.modules()]
     parallel = apply(model, None)
     assert parallel.model is model and [type(m) for m in model.modules()] == kinds
-    part = parallel.part(batch.rows)
-    assert part.memory is None
-    total = parallel.summed(counts(model, part))
-    losses = parallel.run(lambda: objective(model, part, total, mtp_weight=MTP_WEIGHT))
+    part = prepare(batch.packed, 1)
+    assert part.memory is None and part.cu_seqlens is None
+    total = parallel.summed(counts([part]))
+    losses = parallel.run(lambda: objective(model, part, total, LOSSES))
     losses.loss.backward()
     wanted = reference_loss(other := model_of(CONFIG), [batch])
     wanted.backward()
     assert losses.loss.item() == pytest.approx(wanted.item(), rel=1e-13)
     norm = torch.nn.utils.get_total_norm([p.grad for p in other.parameters() if p.grad is not None])
-    assert float(parallel.clip(1.0)) == pytest.approx(float(norm), rel=1e-12)
-    save(tmp_path / "one", parallel)
-    load(tmp_path / "one", apply(other, None))
+    held = parallel.held(dict(model.named_parameters()))
+    assert float(parallel.clip(held, 1.0)) == pytest.approx(float(norm), rel=1e-12)
+    save(tmp_path / "one", pieces(parallel, {f"model/{name}": p.detach() for name, p in held.items()}), None)
+    load(tmp_path / "one", pieces(apply(other, None), {f"model/{name}": p.detach() for name, p in other.named_parameters()}))
 
 
 @pytest.mark.parametrize("policy", ["layer", "selective"])
@@ -126,11 +126,3 @@ def test_recomputing_changes_nothing(policy: str) -> None:
     assert all(
         torch.equal(a, b) for a, b in zip(counted, [m.tokens_E for m in again.modules() if hasattr(m, "tokens_E")], strict=True)
     )
-
-
-def test_rows_that_cannot_be_cut() -> None:
-    with pytest.raises(UserError, match="one row"):
-        part_of(torch.zeros(2, 8, dtype=torch.long), [0, 4, 8], None)
-    part = part_of(torch.arange(8)[None], [0, 3, 8], None)
-    assert part.ids(1).tolist() == [[1, 2, 0, 4, 5, 6, 7, 0]]
-    assert part.targets(2).tolist() == [[2, -1, -1, 5, 6, 7, -1, -1]]

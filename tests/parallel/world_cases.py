@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
+from openling.config.train import TrainConfig
+from openling.data.batches import NO_TARGET, PackedBatch
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.parallel.apply import Parallel
+from openling.parallel.pieces import Piece, pieces
 
 CONFIG = ModelConfig(
     vocab_size=48,
@@ -62,6 +64,8 @@ DENSE = CONFIG.replace(
     q_lora_rank=None,
 )
 MTP_WEIGHT = 0.1
+# What `objective` reads of a run's configuration.
+LOSSES = TrainConfig(steps=1, mtp=MTP_WEIGHT)
 
 
 def model_of(config: ModelConfig) -> Ling:
@@ -89,6 +93,15 @@ class Batch:
         if self.documents is None:
             return list(self.rows.split(1))
         return [self.rows[:, a:b] for a, b in zip(self.documents, self.documents[1:], strict=False)]
+
+    @property
+    def packed(self) -> PackedBatch:
+        """As the training loop reads them."""
+        count, tokens = self.rows.shape
+        bounds = torch.tensor(self.documents or range(0, count * tokens + 1, tokens))
+        targets = torch.cat((self.rows.flatten()[1:], torch.zeros(1, dtype=torch.long)))
+        targets[bounds[1:] - 1] = NO_TARGET
+        return PackedBatch(self.rows, targets.view_as(self.rows), bounds.int())
 
 
 def batches(data_ranks: int, *, packed: bool, seed: int) -> list[Batch]:
@@ -118,14 +131,17 @@ def reference_loss(model: Ling, everything: list[Batch]) -> Tensor:
 
 def worst(parallel: Parallel, found: dict[str, Tensor], wanted: dict[str, Tensor]) -> float:
     """The largest difference of any tensor of this rank from its part of the whole, relative to the whole's largest value."""
-    assert found.keys() == wanted.keys()
     differences = [0.0]
-    for name, tensor in found.items():
-        whole = wanted[name]
-        part = parallel.parts[name].take(whole) if parallel.parts else whole
-        tensor = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        assert tensor.shape == part.shape, name
+    for key, held in pieces(parallel, {f"/{name}": tensor for name, tensor in found.items()}).items():
+        name, whole = key[1:], wanted[key[1:]]
+        assert held.shape == whole.shape, name
+        blocks = held.blocks() if isinstance(held, Piece) else [(None, held)]
         scale = whole.abs().max().clamp(min=1e-300)
-        differences.append(float((tensor - part).abs().max() / scale))
-        assert differences[-1] < 1e-10, f"{name} differs by {differences[-1]:.1e}"
+        for chunk, view in blocks:
+            part = (
+                whole if chunk is None else whole[tuple(slice(o, o + n) for o, n in zip(chunk.offsets, chunk.sizes, strict=True))]
+            )
+            if part.numel():
+                differences.append(float((view - part).abs().max() / scale))
+            assert differences[-1] < 1e-10, f"{name} differs by {differences[-1]:.1e}"
     return max(differences)

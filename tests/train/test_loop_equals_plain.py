@@ -81,7 +81,7 @@ def test_shared_mtp_steps_equal_the_definition():
     batch = Ramped(documents(), length=24, rows=2).batch(0)
     config = MIXED(steps=1, batch_size=2, sequence_length=24, mtp_steps=3, z=0.0)
     part = prepare(batch, 3)
-    found = objective(model, part, counts([part]), config, head=model.lm_head.weight)
+    found = objective(model, part, counts([part]), config)
     sums, number = torch.zeros(3, dtype=torch.float64), torch.zeros(3, dtype=torch.int64)
     bounds, flat, target = batch.cu_seqlens.tolist(), batch.flat_ids[0], batch.flat_targets[0]
     for start, stop in zip(bounds, bounds[1:], strict=False):

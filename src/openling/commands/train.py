@@ -6,15 +6,21 @@ import argparse
 import json
 import shlex
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from openling.errors import Failure, UserError, nearest
+
+if TYPE_CHECKING:
+    import torch
+
+    from openling.config.recipe import RecipeConfig
 
 EXAMPLES = """examples:
   openling train nano                                        # from nothing on a CPU, with text that comes with the install
   openling train mine.toml --out runs/mine --set train.lr=3e-4 --set stages.cpt.tokens=1e9
   openling train mine.toml --out runs/mine --resume
   openling train flash --dry-run                             # every setting, and what it costs
+  torchrun --nproc-per-node 8 -m openling train mine.toml --out runs/mine --parallel.expert 8    # one machine's GPUs
 
 Any setting of the recipe can be set, as --set section.field=value or --section.field value; stages by name.
 """
@@ -46,17 +52,31 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(recipe.model_dump(mode="json"), indent=2))
         print(estimate(recipe, out))
         return 0
-    from openling.commands.migrate import open_console
     from openling.model.device import pick_device
+    from openling.parallel import world as ranks
+
+    device = pick_device(args.device)
+    if not ranks.started_by_torchrun():
+        _train(recipe, args, out, device, speak=True)
+        return 0
+    world = ranks.join(device)
+    with ranks.ending_together(world):
+        _train(recipe, args, out, world.device, speak=world.main)
+    return 0
+
+
+def _train(recipe: RecipeConfig, args: argparse.Namespace, out: Path, device: torch.device, *, speak: bool) -> None:
+    """The recipe's stages; a `Failure` with the signal's exit code where one stopped them."""
+    from openling.commands.migrate import open_console
     from openling.ops.pick import kernels_reason
     from openling.train.stages import Pipeline
 
     console = open_console(stderr=True)
 
     def say(text: str) -> None:
-        console.print(text, highlight=False, markup=False, soft_wrap=True)
+        if speak:
+            console.print(text, highlight=False, markup=False, soft_wrap=True)
 
-    device = pick_device(args.device)
     say(f"Ops: {kernels_reason(device)}.")
     progress: Any = False if args.quiet else 0
     pipeline = Pipeline(recipe, out, device=device, command=args.command, say=say, progress=progress)
@@ -67,7 +87,6 @@ def run(args: argparse.Namespace) -> int:
         failure.exit_code = 128 + (outcome.stopped.signal or 0)  # as a shell reports a process that died of it
         raise failure
     say(f"\nCheckpoint: {outcome.models[-1]}\nTry:        openling generate {outcome.models[-1]} 'Once upon a time'")
-    return 0
 
 
 def find_recipe(word: str) -> Path:

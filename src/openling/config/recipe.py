@@ -2,6 +2,7 @@
 
 [model] where training starts    [corpora.NAME] text to tokenise or a built corpus    [[sources]] what stages may read
 [train] defaults of every stage  [[stages]] name, mixture, length of the run, and whatever differs from [train]
+[parallel] how many ranks share what, and recomputing
 """
 
 from __future__ import annotations
@@ -71,6 +72,18 @@ class MergeConfig(_Section):
     weights: str = Field("mean", description="mean, 1-sqrt, linear, cosine, ema:ALPHA")
 
 
+class ParallelConfig(_Section):
+    """How many ranks share what, as `openling plan --mesh` has it; for `torchrun`. One rank needs none of it."""
+
+    pipeline: int = Field(1, gt=0)
+    replicate: int = Field(1, gt=0, description="copies of the sharded model, each with other rows")
+    shard: int | None = Field(None, gt=0, description="ranks that share weights, each with other rows; null: all that are left")
+    context: int = Field(1, gt=0, description="ranks that share every row")
+    tensor: int = Field(1, gt=0, description="ranks that share every matrix product")
+    expert: int = Field(1, gt=0, description="ranks that share the experts; taken from shard x context")
+    recompute: Literal["none", "layer", "selective"] = Field("none", description="what backward computes again to save memory")
+
+
 class StageConfig(TrainConfig):
     """One stage. `sequence_length` is the mixture's row and is filled in from there."""
 
@@ -94,6 +107,7 @@ class RecipeConfig(_Section):
     model: StartConfig
     corpora: dict[str, CorpusConfig] = {}
     stages: tuple[StageConfig, ...] = Field(min_length=1)
+    parallel: ParallelConfig = ParallelConfig()
     trackers: tuple[str, ...] = Field((), description="tensorboard, trackio, wandb")
     seed: int = Field(0, ge=0, lt=2**63, description="of random first weights")
 
@@ -128,7 +142,7 @@ def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
     """A recipe from its tables: defaults of [train] and [[sources]] go into the stages, mixtures get their presets."""
     _known(data, [*RecipeConfig.model_fields, "train", "sources"], where, "")
     stage_keys = list(StageConfig.model_fields)
-    sections: list[tuple[str, type[BaseModel]]] = [("model", StartConfig)]
+    sections: list[tuple[str, type[BaseModel]]] = [("model", StartConfig), ("parallel", ParallelConfig)]
     for name, section in sections:
         _known(data.get(name, {}), list(section.model_fields), where, name)
     for name, corpus in data.get("corpora", {}).items():

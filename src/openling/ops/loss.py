@@ -9,6 +9,9 @@ registers, and the gradient takes the logits' place.
     kl = sum_v t_v (log t_v - log p_v)   d kl / d logits = p - t        p student's, t teacher's distribution
     z = lse^2, lse = log sum_v exp logits_v   d z / d logits = 2 lse p
 
+With the words of the head split over the ranks of a group, each has the logits of its own: of a token's softmax the largest
+logit, the sum of exponentials and the target's logit are exchanged, never the logits.
+
 Legend: B batch, T tokens, M hidden size, V vocabulary, N predicting tokens, B (T - 1) of whole rows, C tokens of a chunk.
 """
 
@@ -19,6 +22,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from openling.ops.pick import kernels_for
@@ -27,6 +31,8 @@ from openling.ops.pick import kernels_for
 CHUNK_VALUES = 2**24
 # On a CPU a chunk is widened to FP32 and worked on a few tokens at a time, whose values stay in the core's cache.
 CACHED_VALUES = 2**18
+# The plain form on a GPU, for z and for split words: it widens a chunk to FP32 a few times over, 512 MiB each.
+GPU_CHUNK_VALUES = 2**27
 # With kernels 2 GiB of BF16, one copy each of the student's and the teacher's: matrix products of thousands of tokens.
 KERNEL_CHUNK_VALUES = 2**30
 
@@ -92,18 +98,22 @@ def target_loss(
     agreement: bool = False,
     denominator: int | None = None,
     chunk_values: int | None = None,
+    group: dist.ProcessGroup | None = None,
 ) -> HeadLoss:
     """`head_loss` of N tokens that all have a target; `teacher` is its hidden rows [N, M] and head.
 
     denominator: by what sums over tokens are divided, where other calls hold more of the mean's tokens; N by default. With a
-    weight for z the plain form runs on a GPU too, which widens a chunk of logits at a time.
+    weight for z the plain form runs on a GPU too, which widens a chunk of logits at a time. group: the ranks that hold the words,
+    rank r the r-th of equal parts, of both heads; all call it with the same N, and the gradient of h is this rank's term of a
+    sum over them. `agreement` is not to be had then.
     """
+    assert group is None or not agreement
     device = h_NM.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_NM.dtype
     if teacher is not None:
         teacher = (teacher[0].detach(), teacher[1].detach())
     count = max(1, target_N.numel()) if denominator is None else denominator
-    call = _Call(target_N, teacher, ce_weight, kl_weight, z_weight, agreement, dtype, chunk_values, count)
+    call = _Call(target_N, teacher, ce_weight, kl_weight, z_weight, agreement, dtype, chunk_values, count, group)
     call.grad_h = torch.is_grad_enabled() and h_NM.requires_grad
     call.grad_weight = torch.is_grad_enabled() and weight_VM.requires_grad
     loss = _HeadLoss.apply(h_NM, weight_VM, call)
@@ -124,6 +134,7 @@ class _Call:
     dtype: torch.dtype
     chunk_values: int | None
     denominator: int
+    group: dist.ProcessGroup | None = None
     grad_h: bool = False
     grad_weight: bool = False
 
@@ -132,13 +143,14 @@ class _Call:
         self.sums = torch.zeros(4, dtype=self.wide, device=self.targets.device)
 
     def kernels(self, h: Tensor) -> ModuleType | None:
-        """The kernels where they serve: they know nothing of z."""
-        return None if self.z_weight else kernels_for(h)
+        """The kernels where they serve: they know nothing of z and of other ranks' words."""
+        return None if self.z_weight or self.group is not None else kernels_for(h)
 
     def rows(self, h_NM: Tensor, vocabulary: int) -> list[slice]:
         """The tokens of each chunk. Kernels get chunks of equal size in whole tiles of a matrix product."""
         count, fast = h_NM.shape[0], self.kernels(h_NM)
-        size = max(1, (self.chunk_values or (CHUNK_VALUES if fast is None else KERNEL_CHUNK_VALUES)) // vocabulary)
+        usual = KERNEL_CHUNK_VALUES if fast is not None else GPU_CHUNK_VALUES if h_NM.is_cuda else CHUNK_VALUES
+        size = max(1, (self.chunk_values or usual) // vocabulary)
         if fast is not None and count:
             size = -(-count // -(-count // size))
             size = -(-size // 256) * 256
@@ -161,34 +173,50 @@ class _Call:
     def few(self, logits_CV: Tensor, t_logits_CV: Tensor | None, targets_C1: Tensor, gradient: bool) -> None:
         """Add a few tokens to the sums, and turn their logits into the gradient of (sum of losses) where it is needed."""
         x = logits_CV.to(self.wide)
-        p, lse = _softmax(x)
-        self.sums[0] += (lse - x.gather(-1, targets_C1)).sum()
+        places_C1, here_C1 = self.placed(targets_C1, x.shape[1])
+        hit_C1 = self.total(x.gather(-1, places_C1).masked_fill_(~here_C1, 0))
+        p, lse = self.softmax(x)
+        self.sums[0] += (lse - hit_C1).sum()
         t = None
         if t_logits_CV is not None:
             y = t_logits_CV.to(self.wide)
-            t, t_lse = _softmax(y)
+            t, t_lse = self.softmax(y)
             if self.agreement:
                 self.sums[2] += (y.argmax(-1) == x.argmax(-1)).sum()
             # sum_v t = 1, so the two log-sum-exps leave the sum; equal logits give exactly 0.
-            self.sums[1] += torch.linalg.vecdot(t, y - x).sum() + (lse - t_lse).sum()
+            self.sums[1] += self.total(torch.linalg.vecdot(t, y - x).sum()) + (lse - t_lse).sum()
         if self.z_weight:
             self.sums[3] += lse.square().sum()
         if not gradient:
             return
         share = self.ce_weight + (self.kl_weight if t is not None else 0.0)
         grad = p.mul_(share + 2 * self.z_weight * lse if self.z_weight else share)
-        grad.scatter_add_(-1, targets_C1, torch.full_like(targets_C1, -self.ce_weight, dtype=self.wide))
+        grad.scatter_add_(-1, places_C1, -self.ce_weight * here_C1.to(self.wide))
         if t is not None and self.kl_weight:
             grad.sub_(t, alpha=self.kl_weight)
         logits_CV.copy_(grad)
 
+    def placed(self, targets_C1: Tensor, words: int) -> tuple[Tensor, Tensor]:
+        """Where targets stand among this rank's words, and whether they do: the place of one that does not is 0."""
+        first = 0 if self.group is None else dist.get_rank(self.group) * words
+        local_C1 = targets_C1 - first
+        here_C1 = (local_C1 >= 0) & (local_C1 < words)
+        return local_C1.where(here_C1, local_C1.new_zeros(())), here_C1
 
-def _softmax(x_CV: Tensor) -> tuple[Tensor, Tensor]:
-    """Softmax and log-sum-exp [C, 1] of every row, from one pass of exponentials."""
-    top = x_CV.amax(-1, keepdim=True)
-    weight = (x_CV - top).exp_()
-    total = weight.sum(-1, keepdim=True)
-    return weight.div_(total), total.log().add_(top)
+    def softmax(self, x_CV: Tensor) -> tuple[Tensor, Tensor]:
+        """Softmax over all words, of which this rank has V, and log-sum-exp [C, 1] of every row: one pass of exponentials."""
+        top = x_CV.amax(-1, keepdim=True)
+        if self.group is not None:
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.group)
+        weight = (x_CV - top).exp_()
+        total = self.total(weight.sum(-1, keepdim=True))
+        return weight.div_(total), total.log().add_(top)
+
+    def total(self, x: Tensor) -> Tensor:
+        """The sum over the ranks that hold words."""
+        if self.group is not None:
+            dist.all_reduce(x, group=self.group)
+        return x
 
 
 class _HeadLoss(torch.autograd.Function):

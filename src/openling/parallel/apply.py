@@ -1,29 +1,33 @@
 """A model of one device onto a mesh, always in the same order: tensor, expert, context, recompute, compile, FSDP.
 
 A world of one rank leaves the model as it is. Otherwise parameters become this rank's parts (`table`), modules that must talk to
-other ranks change their class, and FSDP2 shards what is left. The loop deals with one object:
+other ranks change their class, and FSDP2 shards what is left. The training loop deals with one object:
 
     parallel = apply(model, build(Axes(context=2), model.config, "cuda"), model_dtype=torch.bfloat16)
-    part = parallel.part(rows, cu_seqlens)             this rank's slice; rows are those of its data rank
-    counts = parallel.summed(objective.counts(model, part))
-    losses = parallel.run(lambda: objective(model, part, counts, tensor_group=parallel.tensor_group))
-    losses.loss.backward()
-    norm = parallel.clip(1.0)                          also completes gradients: call it before every step
+    held = parallel.held(dict(model.named_parameters()))    for the optimiser: plain tensors
+    parallel.run(compute).backward()
+    norm = parallel.clip(held, 1.0)                         also completes gradients: call it before every step
+
+How FP32 weights under BF16 autocast meet FSDP. Left alone, each rank would gather FP32 and autocast would keep a BF16 copy of
+every gathered matrix until backward, whatever FSDP frees. So with `model_dtype` the matrices of layers are cast before they are
+sent: the bits that autocast would have made, half the bytes, nothing kept. What autocast leaves in FP32 on one rank stays FP32
+here: norms, biases and routers are whole on every rank, outside of FSDP, their gradients summed once a step; embeddings and head
+are gathered as they are. Autocast itself stays on, for the activations. Gradients are summed in the parameters' own dtype.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from openling.model.ling import Layer, Ling, SparseMoE
-from openling.parallel.context import Part, part_of
 from openling.parallel.expert import shard_experts
 from openling.parallel.mesh import Mesh
 from openling.parallel.recompute import Recompute, recompute
@@ -31,6 +35,16 @@ from openling.parallel.table import Held, holdings, take_parts
 from openling.parallel.tensor import split_over
 
 T = TypeVar("T")
+
+
+def inside(model: Ling, compute: Callable[[], T]) -> T:
+    """Call `compute`, which may use the model in any way, embedding and head included; backward may follow on its tensors.
+
+    It returns tensors, bare or in tuples: FSDP looks for those that backward starts from.
+    """
+    if isinstance(model, FSDPModule):
+        return model.run(compute)  # type: ignore[operator]
+    return compute()
 
 
 class Parallel:
@@ -41,15 +55,9 @@ class Parallel:
         self.tensor_group = None if mesh is None or mesh.axes.tensor == 1 else mesh.group("tensor")
         self.context_group = None if mesh is None or mesh.axes.context == 1 else mesh.group("context")
 
-    def part(self, rows_BS: Tensor, cu_seqlens: Tensor | Sequence[int] | None = None) -> Part:
-        """This rank's slice of the rows of its data rank."""
-        return part_of(rows_BS, cu_seqlens, self.context_group)
-
     def run(self, compute: Callable[[], T]) -> T:
-        """Call `compute`, which may use the model in any way, embedding and head included; backward may follow on its tensors."""
-        if isinstance(self.model, FSDPModule):
-            return self.model.run(compute)  # type: ignore[operator]
-        return compute()
+        """`inside` of the model."""
+        return inside(self.model, compute)
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum over all ranks with other tokens: counts, losses, tokens per expert."""
@@ -64,47 +72,56 @@ class Parallel:
         if isinstance(self.model, FSDPModule):
             self.model.set_requires_gradient_sync(last)
 
-    def local_gradients(self) -> dict[str, Tensor]:
-        """This rank's part of every gradient."""
-        named = self.model.named_parameters()
-        return {name: _local(p.grad) for name, p in named if p.grad is not None}
+    def held(self, chosen: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
+        """Parameters as this rank holds them: plain tensors in the same memory, which an optimiser steps without planning."""
+        return {name: nn.Parameter(_local(p.detach())) if isinstance(p, DTensor) else p for name, p in chosen.items()}
 
-    def clip(self, limit: float) -> Tensor:
-        """Complete the gradients, scale them to a norm of at most `limit`, and return their norm before that, FP32 or FP64."""
-        gradients = self.local_gradients()
-        self._complete(gradients)
-        norm = self._norm(gradients)
-        scale = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients.values():
-            gradient.mul_(scale.to(gradient.dtype))
+    def clip(self, held: dict[str, nn.Parameter], limit: float) -> Tensor:
+        """Complete the gradients and leave them in `held`, scaled to a norm of at most `limit`; returns the norm before."""
+        if self.mesh is None:
+            return nn.utils.clip_grad_norm_(list(held.values()), limit)
+        named = dict(self.model.named_parameters())
+        for name, mine in held.items():
+            if isinstance(p := named[name], DTensor) and p.grad is not None:
+                mine.grad, p.grad = (_local(p.grad) if mine.numel() else None), None  # a rank may hold no row of a small matrix
+        gradients = {name: p.grad for name, p in held.items() if p.grad is not None}
+        if self.tensor_group is not None:
+            _add_up([g for name, g in gradients.items() if self.parts[name].partial], self.tensor_group)
+        if self._data_ranks > 1:
+            whole = [g for name, g in gradients.items() if not isinstance(named[name], DTensor)]
+            _add_up(whole, self.mesh.group("data"))
+        norm = self._norm(gradients, named)
+        torch._foreach_mul_(list(gradients.values()), (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
-    def _complete(self, gradients: dict[str, Tensor]) -> None:
-        """Sum the gradients of copies that each tensor rank used for its own heads."""
-        mine = [g for name, g in gradients.items() if self.parts and self.parts[name].partial]
-        if not mine or self.tensor_group is None:
-            return
-        flat = torch.cat([g.flatten() for g in mine])
-        dist.all_reduce(flat, group=self.tensor_group)
-        for gradient, new in zip(mine, flat.split([g.numel() for g in mine]), strict=True):
-            gradient.copy_(new.view_as(gradient))
+    @property
+    def _data_ranks(self) -> int:
+        return 1 if self.mesh is None else self.mesh.axes.data_replicate * self.mesh.axes.shards
 
-    def _norm(self, gradients: dict[str, Tensor]) -> Tensor:
+    def _norm(self, gradients: dict[str, Tensor], named: dict[str, nn.Parameter]) -> Tensor:
         """Of all ranks' parts, each counted once."""
-        device = next(self.model.parameters()).device
+        assert self.mesh is not None
+        by_copies: dict[int, list[Tensor]] = {}
+        for name, gradient in gradients.items():
+            replicas = self.mesh.axes.data_replicate if isinstance(named[name], DTensor) else self._data_ranks
+            by_copies.setdefault(replicas * self.parts[name].copies, []).append(gradient)
+        device = next(iter(named.values())).device
         wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
         total = torch.zeros((), dtype=wide, device=device)
-        for name, gradient in gradients.items():
-            total += torch.linalg.vector_norm(gradient, dtype=wide).square() / self._copies(name)
-        if self.mesh is not None:
-            dist.all_reduce(total)
+        for copies, some in by_copies.items():
+            total += nn.utils.get_total_norm(some).to(wide).square() / copies
+        dist.all_reduce(total)
         return total.sqrt()
 
-    def _copies(self, name: str) -> int:
-        """How many ranks of the world hold the same part of a parameter."""
-        if self.mesh is None:
-            return 1
-        return self.mesh.axes.data_replicate * self.parts[name].copies
+
+def _add_up(gradients: list[Tensor], group: dist.ProcessGroup) -> None:
+    """Sum each over the group, all in one message."""
+    if not gradients:
+        return
+    flat = torch.cat([g.flatten() for g in gradients])
+    dist.all_reduce(flat, group=group)
+    for gradient, new in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+        gradient.copy_(new.view_as(gradient))
 
 
 def apply(
@@ -117,7 +134,7 @@ def apply(
 ) -> Parallel:
     """Put a whole model (on its device, or on "meta") onto the mesh, in place.
 
-    model_dtype: what gathered weights are cast to; None keeps their own dtype. Gradients are summed in the parameters' dtype.
+    model_dtype: what the layers' matrices are cast to before they are gathered (see above); None keeps their own dtype.
     """
     config = model.config
     alone = mesh is None or mesh.axes.world == 1
@@ -148,16 +165,19 @@ def _shard(model: Ling, mesh: Mesh, model_dtype: torch.dtype | None) -> None:
     """FSDP2: a group per layer, one for its experts where these are split already, and the rest in the root's."""
     axes = mesh.axes
     dims = ("data_replicate", "shard") if axes.data_replicate > 1 else ("shard",)
-    policy = MixedPrecisionPolicy(
-        param_dtype=model_dtype, reduce_dtype=next(model.parameters()).dtype if model_dtype else None, cast_forward_inputs=False
-    )
+    apart = {p for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("mlp.gate.weight")}
+    own = next(model.parameters()).dtype
+    cast = MixedPrecisionPolicy(param_dtype=model_dtype, reduce_dtype=own if model_dtype else None, cast_forward_inputs=False)
     sharded: list[Any] = []
     for layer in model.model.layers:
         assert isinstance(layer, Layer)
         if axes.expert > 1 and isinstance(layer.mlp, SparseMoE):
-            sharded.append(fully_shard(layer.mlp.experts, mesh=mesh.experts[dims], mp_policy=policy))
-        sharded.append(fully_shard(layer, mesh=mesh.dense[dims], mp_policy=policy))
-    sharded.append(fully_shard(model, mesh=mesh.dense[dims], mp_policy=policy))
+            sharded.append(fully_shard(layer.mlp.experts, mesh=mesh.experts[dims], mp_policy=cast, ignored_params=apart))
+        sharded.append(fully_shard(layer, mesh=mesh.dense[dims], mp_policy=cast, ignored_params=apart))
+    # A norm's output may be a view; nothing here changes one in place, which is what this warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
+    plain = MixedPrecisionPolicy(cast_forward_inputs=False)
+    sharded.append(fully_shard(model, mesh=mesh.dense[dims], mp_policy=plain, ignored_params=apart))
     for module in sharded:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # losses are shares of a mean over all ranks' tokens: gradients add up

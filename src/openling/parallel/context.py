@@ -9,12 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from openling.errors import UserError
@@ -22,78 +20,54 @@ from openling.model.cache import consecutive_positions
 from openling.model.ling import CallContext, LatentAttention, LightningAttention
 from openling.ops.attention import softmax_attention
 from openling.ops.context_parallel import ContextSlice, context_slice, lightning_context_parallel
-from openling.ops.lightning import lightning
 from openling.parallel.collectives import joined
-
-NO_TARGET = -1
 
 
 @dataclass(frozen=True)
-class Part:
-    """A context rank's slice of some rows: B rows of S tokens, of which it holds T; with one rank, all."""
+class Slice:
+    """What a context rank holds of rows [B, S] that all ranks of the group know: T consecutive tokens of each."""
 
-    rows_BS: Tensor
+    shape: tuple[int, int]
     cu_seqlens: Tensor | None
     """Bounds of the documents of a packed row, on the CPU."""
     bounds: list[int]
     rank: int
-    group: dist.ProcessGroup | None
+    group: dist.ProcessGroup
 
     @property
     def mine(self) -> slice:
         """This rank's tokens of a row."""
         return slice(self.bounds[self.rank], self.bounds[self.rank + 1])
 
-    def ids(self, ahead: int = 0) -> Tensor:
-        """The local tokens, or those `ahead` places later in the same document, [B, T]; 0 where its end comes first."""
-        return self._ahead(ahead, 0)
-
-    def targets(self, ahead: int) -> Tensor:
-        """What is `ahead` places later in the same document, [B, T]; `NO_TARGET` where its end comes first."""
-        return self._ahead(ahead, NO_TARGET)
-
-    def _ahead(self, ahead: int, behind_the_end: int) -> Tensor:
-        shifted = F.pad(self.rows_BS[:, ahead:], (0, ahead), value=behind_the_end)
-        if ahead and self.cu_seqlens is not None:
-            bounds = self.cu_seqlens.tolist()
-            inside = torch.cat([torch.arange(a, b) + ahead < b for a, b in zip(bounds, bounds[1:], strict=False)])
-            shifted = shifted.masked_fill(~inside.to(shifted.device), behind_the_end)
-        return shifted[:, self.mine]
-
-    @cached_property
-    def memory(self) -> ContextMemory | None:
-        """What the model is called with as its cache; None for rows that are whole and not packed: the plain model."""
-        return None if self.group is None and self.cu_seqlens is None else ContextMemory(self)
+    def memory(self, device: torch.device | str) -> ContextMemory:
+        """What the model is called with as its cache, for every pass over these tokens."""
+        return ContextMemory(self, device)
 
 
-def part_of(rows_BS: Tensor, cu_seqlens: Tensor | Sequence[int] | None, group: dist.ProcessGroup | None) -> Part:
-    """This rank's slice of rows that all ranks of the group know. `group`: None or one rank leaves them whole."""
-    ranks = 1 if group is None else dist.get_world_size(group)
-    tokens = rows_BS.shape[1]
+def slice_of(shape: tuple[int, int], cu_seqlens: Tensor | None, group: dist.ProcessGroup) -> Slice:
+    """This rank's slice of rows of that shape. cu_seqlens [N + 1]: the documents of a packed row.
+
+    A `UserError` where rows have fewer tokens than there are ranks, or packed documents come in several rows.
+    """
+    (rows, tokens), ranks = shape, dist.get_world_size(group)
     if tokens < ranks:
         raise UserError("rows are shorter than there are ranks", where="context", value=ranks, expected=f"at most {tokens}")
-    documents = None if cu_seqlens is None else torch.as_tensor(cu_seqlens).cpu()
-    if documents is not None and rows_BS.shape[0] != 1:
-        raise UserError("packed documents come as one row", where="rows", value=rows_BS.shape[0], expected=1)
+    if cu_seqlens is not None and rows != 1:
+        raise UserError("packed documents come as one row", where="rows", value=rows, expected=1)
     bounds = [tokens * r // ranks for r in range(ranks + 1)]
-    alone = ranks == 1
-    rank = 0 if alone or group is None else dist.get_rank(group)
-    return Part(rows_BS, documents, bounds, rank, None if alone else group)
+    return Slice(shape, cu_seqlens, bounds, dist.get_rank(group), group)
 
 
 class ContextMemory:
     """A `Memory` of slices: nothing is kept between calls, other ranks' tokens are."""
 
-    def __init__(self, part: Part) -> None:
-        device = part.rows_BS.device
+    def __init__(self, part: Slice, device: torch.device | str) -> None:
         self.held = context_slice(part.bounds, part.rank, cu_seqlens=part.cu_seqlens, device=device)
         self.bounds, self.group = part.bounds, part.group
-        whole = consecutive_positions(part.rows_BS, 0, part.cu_seqlens)
-        self.positions_1T = whole[:, part.mine]
-        self.earlier = self.held.start
+        positions_1T = consecutive_positions(torch.empty(1, part.shape[1]), 0, part.cu_seqlens)[:, part.mine]
+        self.positions_1T = positions_1T.to(device, non_blocking=True)
+        self.earlier = int(positions_1T[0, 0])
         """Tokens on earlier ranks that the first local piece goes on from."""
-        if part.cu_seqlens is not None:
-            self.earlier = int(self.positions_1T[0, 0])
         self.layers = _SameForAll(SlicedLayer(self))
 
     def positions(self, input_ids_BT: Tensor, cu_seqlens: Tensor | None) -> Tensor:
@@ -111,7 +85,7 @@ class ContextMemory:
 
     def whole(self, x_BT: Tensor) -> Tensor:
         """All tokens of the rows, from the local ones."""
-        return x_BT if self.group is None else joined(x_BT, self.bounds, self.group)
+        return joined(x_BT, self.bounds, self.group)
 
     def attend(self, run: Callable[[slice, slice, Tensor | None], Tensor]) -> Tensor:
         """`run(queries, keys, cu_seqlens)` for the local tokens, [B, T, ...]: the first document with its old keys, then more.
@@ -179,8 +153,5 @@ class SlicedLayer:
         held: ContextSlice = self.memory.held
         q, k, v = mixer.split(qkv_BTX, call)
         decay = mixer.log_decay(qkv_BTX)
-        if self.memory.group is None:
-            out, _ = lightning(q, k, v, decay, cu_seqlens=held.cu_seqlens, return_state=False)
-        else:
-            out, _ = lightning_context_parallel(q, k, v, decay, held, group=self.memory.group)
+        out, _ = lightning_context_parallel(q, k, v, decay, held, group=self.memory.group)
         return mixer.gated(out.flatten(2), gate_BTX)

@@ -1,25 +1,26 @@
 """Checkpoints that any mesh can read: every rank names the pieces of whole tensors that it holds, DCP writes each once.
 
-`tensors(parallel, optimizer)` gives a flat dict for `torch.distributed.checkpoint`: "model.<name>" and "optimizer.<name>.<slot>"
-as a `Piece`, whose size is the whole tensor's. On loading, DCP fills the pieces of the present mesh from those of the mesh that
-saved, in place. Replicated small things (buffers, steps) are whole.
+A `Piece` stands in a dict for `torch.distributed.checkpoint`; its size is the whole tensor's. On loading, the pieces of the
+present mesh are filled from those of the mesh that saved, in place. Replicated small things (buffers, steps) are plain tensors.
 """
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openling.parallel.apply import Parallel
-from openling.parallel.table import Held, Run, within
+from openling.parallel.table import Run, within
 
 
 class Piece(Tensor):
@@ -46,7 +47,7 @@ class Piece(Tensor):
         """The same with a copy of the local tensor: what an asynchronous save writes from."""
         return Piece.of(self.local.detach().to(device, copy=True), self.size(), self.runs)
 
-    def _blocks(self) -> list[tuple[ChunkStorageMetadata, Tensor]]:
+    def blocks(self) -> list[tuple[ChunkStorageMetadata, Tensor]]:
         """The contiguous blocks: where in the whole tensor, and the local view."""
         blocks: list[tuple[list[int], list[int], Tensor]] = [([], [], self.local)]
         for dim, runs in enumerate(self.runs):
@@ -65,67 +66,45 @@ class Piece(Tensor):
                 type=WriteItemType.SHARD,
                 tensor_data=TensorWriteData(chunk=chunk, properties=properties, size=self.size()),
             )
-            for chunk, _ in self._blocks()
+            for chunk, _ in self.blocks()
         ]
 
     def __create_chunk_list__(self) -> list[ChunkStorageMetadata]:
-        return [chunk for chunk, _ in self._blocks()]
+        return [chunk for chunk, _ in self.blocks()]
 
     def __get_tensor_shard__(self, index: MetadataIndex) -> Tensor:
-        return next(view for chunk, view in self._blocks() if chunk.offsets == index.offset)
+        return next(view for chunk, view in self.blocks() if chunk.offsets == index.offset)
 
 
-def tensors(parallel: Parallel, optimizer: torch.optim.Optimizer | None = None) -> dict[str, Any]:
-    """What a checkpoint holds of model and optimiser. The optimiser must have stepped, or have been given its state."""
-    model = parallel.model
-    found: dict[str, Any] = {}
-    for name, p in model.named_parameters():
-        runs, size = _runs(parallel, name, p)
-        found[f"model.{name}"] = Piece.of(_data(p), size, runs)
-        for slot, value in optimizer.state.get(p, {}).items() if optimizer is not None else ():
-            key = f"optimizer.{name}.{slot}"
-            found[key] = Piece.of(_data(value), size, runs) if value.dim() else value
-    found |= {f"model.{name}": b for name, b in model.named_buffers() if b is not None}
-    return found
+def pieces(parallel: Parallel, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This rank's parts of parameters, or of tensors of their shapes, with their places in the whole. Names are KIND/PARAMETER.
+
+    What is whole on every rank (buffers, numbers) stays as it is.
+    """
+    named = dict(parallel.model.named_parameters())
+
+    def placed(key: str, local: Tensor) -> Tensor:
+        name = key.partition("/")[2]
+        if parallel.mesh is None or name not in named or not local.dim():
+            return local
+        part, p = parallel.parts[name], named[name]
+        first, *rest = part.runs
+        if isinstance(p, DTensor):
+            shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
+            first = tuple(within(list(first), offset[0], offset[0] + shape[0]))
+        return Piece.of(local, part.size, (first, *rest))
+
+    return {key: placed(key, local) for key, local in tensors.items()}
 
 
-def save(folder: Path, parallel: Parallel, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Write a DCP folder; every rank calls it."""
-    dcp.save(tensors(parallel, optimizer), checkpoint_id=folder, no_dist=parallel.mesh is None)
+def save(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | None) -> None:
+    """Write a DCP folder; every rank of the group calls it with its pieces. None: one process writes all."""
+    writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
+    dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def load(folder: Path, parallel: Parallel, optimizer: torch.optim.Optimizer | None = None) -> None:
-    """Fill model and optimiser, of any mesh, from a DCP folder; every rank calls it."""
-    if optimizer is not None:
-        _give_state(optimizer)
-    dcp.load(tensors(parallel, optimizer), checkpoint_id=folder, no_dist=parallel.mesh is None)
-
-
-def _give_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let an optimiser make its state: one step with zero gradients and no learning rate, which changes no parameter."""
-    kept = [(group, group["lr"]) for group in optimizer.param_groups]
-    gradients = {p: p.grad for group in optimizer.param_groups for p in group["params"]}
-    for group, _ in kept:
-        group["lr"] = 0.0
-    for p in gradients:
-        p.grad = torch.zeros_like(p)
-    optimizer.step()
-    for group, lr in kept:
-        group["lr"] = lr
-    for p, gradient in gradients.items():
-        p.grad = gradient
-
-
-def _runs(parallel: Parallel, name: str, p: nn.Parameter) -> tuple[tuple[tuple[Run, ...], ...], torch.Size]:
-    """Where this rank's part of a parameter stands, after tensor and expert ranks and FSDP; and the whole size."""
-    part = parallel.parts.get(name) or Held(p.shape, tuple((Run(0, 0, n),) for n in p.shape))
-    first, *rest = part.runs
-    if isinstance(p, DTensor):
-        shape, offset = compute_local_shape_and_global_offset(p.shape, p.device_mesh, p.placements)
-        first = tuple(within(list(first), offset[0], offset[0] + shape[0]))
-    return (first, *rest), part.size
-
-
-def _data(x: Tensor) -> Tensor:
-    x = x.detach()
-    return x.to_local() if isinstance(x, DTensor) else x
+def load(folder: Path, tensors: dict[str, Tensor]) -> None:
+    """Fill these pieces and tensors from a DCP folder of any mesh. Ranks need not call it together."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # as is meant
+        dcp.load(dict(tensors), checkpoint_id=folder, no_dist=True)

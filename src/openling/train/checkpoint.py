@@ -1,9 +1,10 @@
 """Checkpoints of a run: written in the background, whole or not at all, pruned; the folder guarded against a second writer.
 
-`run/train.json` says what the run is; `run/checkpoints/step_N` holds `model.safetensors` (trained parameters and router biases,
-as they train: the master weights), `optimizer.safetensors` (optimiser state, random generators), `state.json` (step, tokens,
-fingerprint of the data, what judges steps) and `manifest.json` with size and SHA-256 of each, written last. A folder whose files
-are not what its manifest says counts as none, and the one before it is taken.
+`run/train.json` says what the run is; `run/checkpoints/step_N` holds trained parameters and router biases as they train (the
+master weights), optimiser state and random generators: one rank writes `model.safetensors` and `optimizer.safetensors`, several
+each a `.distcp` file of a DCP folder. Beside them `state.json` (step, tokens, fingerprint of the data, what judges steps) and,
+written last, `manifest.json` with size and SHA-256 of each file. A folder whose files are not what its manifest says counts as
+none, and the one before it is taken. `reading` opens either form on any mesh.
 """
 
 from __future__ import annotations
@@ -17,20 +18,30 @@ import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 
 from openling.errors import UserError
+from openling.model.ling import Ling
+from openling.parallel.apply import Parallel
+from openling.parallel.pieces import pieces
+from openling.parallel.pieces import save as save_pieces
 from openling.train.optim import Optimizers
+from openling.train.ranks import Ranks, told
+from openling.train.reading import METADATA, open_checkpoint
 from openling.weights.io import raw_bytes, tensors_header, write_error
 from openling.weights.whole import write_all, write_json
 
 __all__ = ["Saver", "checkpoints", "latest_checkpoint", "load_checkpoint", "sole_writer", "write_json"]
 HASHED_AT_ONCE = 1 << 24
+# Size and SHA-256 of each file.
+Manifest = dict[str, dict[str, Any]]
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
@@ -64,19 +75,28 @@ def sole_writer(run: Path) -> Iterator[None]:
 
 
 class Saver:
-    """Writes checkpoints of one run in a thread. `save` returns when everything is copied to memory; one is written at a time."""
+    """Writes checkpoints of one run in a thread. `save` returns when everything is copied to memory; one is written at a time.
 
-    def __init__(self, run: Path, *, keep_last: int = 1, keep_every: int | None = None) -> None:
-        self.folder, self.keep_last, self.keep_every = run / "checkpoints", keep_last, keep_every
+    On a mesh every rank has one; the folder must be the same on all machines.
+    """
+
+    def __init__(self, run: Path, ranks: Ranks, *, keep_last: int = 1, keep_every: int | None = None) -> None:
+        self.folder, self.ranks, self.keep_last, self.keep_every = run / "checkpoints", ranks, keep_last, keep_every
+        self._gpu = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
     def save(self, trained: dict[str, Tensor], optimizers: Optimizers, state: dict[str, Any]) -> None:
         """Begin `step_N`; an error of the one before is raised here."""
         self.wait()
-        held = optimizers.tensors() | rng_tensors()
-        files = {"model.safetensors": _copied(trained), "optimizer.safetensors": _copied(held)}
-        self._thread = threading.Thread(target=self._run, args=(files, state), name="checkpoint")
+        held = optimizers.tensors() | rng_tensors(self.ranks)
+        if self.ranks.saving is None:
+            files = {"model.safetensors": _copied(trained), "optimizer.safetensors": _copied(held)}
+            write = partial(_write_files, files=files)
+        else:
+            everything = {f"model/{name}": t for name, t in trained.items()} | held
+            write = partial(_write_pieces, held=pieces(self.ranks.parallel, _copied(everything)), group=self.ranks.saving)
+        self._thread = threading.Thread(target=self._run, args=(write, state), name="checkpoint")
         self._thread.start()
 
     def wait(self) -> None:
@@ -88,20 +108,26 @@ class Saver:
         if error is not None:
             raise error
 
-    def _run(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _run(self, write: Callable[[Path], Manifest], state: dict[str, Any]) -> None:
         try:
-            self._write(files, state)
-            self._prune(state["step"])
+            if self._gpu is not None:
+                torch.cuda.set_device(self._gpu)  # a thread begins on the first
+            self._write(write, state)
+            if self.ranks.main:
+                self._prune(state["step"])
         except BaseException as error:  # raised by the next `save` or `wait`
             self._error = error
 
-    def _write(self, files: dict[str, dict[str, Tensor]], state: dict[str, Any]) -> None:
+    def _write(self, write: Callable[[Path], Manifest], state: dict[str, Any]) -> None:
         final, draft = self.folder / f"step_{state['step']}", self.folder / ".draft"
-        try:
+        group = self.ranks.saving
+
+        def begin() -> None:
             shutil.rmtree(draft, ignore_errors=True)
             draft.mkdir(parents=True)
             write_json(draft / "state.json", state)
-            manifest = {name: _write_tensors(draft / name, tensors) for name, tensors in files.items()}
+
+        def finish() -> None:
             text = (draft / "state.json").read_bytes()
             manifest["state.json"] = {"bytes": len(text), "sha256": hashlib.sha256(text).hexdigest()}
             write_json(draft / "manifest.json", manifest)
@@ -110,8 +136,14 @@ class Saver:
                 shutil.rmtree(final)
             draft.rename(final)
             sync(self.folder)
+
+        try:
+            told(begin, group)
+            manifest = write(draft)
+            told(finish, group)
         except OSError as error:
-            shutil.rmtree(draft, ignore_errors=True)
+            if self.ranks.main:
+                shutil.rmtree(draft, ignore_errors=True)
             resume = "free some space, then the same command with --resume"
             raise write_error(error, final, kept="the previous checkpoint is kept", resume=resume) from error
 
@@ -123,6 +155,24 @@ class Saver:
             kept |= {n for n in found if n % self.keep_every == 0}
         for n in found.keys() - kept:
             shutil.rmtree(found[n], ignore_errors=True)
+
+
+def _write_files(draft: Path, files: dict[str, dict[str, Tensor]]) -> Manifest:
+    return {name: _write_tensors(draft / name, tensors) for name, tensors in files.items()}
+
+
+def _write_pieces(draft: Path, held: dict[str, Tensor], group: dist.ProcessGroup) -> Manifest:
+    """Every rank writes a file and hashes it; the whole manifest is known to the main rank."""
+    try:
+        save_pieces(draft, held, group)
+    except dcp.CheckpointException as error:  # raised by every rank, with the errors of all
+        first = next(iter(error.failures.values()))[0]
+        raise (first if isinstance(first, OSError) else error) from error
+    number = dist.get_rank(group)
+    mine = [*draft.glob(f"__{number}_*.distcp"), *([draft / METADATA] if number == 0 else [])]
+    everybody: list[Any] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(everybody, {path.name: {"bytes": path.stat().st_size, "sha256": hashed(path)} for path in mine}, group)
+    return {name: line for lines in everybody for name, line in lines.items()}
 
 
 def _copied(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -150,6 +200,12 @@ def _write_tensors(path: Path, tensors: dict[str, Tensor]) -> dict[str, Any]:
     return {"bytes": size, "sha256": digest.hexdigest()}
 
 
+def hashed(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with the files of a checkpoint, or None; every byte is read."""
     try:
@@ -160,9 +216,8 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != line["bytes"]:
                 return f"{name} has {path.stat().st_size} bytes instead of {line['bytes']}"
-            with path.open("rb") as file:
-                if hashlib.file_digest(file, "sha256").hexdigest() != line["sha256"]:
-                    return f"{name} has changed since it was written"
+            if hashed(path) != line["sha256"]:
+                return f"{name} has changed since it was written"
     except (OSError, ValueError, KeyError, TypeError) as error:
         return f"manifest.json cannot be read: {error}"
     return None
@@ -185,36 +240,43 @@ def whole_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
     return None
 
 
-def load_checkpoint(checkpoint: Path, trained: dict[str, Tensor], optimizers: Optimizers) -> dict[str, Any]:
-    """Put trained tensors, optimiser state and random generators back in place; returns `state.json`."""
-    weights = load_file(checkpoint / "model.safetensors")
-    tensors = load_file(checkpoint / "optimizer.safetensors")
+def load_checkpoint(checkpoint: Path, ranks: Ranks, trained: dict[str, Tensor], optimizers: Optimizers) -> dict[str, Any]:
+    """Put trained tensors, optimiser state and random generators back in place; returns `state.json`.
+
+    A mesh of another size goes on with generators as they are: their states belong to ranks.
+    """
+    found = open_checkpoint(checkpoint)
+    wanted = pieces(ranks.parallel, {f"model/{name}": t.detach() for name, t in trained.items()})
+    for key, tensor in wanted.items():
+        if found.shapes.get(key) != tensor.shape:
+            value = list(found.shapes[key]) if key in found.shapes else "missing"
+            where = key.removeprefix("model/")
+            raise UserError("the checkpoint is of another model", where=where, value=value, expected=list(tensor.shape))
     state: dict[str, Any] = json.loads((checkpoint / "state.json").read_text())
-    for name, tensor in trained.items():
-        if name not in weights or weights[name].shape != tensor.shape:
-            found = list(weights[name].shape) if name in weights else "missing"
-            raise UserError("the checkpoint is of another model", where=name, value=found, expected=list(tensor.shape))
-        with torch.no_grad():
-            tensor.copy_(weights[name])
-    optimizers.load(tensors)
-    torch.set_rng_state(tensors["rng/cpu"])
-    if "rng/cuda" in tensors and torch.cuda.is_available():
-        torch.cuda.set_rng_state(tensors["rng/cuda"])
+    generators = {name: t for name, t in rng_tensors(ranks).items() if found.shapes.get(name) == t.shape}
+    found.fill(wanted | pieces(ranks.parallel, optimizers.adopt(found.shapes)) | generators)
+    if state.get("ranks", 1) == ranks.count:
+        set_rng(generators)
     return state
 
 
-def load_start(checkpoint: Path, model: nn.Module, optimizers: Optimizers | None = None) -> None:
-    """Put the weights of an earlier stage's checkpoint into a model, and what it has of optimiser state."""
-    weights = load_file(checkpoint / "model.safetensors")
-    mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    for name, value in weights.items():
-        if name not in mine or mine[name].shape != value.shape:
-            found = list(mine[name].shape) if name in mine else "no such tensor"
-            raise UserError("the earlier stage trained another model", where=name, value=found, expected=list(value.shape))
-        with torch.no_grad():
-            mine[name].copy_(value)
-    if optimizers is not None:
-        optimizers.load(load_file(checkpoint / "optimizer.safetensors"))
+def load_start(checkpoint: Path, model: Ling, optimizers: Optimizers | None = None, ranks: Ranks | None = None) -> None:
+    """Put the weights of an earlier stage's checkpoint into a model, and what it has of optimiser state.
+
+    ranks: those that `model` is spread over already.
+    """
+    ranks = Ranks(Parallel(model, None, {})) if ranks is None else ranks
+    found = open_checkpoint(checkpoint)
+    mine: dict[str, Tensor] = {**ranks.parallel.held(dict(model.named_parameters())), **dict(model.named_buffers())}
+    names = [key.removeprefix("model/") for key in found.shapes if key.startswith("model/")]
+    wanted = pieces(ranks.parallel, {f"model/{name}": mine[name].detach() for name in names if name in mine})
+    for key in (f"model/{name}" for name in names):
+        shape = wanted[key].shape if key in wanted else None
+        if shape != found.shapes[key]:
+            value, where = "no such tensor" if shape is None else list(shape), key.removeprefix("model/")
+            expected = list(found.shapes[key])
+            raise UserError("the earlier stage trained another model", where=where, value=value, expected=expected)
+    found.fill(wanted | ({} if optimizers is None else pieces(ranks.parallel, optimizers.adopt(found.shapes))))
 
 
 def trained_tensors(model: nn.Module, chosen: dict[str, nn.Parameter]) -> dict[str, Tensor]:
@@ -222,12 +284,19 @@ def trained_tensors(model: nn.Module, chosen: dict[str, nn.Parameter]) -> dict[s
     return {**chosen, **{name: b for name, b in model.named_buffers() if name.endswith("expert_bias")}}
 
 
-def rng_tensors() -> dict[str, Tensor]:
-    """States of the random generators."""
-    found = {"rng/cpu": torch.get_rng_state()}
+def rng_tensors(ranks: Ranks) -> dict[str, Tensor]:
+    """States of this rank's random generators."""
+    behind = "" if ranks.mesh is None else f"/{ranks.number}"
+    found = {f"rng/cpu{behind}": torch.get_rng_state()}
     if torch.cuda.is_available():
-        found["rng/cuda"] = torch.cuda.get_rng_state()
+        found[f"rng/cuda{behind}"] = torch.cuda.get_rng_state()
     return found
+
+
+def set_rng(states: dict[str, Tensor]) -> None:
+    """Put back what `rng_tensors` returned."""
+    for name, state in states.items():
+        (torch.cuda.set_rng_state if name.startswith("rng/cuda") else torch.set_rng_state)(state)
 
 
 def sync(path: Path) -> None:

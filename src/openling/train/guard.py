@@ -30,8 +30,9 @@ MOST_IDS = 1 << 20
 class Guard:
     """Judges each step by the ones before it."""
 
-    def __init__(self, run: Path, config: TrainConfig) -> None:
-        self.folder, self.config = run / "evidence", config
+    def __init__(self, run: Path, config: TrainConfig, rank: int = 0) -> None:
+        """rank: others than 0 keep evidence of their own rows and parts of gradients."""
+        self.folder, self.config, self.rank = run / "evidence", config, rank
         self.losses: deque[float] = deque(maxlen=WINDOW)
         self.norms: deque[float] = deque(maxlen=WINDOW)
         self.in_a_row = 0
@@ -69,8 +70,8 @@ class Guard:
             "documents": batch.cu_seqlens.tolist(),
             "input_ids": batch.ids.tolist() if batch.ids.numel() <= MOST_IDS else None,
         }
-        self.folder.mkdir(exist_ok=True)
-        path = self.folder / f"step_{row['step']}.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.folder / f"step_{row['step']}{f'_rank_{self.rank}' if self.rank else ''}.json"
         write_json(path, evidence)
         if self.in_a_row > self.config.max_skips:
             skipped = f", after {self.in_a_row - 1} that were left out" if self.in_a_row > 1 else ""

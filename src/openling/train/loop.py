@@ -2,6 +2,9 @@
 
     read a batch -> losses and gradients, part by part -> clip -> judge -> update weights and router biases -> log -> checkpoint
 
+On several ranks every rank runs it on its own rows, or its slice of rows that others share (`ranks`); what is judged, counted and
+agreed is the same on all, and the main rank writes and speaks.
+
 A run folder holds `train.json`, `metrics.jsonl`, `checkpoints/` and, where steps were left out, `evidence/`. A run that was
 stopped and resumed ends with the same bits as one that was not, on the same machine: on a CPU always, on CUDA under
 `torch.use_deterministic_algorithms(True)` (without it two uninterrupted runs differ as well).
@@ -14,7 +17,7 @@ import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -22,6 +25,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from openling.config.train import TrainConfig
 from openling.data.batches import BatchSource, PackedBatch, check_fingerprint
@@ -29,6 +33,7 @@ from openling.data.prefetch import Prefetcher
 from openling.errors import UserError
 from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
+from openling.parallel.apply import Parallel
 from openling.train.balance import Balance, imbalance
 from openling.train.checkpoint import (
     Saver,
@@ -44,7 +49,7 @@ from openling.train.guard import Guard
 from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memory_bytes
 from openling.train.objective import Loss, Part, counts, mtp_steps, objective, prepare, to_device
 from openling.train.optim import Optimizers, ParameterChoice, select_parameters
-from openling.train.ranks import Alone, Ranks
+from openling.train.ranks import Ranks
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
 
@@ -80,7 +85,8 @@ def train(
     parameters: regular expressions for names, or a function of the name; all others are frozen and get no gradient.
     teacher: needed when `config.kl` > 0. run: the folder for metrics and checkpoints. resume: continue it; when it holds no
     run that is a `UserError`, and so is a run of another configuration. progress: False for silence, or seconds between lines.
-    start: a checkpoint of an earlier stage, whose weights and optimiser state a new run begins with.
+    start: a checkpoint of an earlier stage, whose weights and optimiser state a new run begins with. ranks: those over which
+    `parallel.apply` spread `model` (and the teacher); `batches` give the rows of `ranks.mesh.data_rank`, and every rank calls.
     A loss or gradient that is not finite is a `Failure` that names the step, before any weight changes, unless
     `config.max_skips` lets it be left out; `evidence/` keeps the batch.
     """
@@ -94,12 +100,26 @@ def train(
         least = model.config.num_nextn_predict_layers
         raise UserError("there are fewer MTP steps than MTP layers", where="mtp_steps", value=config.mtp_steps, expected=least)
     models = [model, teacher] if teacher is not None and config.kl else [model]
-    with sole_writer(run), _only_gradients_of(model, select_parameters(model, parameters)) as chosen, _in_training(model):
-        _enter_run(run, config, list(chosen), resume)
-        with _cast_once(models, set(chosen.values()), config):
-            every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
-            display = (progress is not False, every)
-            return _Run(model, config, batches, chosen, teacher, run, display, start, ranks or Alone(), trackers).go()
+    ranks = ranks or Ranks(Parallel(model, None, {}))
+    if config.part_size % ranks.data_ranks:
+        raise UserError(
+            "the rows of a part cannot be shared evenly", where="batch_size / accumulation", value=config.part_size,
+            expected=f"a multiple of {ranks.data_ranks} data ranks",
+        )  # fmt: skip
+    if config.optimizer == "muon" and ranks.mesh is not None:
+        raise UserError(
+            "Muon orthogonalises whole matrices, of which a rank holds parts", where="optimizer", value="muon", expected="adamw"
+        )
+    chosen = select_parameters(model, parameters)
+    with ExitStack() as stack:
+        ranks.told(lambda: stack.enter_context(sole_writer(run)))
+        stack.enter_context(_only_gradients_of(model, chosen))
+        stack.enter_context(_in_training(model))
+        ranks.told(lambda: _enter_run(run, config, list(chosen), resume))
+        stack.enter_context(_cast_once(models, set(chosen.values()), config))
+        every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
+        display = (progress is not False, every)
+        return _Run(model, config, batches, chosen, teacher, run, display, start, ranks, trackers).go()
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
@@ -135,14 +155,14 @@ def _in_training(model: Ling) -> Iterator[None]:
 
 
 @contextmanager
-def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[dict[str, nn.Parameter]]:
+def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
     """Freeze all other parameters, so that backward ends below the lowest chosen one; undone afterwards."""
     before = {p: p.requires_grad for p in model.parameters()}
     wanted = set(chosen.values())
     try:
         for p in before:
             p.requires_grad_(p in wanted)
-        yield chosen
+        yield
     finally:
         for p, needed in before.items():
             p.requires_grad_(needed)
@@ -153,11 +173,12 @@ def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Ite
 def _cast_once(models: list[Ling], trained: set[nn.Parameter], config: TrainConfig) -> Iterator[None]:
     """On a CPU, hold frozen matrices in BF16, as autocast would otherwise cast them again in every step; undone afterwards.
 
-    A head that is also the embedding stays: embeddings are read in FP32.
+    A head that is also the embedding stays: embeddings are read in FP32. So does what FSDP holds: it casts by itself.
     """
     read = {m.weight for model in models for m in model.modules() if isinstance(m, nn.Embedding)}
     matrices = {m.weight for model in models for m in model.modules() if isinstance(m, nn.Linear)}
-    wide = {p: p.data for p in matrices - read - trained if p.device.type == "cpu" and config.precision == "bf16"}
+    here = {p for p in matrices - read - trained if p.device.type == "cpu" and not isinstance(p, DTensor)}
+    wide = {p: p.data for p in here if config.precision == "bf16"}
     try:
         for p, data in wide.items():
             p.data = data.to(torch.bfloat16)
@@ -208,33 +229,37 @@ class _Run:
         ranks: Ranks,
         trackers: Sequence[Tracker],
     ) -> None:
-        self.model, self.config, self.batches, self.chosen, self.run, self.ranks = model, config, batches, chosen, run, ranks
+        self.model, self.config, self.batches, self.run, self.ranks = model, config, batches, run, ranks
         self.device = next(model.parameters()).device
-        self.head = self._head(model)
-        self.teacher = (teacher, self._head(teacher)) if teacher is not None and config.kl else None
-        self.optimizers = Optimizers(chosen, config)
-        self.balance, self.guard = Balance(model, config.bias_rate, ranks.summed), Guard(run, config)
-        self.saver = Saver(run, keep_last=config.keep_last, keep_every=config.keep_every)
+        self.all_train = len(chosen) == sum(1 for _ in model.parameters())
+        self.held = ranks.parallel.held(chosen)
+        self.teacher = teacher if config.kl else None
+        self.heads = self._frozen_heads([model] if self.teacher is None else [model, self.teacher])
+        self.optimizers = Optimizers(self.held, config)
+        self.balance, self.guard = Balance(model, config.bias_rate, ranks.summed), Guard(run, config, ranks.number)
+        self.saver = Saver(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
         self.mtp, self.peak = mtp_steps(model, config), peak_flops(self.device)
         self.step, self.tokens, self.seconds = 0, 0, 0.0
         self.by_source: dict[str, int] = {}
         torch.manual_seed(config.seed)
-        told: list[str] = []
-        checkpoint = whole_checkpoint(run, told.append)
+        notes: list[str] = []
+        checkpoint = ranks.told(lambda: whole_checkpoint(run, notes.append))
         if checkpoint is not None:
             self._restore(checkpoint)
         elif start is not None:
-            load_start(start, model, self.optimizers)
-        self.log, self.trackers = MetricsLog(run / "metrics.jsonl", step=self.step), trackers
+            load_start(start, model, self.optimizers, ranks)
+        self.log = MetricsLog(run / "metrics.jsonl", step=self.step) if ranks.main else None
+        self.last: dict[str, Any] = self.log.last if self.log else {}
+        self.trackers = trackers if ranks.main else ()
         spoken, every = display
         limit = config.max_seconds
         silent = not (spoken and ranks.main)
         self.display = Display(config.total_steps, first_step=self.step, silent=silent, max_seconds=limit, every=every)
-        for line in told:
+        for line in notes:
             self.display.say(line)
 
     def _restore(self, checkpoint: Path) -> None:
-        state = load_checkpoint(checkpoint, trained_tensors(self.model, self.chosen), self.optimizers)
+        state = load_checkpoint(checkpoint, self.ranks, trained_tensors(self.model, self.held), self.optimizers)
         check_fingerprint(self.batches, state["data"])
         self.step, self.tokens, self.seconds = state["step"], state["tokens"], state["seconds"]
         self.by_source = state["tokens_by_source"]
@@ -248,12 +273,11 @@ class _Run:
         began = saved_at - self.seconds
         if self.step:
             self.display.say(f"continuing after step {self.step} of {self.config.total_steps}")
-        pin = PackedBatch.pin_memory if self.device.type == "cuda" else (lambda batch: batch)
         try:
-            with self.display, _caught_signals() as caught, Prefetcher(self.batches, prepare=pin) as source:
+            with self.display, _caught_signals() as caught, Prefetcher(self.batches, prepare=self._pinned) as source:
                 self.balance.clear()
                 stall = 0.0
-                while (stopped := self._ended(caught())) is None:
+                while (stopped := self._ended(number := self.ranks.highest(caught() or 0))) is None:
                     row = self._advance(source)
                     self.seconds = time.monotonic() - began
                     self._tell(row | {"seconds": self.seconds, "data_seconds": source.last_wait_seconds, "save_seconds": stall})
@@ -265,38 +289,49 @@ class _Run:
                         stall = saved_at - paused
                 if saved_step != self.step:
                     self._save()
-                number = caught()
         finally:
             self.saver.wait()
-            self.log.close()
+            if self.log:
+                self.log.close()
             for tracker in self.trackers:
                 tracker.finish()
-        return TrainResult(self.step, self.tokens, self.seconds, stopped, number if stopped == "signal" else None, self.log.last)
+        return TrainResult(self.step, self.tokens, self.seconds, stopped, number if stopped == "signal" else None, self.last)
+
+    def _pinned(self, batch: PackedBatch) -> PackedBatch:
+        """Ready to be copied to a GPU. It runs in a thread, which would else pin for the first GPU of the machine."""
+        if self.device.type != "cuda":
+            return batch
+        torch.cuda.set_device(self.device)
+        return batch.pin_memory()
 
     def _tell(self, row: dict[str, Any]) -> None:
         """A step's metrics to everybody who wants them."""
         row |= {"memory_bytes": memory_bytes(self.device)}
-        self.log.write(row)
+        self.last = row
+        if self.log:
+            self.log.write(row)
         self.display.update(row)
         for tracker in self.trackers:
             tracker.log(row)
 
-    def _ended(self, caught: int | None) -> Literal["finished", "time", "signal"] | None:
+    def _ended(self, caught: int) -> Literal["finished", "time", "signal"] | None:
         if self.step >= self.config.total_steps:
             return "finished"
         limit = self.config.max_seconds
-        if self.ranks.agreed(caught is not None):
+        if caught:
             return "signal"
-        return "time" if self.ranks.agreed(limit is not None and self.seconds >= limit) else None
+        return "time" if limit is not None and self.ranks.agreed(self.seconds >= limit) else None
 
     def _due(self, seconds: float) -> bool:
         c = self.config
         by_steps = c.checkpoint_steps is not None and self.step % c.checkpoint_steps == 0
-        return by_steps or self.ranks.agreed(c.checkpoint_seconds is not None and seconds >= c.checkpoint_seconds)
+        return by_steps or (c.checkpoint_seconds is not None and self.ranks.agreed(seconds >= c.checkpoint_seconds))
 
     def _save(self) -> None:
-        self.log.sync()
+        if self.log:
+            self.log.sync()
         state = {
+            "ranks": self.ranks.count,
             "step": self.step,
             "tokens": self.tokens,
             "seconds": self.seconds,
@@ -305,38 +340,44 @@ class _Run:
             "guard": self.guard.state_dict(),
             "bf16_products": bf16_matmuls_pay() if self.device.type == "cpu" else None,
         }
-        self.saver.save(trained_tensors(self.model, self.chosen), self.optimizers, state)
+        self.saver.save(trained_tensors(self.model, self.held), self.optimizers, state)
 
     def _advance(self, source: Prefetcher) -> dict[str, Any]:
         """One optimiser step; returns its metrics."""
-        started, c = time.monotonic(), self.config
+        started, c, ranks = time.monotonic(), self.config, self.ranks
         batch = source.batch(self.step)
-        parts = [prepare(piece, self.mtp) for piece in batch.split(max(1, batch.ids.shape[0] // c.part_size))]
-        targets = self.ranks.summed(counts(parts))
+        pieces = batch.split(max(1, batch.ids.shape[0] * ranks.data_ranks // c.part_size))
+        parts = [prepare(piece, self.mtp, ranks.parallel.context_group) for piece in pieces]
+        targets = ranks.summed(counts(parts))
         losses = [self._backward(part, targets, last=part is parts[-1]) for part in parts]
-        norm = self.ranks.clip(list(self.chosen.values()), c.clip)
-        tokens = int(self.ranks.summed(torch.tensor(batch.ids.numel())))
+        norm = float(ranks.parallel.clip(self.held, c.clip))
+        tokens = int(ranks.summed(torch.tensor(sum(part.ids_BT.numel() for part in parts))))
         row: dict[str, Any] = {"step": self.step + 1, "tokens": self.tokens + tokens} | self._means(losses)
         row |= {"grad_norm": norm, "lr": learning_rate(self.step, c)}
         loads = self.balance.take()
         row["imbalance"] = None if loads is None else imbalance(loads)
         self._update(row, batch, loads)
-        for name, count in batch.tokens_by_source.items():
+        for name, count in ranks.merged(batch.tokens_by_source).items():
             self.by_source[name] = self.by_source.get(name, 0) + count
         self.step, self.tokens = row["step"], row["tokens"]
         seconds = time.monotonic() - started
         row |= {"tokens_per_s": tokens / seconds, "mfu": None}
-        if self.peak is not None and len(self.chosen) == sum(1 for _ in self.model.parameters()):
+        if self.peak is not None and self.all_train:
             flops = training_flops(self.model.config, batch.ids.numel(), mean_keys(batch.cu_seqlens), self.mtp)
-            row["mfu"] = flops / seconds / self.peak
+            row["mfu"] = flops / ranks.sharers / seconds / self.peak
         return row | ({"tokens_by_source": dict(self.by_source)} if self.by_source else {})
 
     def _backward(self, part: Part, targets: Tensor, *, last: bool) -> Loss:
         """The loss of a part of the batch, in BF16 autocast where configured, and its gradients."""
-        self.ranks.last_of_step(last)
-        here = to_device(part, self.device)
+        parallel, here = self.ranks.parallel, to_device(part, self.device)
+        parallel.last_of_step(last)
+
+        def compute() -> Loss:
+            group = parallel.tensor_group
+            return objective(self.model, here, targets, self.config, head=self._head, teacher=self.teacher, tensor=group)
+
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
-            loss = self.ranks.run(lambda: objective(self.model, here, targets, self.config, head=self.head, teacher=self.teacher))
+            loss = parallel.run(compute)
         loss.loss.backward()
         return loss
 
@@ -350,9 +391,10 @@ class _Run:
     def _update(self, row: dict[str, Any], batch: PackedBatch, loads: Tensor | None) -> None:
         """Weights and router biases, unless the step is bad."""
         why = self.guard.verdict(row["loss"], row["grad_norm"])
-        if why is not None:
+        if self.ranks.agreed(why is not None):  # ranks with the same tokens may round differently: one verdict for all
+            why = why or "another rank judged so"
             row["skipped"] = why
-            self.guard.bad(why, row, batch, self.chosen)
+            self.guard.bad(why, row, batch, self.held)
             self.optimizers.zero_grad()
             return
         self.guard.good(row["loss"], row["grad_norm"])
@@ -360,8 +402,16 @@ class _Run:
         if loads is not None:
             self.balance.update(loads)
 
+    def _frozen_heads(self, models: list[Ling]) -> dict[Ling, Tensor]:
+        """Heads that do not change, cast once; not those that FSDP gathers."""
+        found = {}
+        for model in models:
+            weight = model.lm_head.weight
+            frozen = model is not self.model or not weight.requires_grad
+            if frozen and self.config.precision == "bf16" and not isinstance(weight, DTensor):
+                found[model] = weight.detach().to(torch.bfloat16)
+        return found
+
     def _head(self, model: Ling) -> Tensor:
-        """A model's head, cast once where it is frozen."""
-        weight = model.lm_head.weight
-        frozen = model is not self.model or not weight.requires_grad
-        return weight.detach().to(torch.bfloat16) if frozen and self.config.precision == "bf16" else weight
+        """A model's head as it is multiplied."""
+        return self.heads.get(model, model.lm_head.weight)

@@ -9,20 +9,32 @@ predicts the next (Ling-2.6 report, section 2); targets never lie in another doc
 With more steps than MTP layers, the layers take turns (one layer: all steps share it). `later` detaches what every step but the
 first reads, embeddings and head included: our reading of "gradients of every layer but the first are detached" (table 8).
 
-Legend: N tokens of the flat rows, K of them with a target, B rows, T tokens of a row, M hidden size.
+On a mesh a part is a context rank's slice of its rows: targets are found on the whole rows, then cut. Tensor ranks hold the words
+of the head in parts (`ops.loss`), and each forms the hidden states' gradient of its own words: `copy` adds these up.
+
+Legend: N tokens of the flat rows, K of them here with a target, B rows, S tokens of a row, T of them here, M hidden size.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from openling.config.train import TrainConfig
 from openling.data.batches import NO_TARGET, PackedBatch
 from openling.model.ling import Ling
 from openling.ops.loss import target_loss
+from openling.parallel.apply import inside
+from openling.parallel.collectives import copy
+from openling.parallel.context import ContextMemory, Slice, slice_of
+
+# The LM head of a model as it is to be multiplied; called while the model's weights are whole.
+Head = Callable[[Ling], Tensor]
 
 
 @dataclass(frozen=True)
@@ -35,19 +47,21 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that run through the model at once."""
+    """Rows that run through the model at once, or a context rank's slice of them."""
 
     ids_BT: Tensor
     cu_seqlens: Tensor | None
-    """None where every row is one document."""
+    """None where every row is one document, and for a slice."""
     next: Ahead
     mtp: tuple[Ahead, ...]
     mtp_ids_BT: tuple[Tensor, ...]
     """The tokens that each MTP step embeds; 0 behind a document's end, where nothing is predicted."""
+    slice: Slice | None = None
+    memory: ContextMemory | None = None
+    """Through which mixers see the other slices; made by `to_device`."""
 
 
-@dataclass(frozen=True)
-class Loss:
+class Loss(NamedTuple):
     """`loss`: this part's share, to call backward on. Shares of the terms, detached: add up parts for the means."""
 
     loss: Tensor
@@ -55,7 +69,6 @@ class Loss:
     kl: Tensor | None
     z: Tensor | None
     mtp: Tensor | None
-    agreement: Tensor | None = None
 
 
 def mtp_steps(model: Ling, config: TrainConfig) -> int:
@@ -63,25 +76,37 @@ def mtp_steps(model: Ling, config: TrainConfig) -> int:
     return (config.mtp_steps or model.config.num_nextn_predict_layers) if config.mtp else 0
 
 
-def prepare(batch: PackedBatch, steps: int) -> Part:
-    """A part from rows of a batch, on the CPU: bounds are looked at here, so that no GPU has to be waited for."""
+def prepare(batch: PackedBatch, steps: int, context: dist.ProcessGroup | None = None) -> Part:
+    """A part from rows of a batch, on the CPU: bounds are looked at here, so that no GPU has to be waited for.
+
+    context: the ranks that share these rows; this one's slice is returned.
+    """
     rows, length = batch.ids.shape
     bounds = batch.cu_seqlens.long()
     whole = len(bounds) == rows + 1 and bool((bounds == torch.arange(0, rows * length + 1, length)).all())
-    target, found, ids = batch.flat_targets[0], [], []
-    found.append(_ahead(target))
+    shape = (rows, length) if whole else (1, rows * length)
+    documents = None if whole else batch.cu_seqlens
+    part = None if context is None else slice_of(shape, documents, context)
+    mine = slice(None) if part is None else part.mine
+
+    def cut(x_N: Tensor) -> Tensor:
+        return x_N.view(shape)[:, mine]
+
+    target = batch.flat_targets[0]
+    found, ids = [_ahead(cut(target))], []
     for _ in range(steps):
-        ids.append(target.clamp(min=0).view(rows, length) if whole else target.clamp(min=0)[None])
+        ids.append(cut(target.clamp(min=0)))
         target = torch.cat((target[1:], target.new_full((1,), NO_TARGET)))
         target[bounds[1:] - 1] = NO_TARGET
-        found.append(_ahead(target))
-    first = batch.ids if whole else batch.flat_ids
-    return Part(first, None if whole else batch.cu_seqlens, found[0], tuple(found[1:]), tuple(ids))
+        found.append(_ahead(cut(target)))
+    cu_seqlens = documents if part is None else None
+    return Part(cut(batch.flat_ids[0]), cu_seqlens, found[0], tuple(found[1:]), tuple(ids), part)
 
 
-def _ahead(target_N: Tensor) -> Ahead:
-    place = (target_N != NO_TARGET).nonzero()[:, 0]
-    return Ahead(place, target_N[place])
+def _ahead(target_BT: Tensor) -> Ahead:
+    flat = target_BT.flatten()
+    place = (flat != NO_TARGET).nonzero()[:, 0]
+    return Ahead(place, flat[place])
 
 
 def counts(parts: list[Part]) -> Tensor:
@@ -90,9 +115,7 @@ def counts(parts: list[Part]) -> Tensor:
 
 
 def to_device(part: Part, device: torch.device) -> Part:
-    """The same part where the model is."""
-    if device.type == "cpu":
-        return part
+    """The same part where the model is, with the memory of a slice."""
 
     def move(x: Tensor) -> Tensor:
         return x.to(device, non_blocking=True)
@@ -101,7 +124,14 @@ def to_device(part: Part, device: torch.device) -> Part:
         return Ahead(move(a.place_K), move(a.target_K))
 
     bounds = None if part.cu_seqlens is None else move(part.cu_seqlens)
-    return Part(move(part.ids_BT), bounds, ahead(part.next), tuple(map(ahead, part.mtp)), tuple(map(move, part.mtp_ids_BT)))
+    memory = None if part.slice is None else part.slice.memory(device)
+    ahead_ids = tuple(map(move, part.mtp_ids_BT))
+    return Part(move(part.ids_BT), bounds, ahead(part.next), tuple(map(ahead, part.mtp)), ahead_ids, part.slice, memory)
+
+
+def own_head(model: Ling) -> Tensor:
+    """The head as the model holds it."""
+    return model.lm_head.weight
 
 
 def objective(
@@ -110,49 +140,68 @@ def objective(
     counts: Tensor,
     config: TrainConfig,
     *,
-    head: Tensor,
-    teacher: tuple[Ling, Tensor] | None = None,
+    head: Head = own_head,
+    teacher: Ling | None = None,
+    tensor: dist.ProcessGroup | None = None,
 ) -> Loss:
     """This part's share of the batch's loss; `counts` are those of the whole batch, of all parts and ranks.
 
-    head, teacher: LM heads as the caller wants them multiplied.
+    tensor: the ranks that hold the other words of both heads. On a mesh it is called through `Parallel.run`.
     """
     denominators = [max(1, int(n)) for n in counts]
-    h = model.model(part.ids_BT, cu_seqlens=part.cu_seqlens)
+    h = model.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens)
     followed = None
     if teacher is not None:
         with torch.no_grad():
-            followed = (_rows(teacher[0].model(part.ids_BT, cu_seqlens=part.cu_seqlens), part.next.place_K), teacher[1])
+            followed = inside(teacher, lambda: _followed(teacher, part, head))
     main = target_loss(
-        _rows(h, part.next.place_K),
-        head,
+        _rows(h, part.next.place_K, tensor),
+        head(model),
         part.next.target_K,
         teacher=followed,
         ce_weight=config.ce,
-        kl_weight=config.kl if teacher is not None else 0.0,
+        kl_weight=config.kl if followed is not None else 0.0,
         z_weight=config.z,
         denominator=denominators[0],
+        group=tensor,
     )
     if not part.mtp:
         return Loss(main.loss, main.ce, main.kl, main.z, None)
-    shares = mtp_losses(model, part, h, head, denominators[1:], config.mtp_detach)
+    shares = mtp_losses(model, part, h, head(model), denominators[1:], config.mtp_detach, tensor)
     mtp = torch.stack(shares).mean()
     return Loss(main.loss + config.mtp * mtp, main.ce, main.kl, main.z, mtp.detach())
 
 
-def mtp_losses(model: Ling, part: Part, h: Tensor, head: Tensor, denominators: list[int], detach: str) -> list[Tensor]:
+def _followed(teacher: Ling, part: Part, head: Head) -> tuple[Tensor, Tensor]:
+    """The teacher's hidden states where a next token is predicted, and its head."""
+    h = teacher.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens)
+    return _rows(h, part.next.place_K), head(teacher)
+
+
+def mtp_losses(
+    model: Ling,
+    part: Part,
+    h: Tensor,
+    head: Tensor,
+    denominators: list[int],
+    detach: str,
+    tensor: dist.ProcessGroup | None = None,
+) -> list[Tensor]:
     """The share of each MTP step's mean cross-entropy."""
-    layers, shares = model.model.mtp_layers(), []
+    layers, shares, memory = model.model.mtp_layers(), [], part.memory
     for k, (ahead, ids) in enumerate(zip(part.mtp, part.mtp_ids_BT, strict=True)):
         embedded, weight = model.model.word_embeddings(ids), head
         if detach == "all" or (detach == "later" and k):
             h, embedded, weight = h.detach(), embedded.detach(), weight.detach()
-        tables = model.model.rope(ids, 0, part.cu_seqlens)
-        h = layers[k % len(layers)](h, embedded, tables, cu_seqlens=part.cu_seqlens)
-        shares.append(target_loss(_rows(h, ahead.place_K), weight, ahead.target_K, denominator=denominators[k]).loss)
+        tables = model.model.rope(ids, 0, part.cu_seqlens) if memory is None else model.model.rope.at(memory.positions_1T)
+        seen = None if memory is None else memory.layers[0]
+        h = layers[k % len(layers)](h, embedded, tables, seen, cu_seqlens=part.cu_seqlens)
+        rows = _rows(h, ahead.place_K, tensor)
+        shares.append(target_loss(rows, weight, ahead.target_K, denominator=denominators[k], group=tensor).loss)
     return shares
 
 
-def _rows(h_BTM: Tensor, place_K: Tensor) -> Tensor:
+def _rows(h_BTM: Tensor, place_K: Tensor, tensor: dist.ProcessGroup | None = None) -> Tensor:
     flat = h_BTM.flatten(0, 1)
-    return flat if len(place_K) == flat.shape[0] else flat.index_select(0, place_K)
+    rows = flat if len(place_K) == flat.shape[0] else flat.index_select(0, place_K)
+    return rows if tensor is None else copy(rows, tensor)

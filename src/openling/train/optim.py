@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -74,15 +74,19 @@ class Optimizers:
             f"{slot}/{name}": value for name, p in self.parameters.items() for slot, value in owners[p].state.get(p, {}).items()
         }
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` returned."""
-        names = {p: name for name, p in self.parameters.items()}
+    def adopt(self, names: Container[str]) -> dict[str, Tensor]:
+        """State for whatever is among these names, SLOT/NAME, as tensors to be filled in place."""
+        own = {p: name for name, p in self.parameters.items()}
+        found: dict[str, Tensor] = {}
         for optimizer in self.each:
             slots = ("momentum_buffer",) if isinstance(optimizer, Muon) else ("step", "exp_avg", "exp_avg_sq")
             for p in (p for group in optimizer.param_groups for p in group["params"]):
-                found = {slot: tensors[f"{slot}/{names[p]}"] for slot in slots if f"{slot}/{names[p]}" in tensors}
-                if found:
-                    optimizer.state[p] = {slot: value.to(p.device) for slot, value in found.items()}
+                held = [slot for slot in slots if f"{slot}/{own[p]}" in names]
+                if held and p.numel():
+                    one = torch.zeros((), device=p.device)
+                    optimizer.state[p] = {slot: one if slot == "step" else torch.zeros_like(p) for slot in held}
+                    found |= {f"{slot}/{own[p]}": value for slot, value in optimizer.state[p].items()}
+        return found
 
 
 def adamw(parameters: Sequence[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:

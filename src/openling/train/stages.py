@@ -5,6 +5,8 @@
 
 A stage begins with the training state of the one before: unrounded weights, optimiser moments, router biases. What it writes is
 those weights, or the mean of its last checkpoints where the recipe merges. A run that is stopped anywhere goes on with `resume`.
+
+On several ranks, all of which see the same folder, everyone trains and the main rank does the rest: corpora, records, folders.
 """
 
 from __future__ import annotations
@@ -12,16 +14,20 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from openling.config.presets import PRESETS
 from openling.config.recipe import RecipeConfig, StageConfig
-from openling.data.build import BuildConfig, build
+from openling.data.build import BuildConfig
+from openling.data.build import build as build_corpus
 from openling.data.byte_tokenizer import byte_tokenizer
 from openling.data.mixture import MixtureBatches
 from openling.data.sources import parse_source
@@ -30,8 +36,12 @@ from openling.errors import UserError
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
+from openling.parallel.apply import apply
+from openling.parallel.mesh import Axes, build, fit
 from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint, write_json
 from openling.train.loop import TrainResult, train
+from openling.train.ranks import Ranks, told
+from openling.train.reading import open_checkpoint
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
@@ -39,7 +49,7 @@ from openling.weights.folder import load, load_tokenizer
 from openling.weights.io import read_hf_config
 
 # Changes of these do not change what was trained so far.
-FREE_ON_RESUME = ("stages", "trackers")
+FREE_ON_RESUME = ("stages", "trackers", "parallel")
 
 
 @dataclass(frozen=True)
@@ -89,34 +99,43 @@ class Pipeline:
         say: Callable[[str], None] = lambda text: None,
         progress: bool | float = True,
     ) -> None:
+        """Where torch.distributed is up, every rank makes one, with its own device."""
         self.recipe, self.run, self.device, self.command = recipe, run, device, command
         self.say, self.progress = say, progress
+        c = recipe.parallel
+        axes = Axes(c.pipeline, c.replicate, c.shard or 0, c.context, c.tensor, c.expert)
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        fit(axes, self.world)
+        self.mesh = build(axes, first_config(recipe)[0], device.type) if self.world > 1 else None
+        # Others may wait for hours, while a corpus is built or a folder written.
+        self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
 
     def go(self, *, resume: bool = False) -> Outcome:
         """Everything that is not done yet; a stage that stops ends it."""
-        with self._entered(resume):
+        with ExitStack() as stack:
+            told(lambda: stack.enter_context(self._entered(resume)), self.group)
             self.tokenizer = self._tokenizer()
-            self._build_corpora()
+            told(self._build_corpora, self.group)
             config, _ = first_config(self.recipe)
             sources = [self._batches(stage, config) for stage in self.recipe.stages]  # refused before the first step, if at all
-            model: Ling | None = None
             before: list[Path] = []
             models: list[Path] = []
             for stage, batches in zip(self.recipe.stages, sources, strict=True):
                 config = stage_config(config, stage)
                 folder, out = self.run / "stages" / stage.name, self.run / "models" / stage.name
-                if not self._is_done(folder, out, stage):
-                    model = self._model(config, model, before)
-                    result = self._train(model, stage, batches, folder, before[-1] if before else None)
+                done = told(partial(self._is_done, folder, out, stage), self.group)
+                if not done:
+                    result = self._train(config, stage, batches, folder, before)
                     if result.stopped == "signal":
                         return Outcome(models, result)
-                    self._write(model, stage, folder, out)
                     if result.stopped == "time":
                         self.say(f"  stopped by the clock ({stage.max_seconds:.0f} s) after step {result.steps}")
-                models.append(out)
-                last = whole_checkpoint(folder, self.say)
+                last = told(partial(whole_checkpoint, folder, self.say), self.group)
                 assert last is not None
                 before.append(last)
+                if not done:
+                    told(partial(self._write, config, stage, folder, out, before), self.group)
+                models.append(out)
         return Outcome(models, None)
 
     @contextmanager
@@ -147,23 +166,22 @@ class Pipeline:
     def _tokenizer(self) -> Any:
         start = self.recipe.model
         if start.tokenizer == "bytes":
-            found = byte_tokenizer()
-        else:
-            folder = Path(start.tokenizer or start.folder or "")
-            found = load_tokenizer(folder)
-            if found is None:
-                raise UserError("the folder has no tokenizer", where=folder, expected="tokenizer.json")
-        if not (self.run / "tokenizer").exists():
-            found.save_pretrained(self.run / "tokenizer")
+            return byte_tokenizer()
+        folder = Path(start.tokenizer or start.folder or "")
+        found = load_tokenizer(folder)
+        if found is None:
+            raise UserError("the folder has no tokenizer", where=folder, expected="tokenizer.json")
         return found
 
     def _build_corpora(self) -> None:
+        if not (self.run / "tokenizer").exists():
+            self.tokenizer.save_pretrained(self.run / "tokenizer")
         for name, corpus in self.recipe.corpora.items():
             out = self.recipe.corpus_path(name, self.run)
             if corpus.build and not out.exists():  # one that is finished stands for itself, whatever became of its sources
                 out.parent.mkdir(exist_ok=True)
                 sources = tuple(parse_source(word, licences={}, languages={}) for word in corpus.build)
-                build(BuildConfig(sources, filters=corpus.filters), out, self.tokenizer, say=self.say)
+                build_corpus(BuildConfig(sources, filters=corpus.filters), out, self.tokenizer, say=self.say)
 
     def _batches(self, stage: StageConfig, config: ModelConfig) -> MixtureBatches:
         placed = tuple(
@@ -176,6 +194,8 @@ class Pipeline:
             stage.mixture.model_copy(update={"sources": placed}),
             rows=stage.batch_size,
             seed=stage.seed,
+            rank=0 if self.mesh is None else self.mesh.data_rank,
+            world=1 if self.mesh is None else self.mesh.data_ranks,
             steps=stage.total_steps,
             ramp=stage.stairs,
             vocab_size=config.vocab_size,
@@ -189,49 +209,65 @@ class Pipeline:
         trained = json.loads((out / "openling.json").read_text())
         return bool(trained.get("steps") == stage.total_steps or stage.max_seconds is not None)
 
-    def _model(self, config: ModelConfig, model: Ling | None, before: list[Path]) -> Ling:
+    def _model(self, config: ModelConfig, before: list[Path], device: torch.device) -> Ling:
         """The model in FP32 as the stage before left it, with this stage's configuration."""
-        start = self.recipe.model
-        if model is None and start.folder is not None:
-            model = load(start.folder, dtype=torch.float32, device=self.device).model
-        elif model is None:
-            with torch.device(self.device):
-                model = Ling(config)
-            model.init_weights(torch.Generator(self.device).manual_seed(self.recipe.seed))
-        if model.config != config:
-            with torch.device("meta"):
-                changed = Ling(config)
-            changed.load_state_dict(model.state_dict(), assign=True)
-            if config.tie_word_embeddings:
-                changed.lm_head.weight = changed.model.word_embeddings.weight
-            model = changed
+        with torch.device("meta"):
+            model = Ling(config)
+        trained = open_checkpoint(before[-1]).shapes if before else {}
+        if all(f"model/{name}" in trained for name, _ in model.named_parameters()):
+            model = model.to_empty(device=device)
+            before = before[-1:]
+        else:
+            model.load_state_dict(self._first_model(config).state_dict(), assign=True)
+        if config.tie_word_embeddings:
+            model.lm_head.weight = model.model.word_embeddings.weight
         for checkpoint in before:
             load_start(checkpoint, model)
         return model
 
-    def _train(self, model: Ling, stage: StageConfig, batches: MixtureBatches, folder: Path, start: Path | None) -> TrainResult:
-        total, resume = stage.total_steps, (folder / "train.json").exists()
+    def _first_model(self, config: ModelConfig) -> Ling:
+        """The weights that training starts with: given, or random."""
+        if self.recipe.model.folder is not None:
+            return load(self.recipe.model.folder, dtype=torch.float32, device=self.device).model
+        with torch.device(self.device):
+            model = Ling(config)
+        model.init_weights(torch.Generator(self.device).manual_seed(self.recipe.seed))
+        return model
+
+    def _train(
+        self, config: ModelConfig, stage: StageConfig, batches: MixtureBatches, folder: Path, before: list[Path]
+    ) -> TrainResult:
+        total = stage.total_steps
         tokens = sum(stage.rows(s) for s in range(total)) if stage.ramp and total < 10**6 else total * stage.batch_size
         self.say(
             f"stage {stage.name}: {total:,} steps, {tokens * stage.sequence_length:,} tokens, rows of {stage.sequence_length}"
         )
-        folder.parent.mkdir(exist_ok=True)
-        folder.mkdir(exist_ok=True)
-        write_json(folder / "config.json", ling_config(model.config, torch.float32))
-        trackers = open_trackers(self.recipe.trackers, folder, f"{self.recipe.name}-{stage.name}", stage.model_dump(mode="json"))
+        dtype = torch.bfloat16 if stage.precision == "bf16" else None
+        recomputing = self.recipe.parallel.recompute
+        parallel = apply(self._model(config, before, self.device), self.mesh, recomputing=recomputing, model_dtype=dtype)
+        ranks = Ranks(parallel)
+
+        def begin() -> bool:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_json(folder / "config.json", ling_config(config, torch.float32))
+            return (folder / "train.json").exists()
+
+        resume, name = ranks.told(begin), f"{self.recipe.name}-{stage.name}"
+        fields = stage.model_dump(mode="json")
         return train(
-            model,
+            parallel.model,
             stage.run(),
             batches,
             parameters=stage.trainable,
             run=folder,
             resume=resume,
             progress=self.progress,
-            start=start,
-            trackers=trackers,
+            start=before[-1] if before else None,
+            ranks=ranks,
+            trackers=open_trackers(self.recipe.trackers, folder, name, fields) if ranks.main else (),
         )
 
-    def _write(self, model: Ling, stage: StageConfig, folder: Path, out: Path) -> None:
+    def _write(self, config: ModelConfig, stage: StageConfig, folder: Path, out: Path, before: list[Path]) -> None:
         """The stage's checkpoint folder; a shorter one of the same stage gives way."""
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(exist_ok=True)
@@ -242,6 +278,7 @@ class Pipeline:
         companions = self.run / "tokenizer"
         source = self.recipe.model.folder
         title = f"{self.recipe.name}-{stage.name}"
+        model = self._model(config, before, torch.device("cpu"))
         if stage.merge is not None:
             about |= merge_into(model, chosen_checkpoints(folder, last=stage.merge.last), stage.merge.weights)
         save(model.eval(), out, dtype=dtype, source=source, provenance=about, name=title, companions=companions)

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import nn
 
 from openling.errors import UserError
 from openling.train.checkpoint import checkpoints, damage
+from openling.train.reading import open_checkpoint
 from openling.weights.merge import coefficients, weighted_sum
 
 
@@ -41,10 +40,10 @@ def merge_into(model: nn.Module, sources: dict[int, Path], weighting: str) -> di
     """Put the weighted mean of these checkpoints into the model, one tensor at a time; returns what to write down about it."""
     weights = coefficients(weighting, len(sources))
     mine = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    with ExitStack() as stack:
-        files = [stack.enter_context(safe_open(path / "model.safetensors", "pt")) for path in sources.values()]
-        for name in files[-1].keys():  # noqa: SIM118, it is no dict
-            if name not in mine:
-                raise UserError("the checkpoint is of another model", where=name)
-            mine[name].copy_(weighted_sum([f.get_tensor(name) for f in files], weights, name))
+    opened = [open_checkpoint(path) for path in sources.values()]
+    for key in (k for k in opened[-1].shapes if k.startswith("model/")):
+        name = key.removeprefix("model/")
+        if name not in mine:
+            raise UserError("the checkpoint is of another model", where=name)
+        mine[name].copy_(weighted_sum([one.whole(key) for one in opened], weights, name))
     return {"merged": [{"step": step, "weight": c} for step, c in zip(sources, weights, strict=True)], "weighting": weighting}

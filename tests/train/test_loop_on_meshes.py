@@ -1,0 +1,174 @@
+"""The loop on 2 and 4 processes (gloo): every axis trains as one rank does, stops, resumes on any mesh, and all agree.
+
+All processes of a world are started once and go through every case. FP64: sums of a few hundred terms in another order differ by
+1e-13 of their size; what AdamW makes of tiny gradients adds to it, hence 1e-9 for weights that move by 1e-3 a step.
+"""
+
+import json
+import multiprocessing
+import os
+import signal
+import sys
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from packed_training import MIXED, documents, hybrid
+
+from openling.data.batches import MemoryBatches
+from openling.errors import UserError
+from openling.parallel.apply import apply
+from openling.parallel.mesh import Axes, build
+from openling.train.checkpoint import latest_checkpoint
+from openling.train.loop import train
+from openling.train.ranks import Ranks
+from openling.train.reading import open_checkpoint
+
+STEPS = 3
+SHAPE = {"vocab_size": 62, "num_attention_heads": 4, "num_key_value_heads": 4, "group_norm_size": 2}
+# Name: axes and what differs from `settings`; what is left of the world is data_shard.
+CASES = {
+    2: {
+        "shard": (Axes(), {}),
+        "replicate": (Axes(data_replicate=2), {}),
+        "context": (Axes(context=2), {}),
+        "expert": (Axes(expert=2), {}),
+        "tensor": (Axes(tensor=2), {}),
+        "taught": (Axes(tensor=2), {"kl": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
+        "taught shard": (Axes(), {"kl": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
+    },
+    4: {
+        "replicate x shard x expert": (Axes(data_replicate=2, expert=2), {}),
+        "context x expert": (Axes(context=2, expert=4), {"kl": 0.5}),
+        "tensor x shard": (Axes(tensor=2), {}),
+        "tensor x context": (Axes(tensor=2, context=2), {}),
+    },
+}
+TOLD = ("loss", "ce", "kl", "z", "mtp", "grad_norm", "imbalance", "tokens", "tokens_by_source")
+
+
+def settings(**changes):
+    return MIXED(**{"steps": STEPS, "batch_size": 8, "accumulation": 2, "sequence_length": 24} | changes)
+
+
+def model(seed=0):
+    return hybrid(seed, **SHAPE).double()
+
+
+def go(run, axes=None, source=None, **changes):
+    """Train on a mesh, or alone; returns the result and the ranks."""
+    config = settings(**changes)
+    student, teacher = model(), model(seed=1) if config.kl else None
+    mesh = None if axes is None else build(axes, student.config, "cpu")
+    ranks = Ranks(apply(student, mesh))
+    if teacher is not None:
+        apply(teacher, mesh)
+    rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_ranks)
+    batches = (source or MemoryBatches)(documents(), length=24, rows=8, rank=rank, world=world)
+    resume = (run / "train.json").exists()
+    options = {"parameters": [""], "run": run, "resume": resume, "progress": False}
+    return train(student, config, batches, teacher=teacher, ranks=ranks, **options), ranks
+
+
+def rows(run):
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [{name: row.get(name) for name in TOLD} for row in map(json.loads, lines)]
+
+
+def tensors(run):
+    """All that the newest checkpoint holds, random generators excepted."""
+    found = open_checkpoint(latest_checkpoint(run))
+    return {name: found.whole(name) for name in found.shapes if not name.startswith("rng/")}
+
+
+def assert_close(run, expected):
+    for row, wanted in zip(rows(run), rows(expected), strict=True):
+        for name in TOLD:
+            value = wanted[name]
+            assert row[name] == (pytest.approx(value, rel=1e-9) if isinstance(value, float) else value), name
+    found, wanted = tensors(run), tensors(expected)
+    assert found.keys() == wanted.keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, wanted[name], rtol=0, atol=1e-9, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def assert_same_bits(run, expected):
+    assert rows(run) == rows(expected)
+    found, wanted = tensors(run), tensors(expected)
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in found.items())
+
+
+class Interrupting(MemoryBatches):
+    """Signals the last rank while it reads ahead."""
+
+    def batch(self, step):
+        if step == 3 and dist.get_rank() == dist.get_world_size() - 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return super().batch(step)
+
+
+def agree(folder):
+    """A signal to one rank stops all at one step, which is in a checkpoint."""
+    result, ranks = go(folder / "signal", Axes(), Interrupting, steps=200)
+    steps = [None] * ranks.count
+    dist.all_gather_object(steps, (result.stopped, result.signal, result.steps))
+    assert len(set(steps)) == 1 and steps[0][:2] == ("signal", signal.SIGTERM)
+    assert latest_checkpoint(folder / "signal").name == f"step_{result.steps}"
+
+
+def resume(folder):
+    """Stopped after a step by the clock, gone on with on the same mesh: the same bits; on another: the same training."""
+    for name in ("same", "other", "alone"):
+        result, _ = go(folder / name, Axes(), max_seconds=1e-9)
+        assert (result.stopped, result.steps) == ("time", 1)
+    go(folder / "same", Axes())
+    go(folder / "other", Axes(tensor=2))
+
+
+def refusals(folder):
+    """Every rank raises what the main rank found."""
+    with pytest.raises(UserError, match="another configuration"):
+        go(folder / "shard", Axes(), lr=1.0)
+    with pytest.raises(UserError, match="cannot be shared evenly"):
+        go(folder / "new", Axes(), accumulation=8)
+    assert not (folder / "new").exists()
+
+
+def everything(rank, world, folder):
+    """What every process runs."""
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    rendezvous, limit = f"file://{folder}/rendezvous", timedelta(seconds=300)
+    dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world, timeout=limit)
+    for name, (axes, changes) in CASES[world].items():
+        go(folder / name, axes, **changes)
+    if world == 2:
+        agree(folder)
+        resume(folder)
+        refusals(folder)
+    dist.barrier()  # nobody leaves while another still talks
+    dist.destroy_process_group()
+
+
+@pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")
+@pytest.mark.parametrize("world", [2, 4])
+def test_every_mesh_trains_as_one_rank(world, tmp_path):
+    multiprocessing.set_forkserver_preload(["openling.train.loop", "openling.parallel.pieces", "torch._dynamo"])
+    mp.start_processes(everything, args=(world, str(tmp_path)), nprocs=world, start_method="forkserver")
+    torch.set_num_threads(1)
+    alone = {}
+    for name, (_, changes) in CASES[world].items():
+        key = json.dumps(changes)
+        if key not in alone:
+            alone[key] = tmp_path / f"one {len(alone)}"
+            go(alone[key], **changes)
+        assert_close(tmp_path / name, alone[key])
+    if world == 2:
+        assert_same_bits(tmp_path / "same", tmp_path / "shard")
+        go(tmp_path / "alone")
+        for name in ("other", "alone"):
+            assert_close(tmp_path / name, alone["{}"])
