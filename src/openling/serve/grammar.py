@@ -89,7 +89,7 @@ class Matcher:
             if token in self._eos_ids and self.is_complete:
                 self._ends += 1
             elif self._ends or not self._state.consume_token(token):
-                raise Failure("the reply left its grammar", value=self._error())
+                raise Failure("the reply left its grammar, or that became too complex", value=self._error())
 
     def rollback(self, count: int) -> None:
         """Take the last `count` tokens back."""

@@ -74,7 +74,10 @@ class Reply:
             if reason is not None:
                 break
         if self.matcher is not None:
-            self.matcher.advance(kept)
+            try:
+                self.matcher.advance(kept)
+            except Failure as error:  # too complex to go on with: this reply ends, not the step
+                return self.end("error", weight_version, str(error))
             reason = reason or ("stop" if self.matcher.is_finished else None)
         if reason is not None and self._text is not None:
             text += self._text.finish()
