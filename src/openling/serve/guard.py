@@ -28,6 +28,7 @@ log = logging.getLogger("openling.serve")
 _REQUEST_ID = re.compile(r"[A-Za-z0-9_.:-]{1,128}")
 _LOCAL_HOST = re.compile(r"(localhost|127(\.\d{1,3}){3}|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 _DISCARD_SECONDS = 2.0
+CLOSE = {"Connection": "close"}
 CLIENT_LEFT = 499  # as in nginx: only logs and metrics see it
 
 
@@ -123,6 +124,7 @@ class Guard:
         if self._local_only and not _LOCAL_HOST.fullmatch(headers.get("host", "")):
             # A web page that rebinds its name to this machine could otherwise use a server that has no key.
             raise ApiError(403, "this server answers to localhost only", code="host_refused")
+        self._check_framing(scope, headers)
         scope["state"]["caller"] = self._keys.check(headers, self._paths.access(path))
         refusal = self._refuse(path)
         if refusal is not None:
@@ -135,6 +137,19 @@ class Guard:
         if scope["method"] == "POST" and kind != wanted and (length != "0" or "transfer-encoding" in headers):
             # Other types would reach us from foreign web pages without the browser asking first.
             raise ApiError(415, f"send Content-Type: {wanted}", code="unsupported_media_type")
+
+    def _check_framing(self, scope: Scope, headers: dict[str, str]) -> None:
+        """What HTTP's parser lets pass."""
+        size = len(scope["raw_path"]) + len(scope["query_string"]) + sum(len(n) + len(v) for n, v in scope["headers"])
+        if size > self._limits.header_bytes:  # the parser counts only what arrives in pieces
+            raise ApiError(
+                400, f"the headers are larger than {self._limits.header_bytes} bytes", code="invalid_http", headers=CLOSE
+            )
+        if "content-length" in headers and "transfer-encoding" in headers:
+            # A proxy in front may have believed the other one, and what is left of the body would be the next request.
+            raise ApiError(400, "Content-Length and Transfer-Encoding exclude each other", code="invalid_http", headers=CLOSE)
+        if headers.get("content-encoding", "identity").strip().lower() != "identity":
+            raise ApiError(415, "send the body without Content-Encoding", code="unsupported_media_type", headers=CLOSE)
 
     def _bounded(self, receive: Receive, path: str) -> Receive:
         """`receive` with the body's size and time limited."""
@@ -149,7 +164,7 @@ class Guard:
                 async with asyncio.timeout_at(deadline):
                     message = await receive()
             except TimeoutError:
-                raise ApiError(408, "the body did not arrive in time", code="timeout", headers={"Connection": "close"}) from None
+                raise ApiError(408, "the body did not arrive in time", code="timeout", headers=CLOSE) from None
             if message["type"] == "http.disconnect":
                 raise ClientGone
             size += len(message.get("body", b""))
@@ -179,7 +194,7 @@ class Guard:
             413,
             f"the body is larger than {self._most_bytes(path)} bytes",
             code="request_too_large",
-            headers={"Connection": "close"},
+            headers=CLOSE,
         )
 
     def _stamped(self, send: Send, exchange: _Exchange) -> Send:
