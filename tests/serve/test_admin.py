@@ -12,7 +12,7 @@ from safetensors.torch import save as save_tensors
 from test_safety import open_stream, until
 
 from openling.config.serve import ServeConfig, TimeoutsConfig
-from openling.serve import control
+from openling.serve import admin_routes, control
 from openling.serve.auth import Keys
 from openling.weights.export import save
 
@@ -256,7 +256,7 @@ def test_weights_in_pieces_are_used_all_at_once(server):
     assert (missing.status, "have not arrived" in missing.error["message"]) == (400, True)
     assert upload(client, pieces[1]).status == 200
     damaged = client.post("/update_weights/commit", {"hashes": hashes | {"lm_head.weight": "0" * 64}})
-    assert damaged.status == 400
+    assert (damaged.status, "lm_head.weight" in damaged.error["message"]) == (400, True)
     assert client.get("/weights/checksum").json == {"sha256": before, "weight_version": "0"}
     ask(client, "/update_weights/commit", {"hashes": hashes})
     assert client.get("/weights/checksum").json == {"sha256": control.checksum(new.model), "weight_version": "2"}
@@ -285,6 +285,24 @@ def test_bytes_that_are_no_weights(server):
     for path in ("/nowhere", "0" * 4000, "a\0b"):
         answer = server.client.post("/update_weights", {"path": path, "version": "1"})
         assert (answer.status, answer.error["type"]) == (400, "invalid_request_error")
+
+
+def test_weights_are_read_for_one_update_at_a_time(server, monkeypatch):
+    go = threading.Event()
+    monkeypatch.setattr(admin_routes, "load", lambda path, dtype: go.wait(20) and tiny_loaded(seed=3))
+    first = Asking(server.client, "/update_weights", {"path": "somewhere", "version": "a"})
+    until(lambda: server.service.reading)
+    answer = server.client.post("/update_weights", {"path": "elsewhere", "version": "b"})
+    assert (answer.status, answer.error["code"]) == (409, "update_under_way")
+    go.set()
+    assert first.reply["weight_version"] == "a"
+    assert not server.service.reading
+
+
+@pytest.mark.parametrize("version", ["", "a\nb", "a\0", "x" * 129])
+def test_a_version_is_one_line_of_text(server, version):
+    assert server.client.post("/update_weights/begin", {"version": version}).status == 400
+    assert server.client.post("/update_weights", {"path": "somewhere", "version": version}).status == 400
 
 
 def test_sampling_that_only_the_whole_shows_to_be_wrong_is_refused(server):

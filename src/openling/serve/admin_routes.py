@@ -74,14 +74,18 @@ async def update_weights(service: Service, http: HttpRequest) -> Response:
     body = await service.read(http, UpdateRequest)
     engine = service.engine.engine
     dtype = engine.model.lm_head.weight.dtype
+    if service.reading:
+        raise ApiError(409, "another update is reading its weights", code="update_under_way")
+    service.reading = True
     try:
         loaded = await asyncio.to_thread(lambda: load(Path(body.path), dtype=dtype))
+        return await _flip(service, body.version, list(control.weights(loaded.model).items()), body.hashes)
     except UserError as error:
-        raise as_api_error(error) from None
+        raise _told(error) from None
     except (OSError, ValueError) as error:  # a name that cannot be a path, or one that this server may not read
         raise bad(f"the folder cannot be read: {getattr(error, 'strerror', None) or error}", "path", "invalid_weights") from None
-    tensors = list(control.weights(loaded.model).items())
-    return await _flip(service, body.version, tensors, body.hashes)
+    finally:
+        service.reading = False
 
 
 async def begin_update(service: Service, http: HttpRequest) -> Response:
@@ -122,6 +126,11 @@ async def commit_update(service: Service, http: HttpRequest) -> Response:
     return answer
 
 
+def _told(error: UserError) -> ApiError:
+    """Every part of the error: which weight or file, what it is, what was expected."""
+    return bad("; ".join(" ".join(line.split()) for line in str(error).splitlines()), None, "invalid_weights")
+
+
 def _no_weight(name: str, known: Iterable[str]) -> str:
     """Off the event loop: comparing names takes long where there are many."""
     close = get_close_matches(name[:200], list(known), n=3)
@@ -135,7 +144,10 @@ def _upload(service: Service) -> Upload:
 
 
 async def _flip(service: Service, version: str, tensors: list[tuple[str, Tensor]], hashes: dict[str, str] | None) -> Response:
-    await _in_engine(service, lambda engine: engine.update_weights(version, tensors, hashes))
+    try:
+        await service.engine.call(lambda engine: engine.update_weights(version, tensors, hashes))
+    except UserError as error:
+        raise _told(error) from None
     service.weight_version = version
     return json_response({"success": True, "message": "", "weight_version": version, "weights": len(tensors)})
 

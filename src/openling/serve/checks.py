@@ -12,6 +12,33 @@ from openling.serve.protocol import SamplingFields, Tool
 from openling.serve.types import Grammar, SamplingParams
 
 _MOST_NODES = 20_000  # of a JSON schema; one of the allowed size in bytes has fewer unless it is hostile
+_PARTS = ("content", "tool_calls")  # what a message holds lists in
+_MOST_FIELDS = 128  # of a body; no route knows so many
+COLDEST = 1e-6  # a temperature below it takes the likeliest token: logits divided by less overflow
+
+
+def check_counts(body: Mapping[str, Any], limits: LimitsConfig, max_model_len: int) -> None:
+    """Lengths of a body's lists, before anything looks at what is in them; raises ApiError 400."""
+    if len(body) > _MOST_FIELDS:
+        raise bad(f"the body has {len(body)} parameters; no route has more than {_MOST_FIELDS}", None, "unknown_parameter")
+    bounds = {"messages": limits.messages, "tools": limits.tools, "stop": limits.stop, "stop_sequences": limits.stop}
+    bounds |= {"logit_bias": limits.logit_bias, "stop_token_ids": limits.logit_bias}
+    for name, most in bounds.items():
+        value = body.get(name)
+        if isinstance(value, (list, dict)) and len(value) > most:
+            raise bad(f"{name} has {len(value)} entries; at most {most}", name)
+    messages = body.get("messages")
+    inner = [message.get(key) for message in messages if isinstance(message, dict) for key in _PARTS] if messages else []
+    parts = sum(len(value) for value in inner if isinstance(value, list))
+    if parts > limits.parts:
+        raise bad(f"messages have {parts} parts together; at most {limits.parts}", "messages")
+    prompt = body.get("prompt")
+    if isinstance(prompt, list) and prompt and not isinstance(prompt[0], int) and len(prompt) > limits.prompts:
+        raise bad(f"{len(prompt)} prompts; at most {limits.prompts}", "prompt")
+    for name in ("prompt", "prompt_token_ids", "input_ids", "tokens"):
+        value = body.get(name)
+        if isinstance(value, list) and len(value) > max(max_model_len, limits.prompts):
+            raise too_long(max_model_len, name)
 
 
 def check_sampling(body: SamplingFields, limits: LimitsConfig, vocab_size: int) -> None:
@@ -55,9 +82,7 @@ def check_top_logprobs(count: int | None, limits: LimitsConfig, param: str) -> N
 
 
 def check_tools(tools: Sequence[Tool], limits: LimitsConfig) -> None:
-    """Number of tools, names that differ, schemas within bounds; raises ApiError 400."""
-    if len(tools) > limits.tools:
-        raise bad(f"{len(tools)} tools; at most {limits.tools}", "tools")
+    """Names that differ, schemas within bounds; raises ApiError 400."""
     names = [tool.function.name for tool in tools]
     if len(set(names)) < len(names):
         raise bad("two tools have the same name", "tools")
@@ -111,6 +136,12 @@ def too_long(max_model_len: int, param: str) -> ApiError:
     return bad(f"the prompt is longer than the context of {max_model_len} tokens can be", param, "context_length_exceeded")
 
 
+def _temperature(asked: float | None) -> float:
+    if asked is None:
+        return 1.0
+    return asked if asked >= COLDEST else 0.0
+
+
 def sampling_params(
     body: SamplingFields,
     *,
@@ -125,7 +156,7 @@ def sampling_params(
     """One reply's parameters. Reply `choice` of n takes its own seed, counted up from the request's."""
     top_k = body.top_k or 0
     return SamplingParams(
-        temperature=1.0 if body.temperature is None else body.temperature,
+        temperature=_temperature(body.temperature),
         top_k=max(top_k, 0),
         top_p=1.0 if body.top_p is None else body.top_p,
         min_p=body.min_p or 0.0,

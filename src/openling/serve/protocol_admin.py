@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, model_validator
 
@@ -16,7 +16,7 @@ class GenerateParams(Body):
     top_p: float | None = Field(None, gt=0, le=1)
     top_k: int | None = Field(None, ge=-1)
     min_p: float | None = Field(None, ge=0, le=1)
-    repetition_penalty: float | None = Field(None, gt=0, le=100)
+    repetition_penalty: float | None = Field(None, ge=0.01, le=100)
     presence_penalty: float | None = Field(None, ge=-2, le=2)
     frequency_penalty: float | None = Field(None, ge=-2, le=2)
     logit_bias: LogitBias | None = None
@@ -77,20 +77,24 @@ class AbortRequest(Body):
         return self
 
 
+# It stands in replies, logs and labels of metrics.
+Version = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^\x00-\x1f\x7f]+$")]
+
+
 class UpdateRequest(BaseModel):
     """New weights from a checkpoint folder of the same model. hashes: SHA-256 per weight, checked before anything changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     path: str = Field(min_length=1, max_length=4096, validation_alias=AliasChoices("path", "model_path"))
-    version: str = Field(min_length=1, max_length=128, validation_alias=AliasChoices("version", "weight_version"))
+    version: Version = Field(validation_alias=AliasChoices("version", "weight_version"))
     hashes: dict[str, str] | None = None
 
 
 class BeginRequest(Body):
     """Start of an update whose weights are sent in pieces."""
 
-    version: str = Field(min_length=1, max_length=128)
+    version: Version
 
 
 class CommitRequest(Body):

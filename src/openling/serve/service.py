@@ -19,7 +19,7 @@ from starlette.responses import Response
 from openling.config.serve import ServeConfig
 from openling.serve.admission import Admission
 from openling.serve.auth import Caller
-from openling.serve.checks import too_long
+from openling.serve.checks import check_counts, too_long
 from openling.serve.merged import Replies
 from openling.serve.metrics import Metrics
 from openling.serve.problems import ApiError, bad, from_validation, unavailable
@@ -51,6 +51,7 @@ class Service:
     # Every id that a client may know a call by -> the calls of that id.
     active: dict[str, list[Call]] = field(default_factory=dict)
     upload: Upload | None = None
+    reading: bool = False  # whether /update_weights holds a second copy of the weights
 
     def __post_init__(self) -> None:
         self.admission = Admission(self.config.limits)
@@ -73,6 +74,7 @@ class Service:
             raise bad(f"the body is not valid JSON: {error}", None, "invalid_json") from None
         if not isinstance(data, dict):
             raise bad("the body must be a JSON object", None, "invalid_json")
+        check_counts(data, self.config.limits, self.max_model_len)
         try:
             return model.model_validate(data)
         except ValidationError as error:
@@ -92,9 +94,9 @@ class Service:
         self.weight_version = stats.weight_version
         return stats
 
-    def check_size(self, text: str, param: str) -> None:
-        """Refuse a text that cannot fit the context, before any of it is tokenized."""
-        if len(text) > self.max_model_len * self.text.longest_token:
+    def check_size(self, characters: int, param: str) -> None:
+        """Refuse so much text, which cannot fit the context, before any of it is tokenized."""
+        if characters > self.max_model_len * self.text.longest_token:
             raise too_long(self.max_model_len, param)
 
     def close(self) -> None:
