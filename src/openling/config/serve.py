@@ -17,6 +17,7 @@ class LimitsConfig(_Section):
     header_bytes: int = Field(64 << 10, ge=1024, description="a request's line and headers")
     connections: int = Field(4096, gt=0, description="open connections; further ones are closed")
     messages: int = Field(4096, gt=0, description="messages of a conversation")
+    parts: int = Field(65_536, gt=0, description="content parts and tool calls of a conversation")
     tools: int = Field(256, ge=0, description="tools of a request")
     n: int = Field(16, gt=0, le=128, description="replies per prompt")
     prompts: int = Field(256, gt=0, description="prompts of one /v1/completions request")

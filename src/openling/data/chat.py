@@ -185,7 +185,8 @@ class ChatRenderer:
         """What users and tools write, without control tokens: a zero-width space in each keeps them from ending a turn."""
         if message["role"] not in ("user", "tool") or self._control is None:
             return message
-        return message | {"content": self._control.sub(lambda m: f"{m[0][:1]}\u200b{m[0][1:]}", message["content"])}
+        texts = {key: message[key] for key in ("content", "name", "tool_call_id") if key in message}
+        return message | {key: self._control.sub(lambda m: f"{m[0][:1]}\u200b{m[0][1:]}", text) for key, text in texts.items()}
 
     def _ids(self, text: str) -> list[int]:
         # The template writes the special tokens that belong there.

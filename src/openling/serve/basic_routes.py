@@ -76,7 +76,7 @@ async def tokenize(service: Service, http: HttpRequest) -> Response:
     service.check_model(body.model)
     if body.prompt is not None:
         prompt, special = body.prompt, body.add_special_tokens is not False
-        service.check_size(prompt, "prompt")
+        service.check_size(len(prompt), "prompt")
         ids = await service.in_worker(lambda: service.text.encode(prompt, special=special))
     else:
         chat = ChatRequest(messages=body.messages, tools=body.tools, chat_template_kwargs=body.chat_template_kwargs)

@@ -120,13 +120,12 @@ async def render(service: Service, body: ChatRequest) -> Prompt:
         check_ids(body.prompt_token_ids, service.text.vocab_size, "prompt_token_ids")
         return Prompt("", list(body.prompt_token_ids))
     messages, tools = plain_messages(body.messages or []), _tools(body)
-    for message in messages:
-        service.check_size(message.get("content") or "", "messages")
+    service.check_size(sum(len(message.get("content") or "") for message in messages), "messages")
     kwargs = template_kwargs(body)
     try:
         continued = bool(body.continue_final_message)
         text = await service.in_worker(lambda: service.text.render(messages, tools or None, kwargs, continued=continued))
-        service.check_size(text, "messages")
+        service.check_size(len(text), "messages")
         return Prompt(text, await service.in_worker(lambda: service.text.encode(text, special=False)))
     except UserError as error:
         raise as_api_error(error) from None
@@ -170,8 +169,6 @@ def _check(service: Service, body: ChatRequest) -> None:
     check_sampling(body, limits, service.text.vocab_size)
     check_top_logprobs(body.top_logprobs, limits, "top_logprobs")
     check_tools(body.tools or (), limits)
-    if len(body.messages or ()) > limits.messages:
-        raise bad(f"{len(body.messages or ())} messages; at most {limits.messages}", "messages")
     if body.response_format is not None and body.response_format.json_schema is not None:
         check_schema(body.response_format.json_schema.schema_, limits, "response_format.json_schema.schema")
     asked = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens

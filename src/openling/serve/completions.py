@@ -52,8 +52,6 @@ async def completions(service: Service, http: HttpRequest) -> ASGIApp:
 async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]:
     """Every prompt as checked token ids; raises ApiError 400."""
     many, limits = body.prompt, service.config.limits
-    if len(many) > limits.prompts:
-        raise bad(f"{len(many)} prompts; at most {limits.prompts}", "prompt")
     choices = len(many) * (body.n or 1)
     if choices > limits.choices:
         raise bad(f"{choices} replies (prompts times n); at most {limits.choices}", "n")
@@ -61,7 +59,7 @@ async def _prompts(service: Service, body: CompletionRequest) -> list[list[int]]
         raise bad(f"prompts times n times max_tokens is above {limits.total_tokens}", "max_tokens")
     texts = [prompt for prompt in many if isinstance(prompt, str)]
     for prompt in texts:
-        service.check_size(prompt, "prompt")
+        service.check_size(len(prompt), "prompt")
     special = body.add_special_tokens is not False
     found = await service.in_worker(lambda: [service.text.encode(p, special=special) if isinstance(p, str) else p for p in many])
     for ids in found:

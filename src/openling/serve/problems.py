@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,7 @@ class ApiError(Exception):
     @property
     def told(self) -> str:
         """The message with the field at fault: many clients show nothing else."""
-        named = self.param is None or self.param.partition("[")[0].partition(".")[0] in self.message
+        named = self.param is None or re.search(rf"\b{re.escape(re.split(r'[.[]', self.param)[0])}\b", self.message)
         return self.message if named else f"{self.param}: {self.message}"
 
     def openai(self) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import socket
 import sys
@@ -57,6 +58,7 @@ async def _serve(loaded: Loaded, sock: socket.socket, engine_config: EngineConfi
     stop = server.stop_on_signals()
     service.engine.start()
     await service.stats()
+    gc.freeze()  # what is here now stays: collections during large requests need not look through it
     running = asyncio.create_task(server.run(stop))
     await server.listening()
     shown = f"[{host}]" if ":" in host else host

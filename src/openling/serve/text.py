@@ -99,5 +99,5 @@ class ModelText:
 
 
 def finite(logprob: float) -> float:
-    """A log-probability as JSON can say it."""
-    return max(logprob, LOWEST)
+    """A log-probability as JSON can say it; NaN, of a model that is broken, counts as the lowest."""
+    return logprob if logprob > LOWEST else LOWEST
