@@ -1,10 +1,11 @@
 """Training on this machine: tokens per second of the nano recipe on a CPU, checkpoint stall, waiting for data; MFU on a GPU.
 
     python benchmarks/training.py [--steps N] [--only nano|1b-dense|1b-moe] [--out FILE]
+    torchrun --nproc-per-node 2 benchmarks/training.py --only 1b-moe [--shard N] [--context N] [--expert N] [--tensor N]
 
 The loop itself is run, with its checkpoints, its log and its data thread, on the shapes named below; the first steps, in which
-memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says.
-Writes benchmarks/results/training/loop-DEVICE.json.
+memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says; MFU
+and memory are the main rank's. Writes benchmarks/results/training/loop-DEVICE.json, with the number of ranks if there are several.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import gc
 import json
 import os
 import shlex
+import shutil
 import statistics
 import sys
 import tempfile
@@ -22,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.distributed as dist
 
 from openling.config.presets import PRESETS
 from openling.config.train import TrainConfig
@@ -35,8 +38,12 @@ from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
 from openling.ops.pick import kernels_reason
+from openling.parallel import world as ranks_of
+from openling.parallel.apply import apply
+from openling.parallel.mesh import Axes, build
 from openling.train.flops import training_flops
 from openling.train.loop import train
+from openling.train.ranks import Ranks
 
 RESULTS = Path(__file__).parent / "results" / "training"
 WARM = 4
@@ -70,24 +77,32 @@ def documents(vocab: int, tokens: int) -> list[np.ndarray]:
     return [rng.integers(vocab, size=n) for n in lengths]
 
 
-def measure(name: str, config: ModelConfig, settings: TrainConfig, device: str, *, packed: bool) -> dict[str, Any]:
-    """Medians of one run of the loop."""
+def measure(
+    name: str, config: ModelConfig, settings: TrainConfig, device: torch.device, axes: Axes | None, *, packed: bool
+) -> dict[str, Any]:
+    """Medians of one run of the loop. axes: of a mesh of ranks, all of which call it."""
     with torch.device(device):
         model = Ling(config)
     model.init_weights(torch.Generator(device).manual_seed(0))
+    mesh = None if axes is None else build(axes, config, device.type)
+    ranks = Ranks(apply(model, mesh, model_dtype=torch.bfloat16 if settings.precision == "bf16" else None))
     length = settings.sequence_length
     texts = documents(config.vocab_size, 40 * settings.batch_size * length)
     if not packed:
         rng = np.random.default_rng(0)
         texts = [rng.integers(config.vocab_size, size=length * settings.batch_size * 40)]
-    batches = MemoryBatches(texts, length=length, rows=settings.batch_size)
-    with tempfile.TemporaryDirectory() as folder:
-        result = train(model, settings, batches, parameters=[""], run=Path(folder) / "run", progress=5.0)
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][WARM:]
-    del model
+    rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_ranks)
+    batches = MemoryBatches(texts, length=length, rows=settings.batch_size, rank=rank, world=world)
+    folder = Path(ranks.told(tempfile.mkdtemp))
+    try:
+        result = train(model, settings, batches, parameters=[""], run=folder / "run", progress=5.0, ranks=ranks)
+        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARM:]
+    finally:
+        ranks.told(lambda: shutil.rmtree(folder))
+    del model, ranks
     gc.collect()
     spans = [settings.batch_size * length / r["tokens_per_s"] for r in rows]
-    found = {
+    return {
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
         "best": max(r["tokens_per_s"] for r in rows),
         "mfu": statistics.median(r["mfu"] for r in rows) if rows[0]["mfu"] is not None else None,
@@ -98,8 +113,6 @@ def measure(name: str, config: ModelConfig, settings: TrainConfig, device: str, 
         "steps": result.steps,
         "flops": training_flops(config, 1, length / 2, config.num_nextn_predict_layers if settings.mtp else 0),
     }
-    print(name, json.dumps(found), flush=True)
-    return found
 
 
 def row(name: str, value: float, unit: str, goal: str | None = None, met: bool | None = None, **more: Any) -> dict[str, Any]:
@@ -135,12 +148,29 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", choices=("nano", "1b-dense", "1b-moe"))
     parser.add_argument("--out", type=Path)
+    for axis in ("shard", "context", "expert", "tensor"):
+        parser.add_argument(
+            f"--{axis}", type=int, default=0 if axis == "shard" else 1, help="ranks along this axis, with torchrun"
+        )
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
-    if not gpu:
+    device = torch.device("cuda" if gpu else "cpu")
+    if not ranks_of.started_by_torchrun():
+        return run(args, device, None, speak=True)
+    world = ranks_of.join(device)
+    with ranks_of.ending_together(world):
+        axes = Axes(data_shard=args.shard, context=args.context, expert=args.expert, tensor=args.tensor)
+        run(args, world.device, axes, speak=world.main)
+    return None
+
+
+def run(args: argparse.Namespace, device: torch.device, axes: Axes | None, *, speak: bool) -> None:
+    """Every case that was asked for. speak: whether to print and to write the file."""
+    gpu = device.type == "cuda"
+    if not gpu and axes is None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    print(f"Ops: {kernels_reason(torch.device(device))}.", flush=True)
+    if speak:
+        print(f"Ops: {kernels_reason(device)}.", flush=True)
     shared: dict[str, Any] = {"steps": args.steps, "warmup_steps": 10, "checkpoint_steps": 20, "checkpoint_seconds": None}
     nano = TrainConfig(
         **shared, batch_size=32, sequence_length=256, lr=2e-3, mtp=0.1, bias_rate=1e-2, precision="bf16" if gpu else "fp32"
@@ -150,12 +180,16 @@ def main() -> None:
     if gpu:
         cases |= {"1b-dense": (dense_1b(), large, 0.45, False), "1b-moe": (moe_1b(), large, 0.35, False)}
     lines: list[dict[str, Any]] = []
-    out = args.out or RESULTS / f"loop-{torch.cuda.get_device_name().replace(' ', '-').lower() if gpu else 'cpu'}.json"
+    ranks = f"-x{dist.get_world_size()}" if axes else ""
+    out = args.out or RESULTS / f"loop-{torch.cuda.get_device_name().replace(' ', '-').lower() if gpu else 'cpu'}{ranks}.json"
     for name, (config, settings, goal, packed) in cases.items():
         if args.only in (None, name):
-            found = measure(name, config, settings, device, packed=packed)
-            lines += rows_of(name, found, config, goal)
-            write_results(out, shlex.join(["python", *sys.argv]), lines)
+            found = measure(name, config, settings, device, axes, packed=packed)
+            if speak:
+                print(name, json.dumps(found), flush=True)
+                lines += rows_of(name, found, config, goal)
+                starter = f"torchrun --nproc-per-node {dist.get_world_size()}" if axes else "python"
+                write_results(out, shlex.join([*starter.split(), *sys.argv]), lines)
 
 
 if __name__ == "__main__":
