@@ -27,6 +27,11 @@ def agreement(domain, i):
     return row | {"gap": loss - teacher, "kl": loss - teacher, "top1": math.exp(teacher - loss), "tokens": 4064}
 
 
+def verdict(gate, outcome, unit, value, limit=None, standard=None, text=None, why=""):
+    rows = {"gate": gate, "outcome": outcome, "unit": unit, "value": value, "limit": limit}
+    return rows | {"standard": standard, "text": text, "why": why}
+
+
 def stage(i):
     name = NAMES[i]
     kinds = ["gqa" if kind == "mla" and i < 3 else kind for kind in KINDS]
@@ -39,7 +44,14 @@ def stage(i):
         out |= {"seconds": 12.5 * i, "tokens": 1000 * i, "notes": [f"note {i} <b>"]}
     if name == "mla":
         out["approximations"] = [{"step": "joint PCA", "layer": j, "measure": "share lost", "value": j / 100} for j in (3, 7)]
+    out["gates"] = [verdict("finite", "passed", "values", 0.0, 0.0, 0.0)]
+    if name == "lightning":
+        out["gates"].append(verdict("lightning_loss", "let through", "x ln(vocabulary)", 1.036, None, 1.0, "kjv", "11.200 nats"))
+    if name == "mla":
+        out["gates"].append(verdict("mla_step", "stopped", "nats", 1.2, 0.515, 0.515, "<i>text</i>", "from 3.400 to 4.600"))
     if name.endswith("warmup"):
+        out["gates"].append(verdict("warmup_rise", "not judged", "nats", None, 0.02, 0.02, why="no loss was measured"))
+        out["gates"].append(verdict("final_gap", "off", "nats", 0.5))
         out["metrics"] = f"{name}/metrics.jsonl"
     return out
 
@@ -119,7 +131,19 @@ class Page(HTMLParser):
         self.sections[self.section] += data
 
 
-SECTIONS = ["plan", "stages", "curves", "layers", "needle", "decode", "samples", "presets", "approximations", "environment"]
+SECTIONS = [
+    "plan",
+    "stages",
+    "gates",
+    "curves",
+    "layers",
+    "needle",
+    "decode",
+    "samples",
+    "presets",
+    "approximations",
+    "environment",
+]
 
 
 @pytest.fixture(scope="module")
@@ -188,6 +212,9 @@ def test_the_headline_has_the_key_numbers(page):
     # exp(2.29) = 9.87; (8.9 - 3.55) / (8.9 - 2.31) = 81 %.
     assert "9.87 times less probability" in lead
     assert "81 % of that recovered" in lead
+    assert "Stopped at a gate. MLA conversion: loss that the MLA conversion adds, 1.2 nats (from 3.400 to 4.600)" in lead
+    assert "the limit is 0.515 nats. --gates.mla_step and --resume go on" in lead
+    assert "let through. Lightning conversion: loss after the Lightning conversion, 1.036 x ln(vocabulary)" in lead
     assert "Needles found at 256 tokens: 8 of 8 (teacher), 1 of 8 (MLA warm-up)" in lead
 
 
@@ -195,6 +222,12 @@ def test_the_sections_hold_their_numbers(page):
     said = {name: " ".join(text.split()) for name, text in page.sections.items()}
     assert "180 tokens" in said["plan"]
     assert "11.200 ± 0.030 +8.180 ± 0.020 73,130 8.180" in said["stages"]
+    assert (
+        "(lightning_loss) kjv 1.036 x ln(vocabulary) (11.200 nats) none (usually 1 x ln(vocabulary)) let through" in said["gates"]
+    )
+    assert "(mla_step) <i>text</i> 1.2 nats (from 3.400 to 4.600) 0.515 nats stopped" in said["gates"]
+    assert "not judged: no loss was measured" in said["gates"]
+    assert "final_gap" not in said["gates"]
     assert "5 steps, 1.28K tokens, loss 9.00 → 5.00" in said["curves"]
     assert "25 % of 8" in said["needle"]
     # 3686400 / (46080 - 5120) = 90.

@@ -66,7 +66,8 @@ def run(args: argparse.Namespace) -> int:
 
             print(dry_run(args.model, args.out, config, "copy", streamed=False), file=sys.stderr)
         return 0
-    from openling.migrate.pipeline import migrate
+    from openling.migrate.gates import Tripped
+    from openling.migrate.pipeline import migrate, run_folder
     from openling.model.device import pick_device
     from openling.ops.pick import kernels_reason
     from openling.report import build, summary_table
@@ -74,16 +75,21 @@ def run(args: argparse.Namespace) -> int:
     console = open_console(stderr=True)
     device = pick_device(args.device)
     console.print(f"Ops: {kernels_reason(device)}.", highlight=False)
-    folder = migrate(
-        args.model,
-        args.out,
-        config,
-        teacher=args.teacher,
-        resume=args.resume,
-        device=str(device),
-        command=args.command,
-        events=terminal_events(console),
-    )
+    try:
+        folder = migrate(
+            args.model,
+            args.out,
+            config,
+            teacher=args.teacher,
+            resume=args.resume,
+            device=str(device),
+            command=args.command,
+            events=terminal_events(console),
+        )
+    except Tripped:
+        page = build(run_folder(args.out.absolute()))
+        console.print(f"Report: {page}", highlight=False, markup=False, soft_wrap=True)
+        raise
     page = build(folder)
     console.print(summary_table(json.loads((folder / "report.json").read_text())))
     console.print(

@@ -40,7 +40,7 @@ def sweep(run: Path) -> None:
 
 
 def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str, Any]:
-    """The journal of a run begun earlier; a `UserError` where settings, models or texts are not those of `new`."""
+    """The journal of a run begun earlier; a `UserError` where settings (but gates), models or texts are not those of `new`."""
     old = read_json(run / "journal.json")
     if missing := new.keys() - old.keys():
         raise UserError(
@@ -54,13 +54,14 @@ def continued(run: Path, new: dict[str, Any], config: MigrateConfig) -> dict[str
                 where=old["model"] if what == "source model" else None,
                 next=f"undo that, or remove {run}",
             )
+    old["config"]["gates"] = new["config"]["gates"]
     return old
 
 
 def _check_same_settings(old: dict[str, Any], config: MigrateConfig, run: Path) -> None:
     before, now = _flat(old), _flat(config.model_dump(mode="json"))
     for name in {**now, **before}:
-        if before.get(name) != now.get(name):
+        if not name.startswith("gates.") and before.get(name) != now.get(name):
             raise UserError(
                 "the settings have changed since this run began",
                 where=f"--{name}",

@@ -9,6 +9,7 @@ import torch
 
 from openling.data.needle import make_needle
 from openling.errors import UserError
+from openling.migrate.gates import broken_tensors
 from openling.migrate.measure import TeacherTrace, agreement, layer_errors, needle_recall, sample_completions
 from openling.model.ling import Ling
 
@@ -44,6 +45,7 @@ class Measurer:
             "layers": [] if same else layer_errors(student, self.teacher, last[:LAYER_WINDOWS], bf16=self.bf16),
             "needle": self._recall(student, last.flatten().tolist()),
             "samples": sample_completions(student, self.tokenizer, PROMPTS, max_new_tokens=40),
+            "nonfinite": broken_tensors(student),
         }
 
     def domains(self, student: Ling) -> dict[str, Any]:

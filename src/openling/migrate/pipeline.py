@@ -27,6 +27,7 @@ from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
 from openling.migrate.convert import Approximation, to_lightning, to_mla
+from openling.migrate.gates import Gatekeeper
 from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
 from openling.migrate.layout import group_size_reason, kinds_of, lightning_stage, mla_stage, next_stage, target_config
 from openling.migrate.measurer import Measurer
@@ -152,7 +153,7 @@ class _Migration:
         evaluation = self._evaluation(found.vocab_size)
         fingerprints = self._fingerprints(evaluation)
         self.journal: dict[str, Any] = {"model": str(model), **fingerprints, "config": config.model_dump(mode="json"), "done": []}
-        self.journal["bf16_products"] = bf16_matmuls_pay()
+        self.journal |= {"bf16_products": bf16_matmuls_pay(), "gates": {}}
         if (self.run / "journal.json").exists():
             self.journal = continued(self.run, self.journal, config)
             settle_bf16_matmuls(self.journal["bf16_products"])
@@ -160,6 +161,7 @@ class _Migration:
         self.teacher = self.source if teacher is None else _load(teacher, self.device)
         write_json(self.run / "journal.json", self.journal)
         self.measurer = Measurer(self.teacher.model, self.tokenizer, evaluation, bf16=self.bf16)
+        self.gates = Gatekeeper(config, self.run, self.journal, vocabulary=found.vocab_size)
 
     def _check_teacher(self, found: ModelConfig, followed: ModelConfig) -> None:
         if self.tokenizer is None:
@@ -245,47 +247,56 @@ class _Migration:
     # -----------------------------------------------------------------------------------------------------------------
 
     def go(self) -> None:
-        """All stages that are not done yet, then the rename."""
+        """All stages that are not done yet, each through its gates, then the rename."""
         report = self._report()
-        stages = self.run / "stages"
+        for measured in report["stages"]:
+            self.gates.check(measured["name"], report, self.events.say)
         current = self.source
         for stage in self.config.stages:
-            folder = stages / stage
             if stage in self.journal["done"]:
                 continue
             if self.journal["done"] and current is self.source:
-                current = _load(stages / self.journal["done"][-1], self.device)
-            shutil.rmtree(folder, ignore_errors=True)  # finished but not journalled: done again
-            self.events.say(f"stage {stage}")
-            begun = time.monotonic()
+                current = _load(self.run / "stages" / self.journal["done"][-1], self.device)
+            current = self._finish(stage, current, report)
+            self.gates.check(stage, report, self.events.say)
+        self._publish(self.run / "stages" / self.journal["done"][-1])
+
+    def _finish(self, stage: Stage, current: Checkpoint, report: dict[str, Any]) -> Checkpoint:
+        """Carry out a stage, measure and write it, and note that it is done."""
+        stages = self.run / "stages"
+        folder = stages / stage
+        shutil.rmtree(folder, ignore_errors=True)  # finished but not journalled: done again
+        self.events.say(f"stage {stage}")
+        begun = time.monotonic()
+        try:
             student, notes = self._stage(stage, current)
-            _round(student, self._dtype())
-            measured = self.measurer.stage(student) | notes | {"name": stage, "seconds": time.monotonic() - begun}
-            save(
-                student,
-                folder,
-                dtype=self._dtype(),
-                source=self.model,
-                provenance=self._provenance(stage, measured),
-                name=self.out.name,
-            )
-            report["stages"].append(measured)
-            if stage == "lightning" and self.config.compare_start:
-                report["presets"] = self._starts(current, measured)
-                losses = [
-                    f"{row['domain']} {row['loss']:.3f}" for row in report["presets"] if row["preset"] != self.config.preset
-                ]
-                self.events.say(f"  it would start at {'; '.join(losses)} nats")
-            current = replace(current, model=student, config=student.config)
-            report["seconds"] += time.monotonic() - begun
-            write_json(self.run / "report.json", report)
-            previous = self.journal["done"][-1:]
-            self.journal["done"].append(stage)
-            write_json(self.run / "journal.json", self.journal)
-            for leftover in (*(stages / name for name in previous), self.run / stage / "checkpoints"):
-                shutil.rmtree(leftover, ignore_errors=True)
-            self.events.say(self.measurer.line(measured))
-        self._publish(stages / self.journal["done"][-1])
+        except torch.linalg.LinAlgError as error:
+            why = str(error).splitlines()[0]
+            raise Failure("the algebra of this stage has no solution", where=f"stage {stage}", value=why) from error
+        _round(student, self._dtype())
+        measured = self.measurer.stage(student) | notes | {"name": stage, "seconds": time.monotonic() - begun}
+        save(
+            student,
+            folder,
+            dtype=self._dtype(),
+            source=self.model,
+            provenance=self._provenance(stage, measured),
+            name=self.out.name,
+        )
+        report["stages"].append(measured)
+        if stage == "lightning" and self.config.compare_start:
+            report["presets"] = self._starts(current, measured)
+            losses = [f"{row['domain']} {row['loss']:.3f}" for row in report["presets"] if row["preset"] != self.config.preset]
+            self.events.say(f"  it would start at {'; '.join(losses)} nats")
+        report["seconds"] += time.monotonic() - begun
+        write_json(self.run / "report.json", report)
+        previous = self.journal["done"][-1:]
+        self.journal["done"].append(stage)
+        write_json(self.run / "journal.json", self.journal)
+        for leftover in (*(stages / name for name in previous), self.run / stage / "checkpoints"):
+            shutil.rmtree(leftover, ignore_errors=True)
+        self.events.say(self.measurer.line(measured))
+        return replace(current, model=student, config=student.config)
 
     def _publish(self, last: Path) -> None:
         """Make the last stage's checkpoint the output."""
@@ -301,7 +312,7 @@ class _Migration:
         path = self.run / "report.json"
         if path.exists():
             report: dict[str, Any] = json.loads(path.read_text())
-            done = {"teacher", *self.journal["done"]}
+            done = {"teacher", "source", *self.journal["done"]}
             report["stages"] = [s for s in report["stages"] if s["name"] in done]
             return report
         c = self.source.config
@@ -322,6 +333,8 @@ class _Migration:
             "texts": self._texts(),
             "stages": [self.measurer.stage(self.teacher.model) | {"name": "teacher"}],
         }
+        if self.source is not self.teacher:  # what the first stage starts from
+            report["stages"].append(self.measurer.stage(self.source.model) | {"name": "source"})
         write_json(path, report)
         return report
 

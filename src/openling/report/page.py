@@ -19,7 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from openling.report import plots, text
-from openling.report.schema import DecodeRow, Report, Stage, parse, read_metrics, read_report
+from openling.report.schema import DecodeRow, Report, Stage, Verdict, parse, read_metrics, read_report
 
 # Ling-2.6 report, arXiv 2606.15079, pages 9 and 10.
 PUBLISHED_TOKENS = (
@@ -50,7 +50,8 @@ def build(run_folder: Path) -> Path:
         .render(
             report=report,
             headline=headline(report),
-            honest=honest(report),
+            honest=[*at_the_gates(report), *honest(report)],
+            gates=gates(report),
             plan_rows=plan_rows(report),
             curves=curves(report, run_folder),
             layer_plots=[Plot(text.stage_text(s.name), *_draw(plots.layer_plot, s.layers)) for s in report.converted if s.layers],
@@ -149,6 +150,45 @@ def honest(report: Report) -> list[str]:
             f"{final.found} of {final.n} ({text.stage_text(found[-1].name)})."
         )
     return said
+
+
+def at_the_gates(report: Report) -> list[str]:
+    """Where the run was stopped, or was let through where it would have been."""
+    said = []
+    for stage in report.stages:
+        for v in stage.gates:
+            name = f"{text.stage_text(stage.name)}: {text.GATES.get(v.gate, v.gate)}, {measured(v)}"
+            if v.outcome == "stopped":
+                said.append(f"Stopped at a gate. {name}; the limit is {bound(v.limit, v)}. --gates.{v.gate} and --resume go on.")
+            elif v.outcome == "let through":
+                said.append(f"Outside the usual tolerance and let through. {name}; the usual limit is {bound(v.standard, v)}.")
+    return said
+
+
+def measured(verdict: Verdict) -> str:
+    """What a gate saw."""
+    if verdict.value is None:
+        return "–"
+    return f"{verdict.value:.4g} {verdict.unit}" + (f" ({verdict.why})" if verdict.why else "")
+
+
+def bound(limit: float | None, verdict: Verdict) -> str:
+    """A limit with its unit."""
+    return "none" if limit is None else f"{limit:.4g} {verdict.unit}"
+
+
+def gates(report: Report) -> list[tuple[str, str, str, str, str, str]]:
+    """(stage, what is judged, text, measured, limit, outcome), without gates that are off."""
+    rows = []
+    for stage in report.stages:
+        for v in stage.gates:
+            if v.outcome == "off":
+                continue
+            limit = bound(v.limit, v) + ("" if v.limit == v.standard else f" (usually {bound(v.standard, v)})")
+            outcome = f"{v.outcome}: {v.why}" if v.outcome == "not judged" else v.outcome
+            what = text.GATES.get(v.gate, v.gate)
+            rows.append((stage.name, f"{what} ({v.gate})", v.text or "–", measured(v), limit, outcome))
+    return rows
 
 
 def _recovered(report: Report, last: Stage, domain: str) -> str | None:

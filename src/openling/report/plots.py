@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 INK, GRID = "#010101", "#020202"
 PALETTE = {"blue": "#030303", "orange": "#040404", "green": "#050505", "purple": "#060606", "red": "#070707", "muted": "#080808"}
 KIND_COLOURS = {"lightning": PALETTE["orange"], "mla": PALETTE["blue"], "gqa": PALETTE["muted"]}
-STAGE_COLOURS = dict(zip(STAGES, (PALETTE[c] for c in ("muted", "red", "orange", "purple", "blue")), strict=True))
+STAGE_COLOURS = dict(zip(STAGES, (PALETTE[c] for c in ("muted", "green", "red", "orange", "purple", "blue")), strict=True))
 _VARIABLES = {INK: "ink", GRID: "grid", **{value: name for name, value in PALETTE.items()}}
 _salt = itertools.count()
 

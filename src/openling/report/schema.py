@@ -101,6 +101,19 @@ class Approximation(BaseModel):
     value: float
 
 
+class Verdict(BaseModel):
+    """One gate after one stage; `standard` is the preset's limit, `why` what the value was computed from, or what was missing."""
+
+    gate: str
+    outcome: str
+    unit: str = ""
+    value: float | None = None
+    limit: float | None = None
+    standard: float | None = None
+    text: str | None = None
+    why: str = ""
+
+
 class Stage(BaseModel):
     """The model as one stage left it. `metrics`: its training log, relative to the run folder."""
 
@@ -112,6 +125,7 @@ class Stage(BaseModel):
     needle: list[Recall] = []
     samples: list[Sample] = []
     approximations: list[Approximation] = []
+    gates: list[Verdict] = []
     metrics: str | None = None
     notes: list[str] = []
 

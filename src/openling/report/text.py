@@ -4,12 +4,20 @@ from __future__ import annotations
 
 STAGES = {
     "teacher": "teacher",
+    "source": "as given",
     "lightning": "Lightning conversion",
     "linear-warmup": "linear warm-up",
     "mla": "MLA conversion",
     "mla-warmup": "MLA warm-up",
 }
 KINDS = {"lightning": "Lightning", "mla": "MLA", "gqa": "GQA"}
+GATES = {
+    "finite": "NaN and infinite values",
+    "lightning_loss": "loss after the Lightning conversion",
+    "mla_step": "loss that the MLA conversion adds",
+    "warmup_rise": "loss at the end of the warm-up over its start",
+    "final_gap": "loss above the teacher's in the end",
+}
 
 
 def stage_text(name: str) -> str:

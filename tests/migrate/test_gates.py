@@ -1,0 +1,254 @@
+"""Every gate trips on a real tiny model made to trip it, is met again by whoever resumes, and lets through who says so."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from small_runs import COMMON, SHAPE, Place, Result, byte_tokenizer, in_child, openling_command, weights
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from openling.config.migrate import Gates, preset
+from openling.migrate import gates, measurer, pipeline
+from openling.migrate.gates import broken_numbers, judge
+from openling.report.page import build
+
+pytestmark = pytest.mark.xdist_group("gates")  # the teacher is trained in one process only
+
+
+@pytest.fixture(scope="module")
+def learnt(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """A teacher that knows its held-out text by heart: whatever is done to its attention shows at once."""
+    folder = tmp_path_factory.mktemp("learnt")
+    text = (subprocess.__doc__ or "")[:600]
+    for name in ("cal.txt", "eval.txt"):
+        (folder / name).write_text(text)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **SHAPE, **COMMON))
+    model.save_pretrained(folder / "teacher")
+    byte_tokenizer(folder / "teacher")
+    tokens = AutoTokenizer.from_pretrained(folder / "teacher")(text)["input_ids"]
+    ids = torch.tensor(tokens[:512]).view(8, 64)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2, weight_decay=0)
+    for _ in range(110):
+        optimizer.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    model.to(torch.bfloat16).save_pretrained(folder / "teacher")
+    return Place(folder / "teacher", folder / "cal.txt", folder / "eval.txt")
+
+
+@pytest.fixture(autouse=True)
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Losses and layers are measured; samples, needles and the page are not what is tested here."""
+    monkeypatch.setattr(measurer, "sample_completions", lambda *a, **k: [])
+    monkeypatch.setattr(measurer.Measurer, "_recall", lambda *a: [])
+    monkeypatch.setattr("openling.report.build", lambda run: run / "report.html")
+    monkeypatch.setattr("openling.report.summary_table", lambda report: "")
+
+
+def migrate(place: Place, out: Path, *words: object, **changes: object) -> Result:
+    return place.migrate(out, *words, **{"text.evaluation_tokens": 512} | changes)
+
+
+def tripped(result: Result, gate: str, *parts: str) -> None:
+    assert result.code == 1, result.err
+    assert "Traceback" not in result.err
+    for part in (f"outside its tolerance: {gate}", f"--resume --gates.{gate} ", "--gates.stop false", *parts):
+        assert part in result.err
+
+
+def verdicts(out: Path, stage: str) -> dict[str, dict[str, Any]]:
+    """Those of the report, which are those of the journal."""
+    run = out.with_name(out.name + ".run")
+    report = json.loads((run / "report.json").read_text())
+    found = next(s["gates"] for s in report["stages"] if s["name"] == stage)
+    assert found == json.loads((run / "journal.json").read_text())["gates"][stage]
+    return {v["gate"]: v for v in found}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Real runs
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def test_worse_than_guessing_stops_and_the_flag_goes_on(learnt: Place, tmp_path: Path) -> None:
+    """The Lightning gate: killed in it, met again, met once more, passed by its flag; the weights are those of one go."""
+    out, words = tmp_path / "out", ("--stage", "lightning")
+
+    def die() -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            judged = gates.judge
+
+            def killed(stage: dict[str, Any], *args: Any, **how: Any) -> Any:
+                if stage["name"] == "lightning":
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return judged(stage, *args, **how)
+
+            patch.setattr(gates, "judge", killed)
+            return migrate(learnt, out, *words).code
+
+    assert in_child(die) == -signal.SIGKILL
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delattr(pipeline, "to_lightning")  # nothing is done again
+        tripped(migrate(learnt, out, *words, "--resume"), "lightning_loss", "eval.txt", "at most 1 x ln(vocabulary)", "nats")
+        assert not out.exists()
+        tripped(migrate(learnt, out, *words, "--resume"), "lightning_loss")
+        assert "Stopped at a gate. Lightning conversion" in build(tmp_path / "out.run").read_text()
+        value = verdicts(out, "lightning")["lightning_loss"]["value"]
+        assert value > 1
+        tripped(migrate(learnt, out, *words, "--resume", **{"gates.lightning_loss": value - 0.01}), "lightning_loss")
+        result = migrate(learnt, out, *words, "--resume", **{"gates.lightning_loss": value + 0.01})
+    assert result.code == 0, result.err
+    assert "let through" in result.err
+    found = verdicts(out, "lightning")["lightning_loss"]
+    assert (found["outcome"], found["standard"], found["text"]) == ("let through", 1.0, "eval.txt")
+    assert found["limit"] == value + 0.01
+    assert migrate(learnt, tmp_path / "regardless", *words, "--gates.stop", "false").code == 0
+    assert weights(out) == weights(tmp_path / "regardless")
+
+
+def test_what_the_journal_let_through_is_not_asked_again(learnt: Place, tmp_path: Path) -> None:
+    out, words = tmp_path / "out", ("--stages", "lightning,linear-warmup")
+    tripped(migrate(learnt, out, *words), "lightning_loss")
+
+    def die() -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.optim.AdamW, "step", lambda *a, **k: os.kill(os.getpid(), signal.SIGKILL))
+            return migrate(learnt, out, *words, "--resume", **{"gates.lightning_loss": "null"}).code
+
+    assert in_child(die) == -signal.SIGKILL
+    result = migrate(learnt, out, *words, "--resume")
+    assert result.code == 0, result.err
+    assert verdicts(out, "lightning")["lightning_loss"]["outcome"] == "let through"
+    assert verdicts(out, "linear-warmup")["warmup_rise"]["outcome"] == "passed"
+    assert verdicts(out, "linear-warmup")["final_gap"]["outcome"] == "off"
+    # The source of a single stage is measured, so that a warm-up has a start to be held against.
+    wild = {"linear_warmup.train.lr": 3, "linear_warmup.train.warmup_steps": 0}
+    one = ["--stage", "linear-warmup", "--teacher", learnt.teacher]
+    result = learnt.migrate(tmp_path / "wild", *one, model=out, **{"text.evaluation_tokens": 512} | wild)
+    tripped(result, "warmup_rise", "at most 0.02 nats", "nats (from ")
+    report = json.loads((tmp_path / "wild.run" / "report.json").read_text())
+    assert [stage["name"] for stage in report["stages"]] == ["teacher", "source", "linear-warmup"]
+    losses = [stage["domains"]["eval.txt"]["loss"] for stage in report["stages"]]
+    assert verdicts(tmp_path / "wild", "linear-warmup")["warmup_rise"]["value"] == pytest.approx(losses[2] - losses[1])
+
+
+def test_an_mla_conversion_that_costs_too_much(learnt: Place, tmp_path: Path) -> None:
+    out, poor = tmp_path / "out", {"layout.kv_lora_rank": 2, "layout.q_lora_rank": 2}
+    tripped(migrate(learnt, out, "--stage", "mla", **poor), "mla_step", "eval.txt", "at most 0.515 nats")
+    result = migrate(learnt, out, "--stage", "mla", "--resume", **poor, **{"gates.stop": "false"})
+    assert result.code == 0, result.err
+    assert "gate mla_step" in result.err
+    assert verdicts(out, "mla")["mla_step"]["outcome"] == "let through"
+    result = migrate(learnt, tmp_path / "strict", "--stage", "mla", **{"gates.final_gap": 0, "gates.mla_step": "null"})
+    tripped(result, "final_gap", "against")
+
+
+def test_numbers_that_overflow_stop_before_any_work(learnt: Place, tmp_path: Path) -> None:
+    """Finite weights (others are refused when they are read), and logits that are not."""
+    model = LlamaForCausalLM.from_pretrained(learnt.teacher)
+    with torch.no_grad():
+        model.lm_head.weight.copy_(model.lm_head.weight / model.lm_head.weight.abs().max() * 3e38)
+    model.save_pretrained(tmp_path / "teacher")
+    byte_tokenizer(tmp_path / "teacher")
+    result = migrate(learnt, tmp_path / "out", model=tmp_path / "teacher")
+    tripped(result, "finite", "stage teacher", "domains.eval.txt.loss", "--gates.finite false")
+    assert not (tmp_path / "out.run" / "stages").exists()
+
+
+def test_weights_that_their_dtype_cannot_hold(learnt: Place, tmp_path: Path) -> None:
+    """In FP16 the refitted output projection overflows; the losses alone would not tell why."""
+    model = LlamaForCausalLM.from_pretrained(learnt.teacher, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.layers[0].self_attn.o_proj.weight *= 5e4 / model.model.layers[0].self_attn.o_proj.weight.abs().max()
+    model.half().save_pretrained(tmp_path / "teacher")
+    byte_tokenizer(tmp_path / "teacher")
+    result = openling_command("migrate", tmp_path / "teacher", tmp_path / "out", "--stage", "lightning", *learnt.flags())
+    tripped(result, "finite", "model.layers.0.attention.dense.weight")
+    words = ("--stage", "lightning", "--resume", "--gates.stop", "false")
+    assert openling_command("migrate", tmp_path / "teacher", tmp_path / "out", *words, *learnt.flags()).code == 0
+    assert verdicts(tmp_path / "out", "lightning")["finite"]["outcome"] == "let through"
+    assert "model.layers.0.attention.dense.weight" in build(tmp_path / "out.run").read_text()  # losses and all that are NaN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Verdicts
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def stage(name: str, **losses: float) -> dict[str, Any]:
+    """Against a teacher of 2 nats."""
+    domains = {text: {"loss": loss, "teacher_loss": 2.0, "gap": loss - 2} for text, loss in losses.items()}
+    return {"name": name, "domains": domains}
+
+
+def outcomes(one: dict[str, Any], before: dict[str, Any] | None, gates: Gates, *, last: bool = False) -> dict[str, str]:
+    found = judge(one, before, gates, preset("best").gates, vocabulary=100, last=last)
+    return {v.gate: v.outcome for v in found if v.gate != "finite"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "loss", "expected"),
+    [
+        ({}, 4.60, "passed"),  # ln 100 = 4.605
+        ({}, 4.61, "stopped"),
+        ({}, math.nan, "stopped"),
+        ({"stop": False}, 4.61, "let through"),
+        ({"lightning_loss": 1.1}, 4.61, "let through"),
+        ({"lightning_loss": 1.1}, 4.60, "passed"),
+        ({"lightning_loss": 1.1}, 5.1, "stopped"),
+        ({"lightning_loss": None}, 9.0, "let through"),
+        ({"lightning_loss": 0.5}, 4.0, "stopped"),
+    ],
+)
+def test_limits(settings: dict[str, Any], loss: float, expected: str) -> None:
+    assert outcomes(stage("lightning", a=2.5, b=loss), None, Gates(**settings)) == {"lightning_loss": expected}
+
+
+def test_a_gate_judges_the_worst_text_and_says_when_it_cannot() -> None:
+    before, limits = stage("lightning", a=3.0, b=3.0), Gates(final_gap=1.0)
+    found = judge(stage("mla", a=3.6, b=3.1), before, limits, limits, vocabulary=100, last=True)
+    assert [(v.gate, v.outcome, v.text) for v in found[1:]] == [("mla_step", "stopped", "a"), ("final_gap", "stopped", "a")]
+    assert found[1].value == pytest.approx(0.6)
+    assert outcomes(stage("mla-warmup", a=3.01), before, Gates()) == {"warmup_rise": "passed"}
+    assert outcomes(stage("mla-warmup", a=3.03), before, Gates()) == {"warmup_rise": "stopped"}
+    assert outcomes(stage("mla-warmup", c=3.0), before, Gates()) == {"warmup_rise": "not judged"}
+    assert outcomes(stage("linear-warmup"), before, Gates(), last=True) == {
+        "warmup_rise": "not judged",
+        "final_gap": "not judged",
+    }
+    untrained = stage("lightning", a=9.0)
+    untrained["domains"]["a"]["teacher_loss"] = 4.7
+    assert outcomes(untrained, None, Gates()) == {"lightning_loss": "not judged"}
+    assert outcomes(stage("teacher", a=2.0), None, Gates()) == {}
+
+
+def test_paper_starts_where_the_paper_starts() -> None:
+    limits = preset("paper").gates
+    found = judge(stage("lightning", a=14.0), None, limits, limits, vocabulary=100, last=False)
+    assert [v.outcome for v in found] == ["passed", "off"]
+
+
+def test_every_number_is_looked_at() -> None:
+    measured = {"domains": {"a": {"loss": math.nan, "perplexity": math.inf}}, "layers": [{"local": 1.0}, {"local": -math.inf}]}
+    assert broken_numbers(measured) == ["domains.a.loss", "layers.1.local"]
+    found = judge({"name": "mla", "nonfinite": ["w"], **measured}, None, Gates(), Gates(), vocabulary=9, last=False)[0]
+    assert (found.outcome, found.value) == ("stopped", 3.0)
+    assert "w, domains.a.loss, layers.1.local" in found.why
+
+
+def test_a_resume_may_change_gates_and_nothing_else(learnt: Place, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    tripped(migrate(learnt, out, "--stage", "lightning"), "lightning_loss")
+    changed = migrate(learnt, out, "--stage", "lightning", "--resume", **{"gates.stop": "false", "seed": 3})
+    assert (changed.code, "--seed" in changed.err) == (2, True)
+    shutil.rmtree(tmp_path / "out.run")
