@@ -9,7 +9,7 @@ from openling.errors import UserError
 from openling.migrate.calibrate import walk
 from openling.migrate.convert import Approximation, derive, to_lightning, to_mla
 from openling.migrate.layout import stage_kinds, target_config
-from openling.migrate.measure import layer_errors
+from openling.migrate.measure import layer_measures
 from openling.migrate.qknorm import remove_norm
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
@@ -86,7 +86,7 @@ def convert(teacher, options, batches=None, *, bf16=False, seed=0, **layout):
     seen: list[int] = []
     first, found = to_lightning(teacher, half, batches, options, seed=seed, on_layer=seen.append, bf16=bf16)
     second, more = to_mla(first, full, batches, options, on_layer=seen.append, bf16=bf16)
-    return first, second, found + more, seen
+    return first, second, found.approximations + more.approximations, seen
 
 
 def snapshot(model):
@@ -140,7 +140,7 @@ def test_best_has_less_local_error_than_paper_on_the_same_windows(family):
     half = {name: to_lightning(teacher, half_config, windows(), o, seed=0, **quiet)[0] for name, o in PRESETS.items()}
     whole = {name: to_mla(half["best"], full, windows(), o, **quiet)[0] for name, o in PRESETS.items()}
     for kind, source, made in (("lightning", teacher, half), ("mla", half["best"], whole)):
-        rows = {name: [r for r in layer_errors(model, source, ids) if r["kind"] == kind] for name, model in made.items()}
+        rows = {name: [r for r in layer_measures(model, source, ids).errors if r["kind"] == kind] for name, model in made.items()}
         assert len(rows["best"]) == len(rows["paper"]) >= 2
         assert rows["best"][0]["local"] < rows["paper"][0]["local"], kind
         assert all(b["propagated"] < p["propagated"] for b, p in zip(rows["best"], rows["paper"], strict=True)), (kind, rows)
@@ -158,7 +158,7 @@ def test_each_closed_form_step_helps_the_mla_layers(family):
     def error(**changes) -> float:
         options = Conversion(**{**BEST.model_dump(), "refit_output": False, **changes})
         hybrid, _ = to_mla(half, full, windows(), options, **quiet)
-        return sum(row["local"] for row in layer_errors(hybrid, half, ids) if row["kind"] == "mla")
+        return sum(row["local"] for row in layer_measures(hybrid, half, ids).errors if row["kind"] == "mla")
 
     base = error()
     assert error(refit_output=True) < base
@@ -172,7 +172,7 @@ def test_the_reported_refit_error_is_the_local_error_of_the_first_layer():
     teacher = build(teacher_config("LlamaForCausalLM"))
     half, _, found, _ = convert(teacher, BEST)
     (reported,) = [a.value for a in found if a.layer == 0 and a.step == "softmax attention replaced by Lightning"]
-    measured = layer_errors(half, teacher, torch.cat(windows()))[0]["local"]
+    measured = layer_measures(half, teacher, torch.cat(windows())).errors[0]["local"]
     assert reported == pytest.approx(measured, rel=1e-4)
     assert 0 < reported < 1
 
@@ -235,7 +235,7 @@ def test_mtp_layer_becomes_mla_and_still_predicts():
         (kept[name],) = model.mtp_logits(ids, states[-1])
         assert torch.isfinite(kept[name]).all()
     # The converted attention read the MTP layer's own inputs: on these its output is closer to the teacher's than zero is.
-    (row,) = [row for row in layer_errors(hybrid, teacher, torch.cat(windows())) if row["layer"] == LAYERS]
+    (row,) = [row for row in layer_measures(hybrid, teacher, torch.cat(windows())).errors if row["layer"] == LAYERS]
     assert row["local"] < 0.5
     assert layer.eh_proj.weight.data_ptr() == teacher.model.layers[LAYERS].eh_proj.weight.data_ptr()
 
@@ -271,7 +271,7 @@ def test_full_ranks_without_a_low_rank_query():
     full = full.replace(q_lora_rank=None)
     first, _ = to_lightning(teacher, half, windows(), BEST, seed=0, on_layer=lambda i: None, bf16=False)
     hybrid, found = to_mla(first, full, windows(), BEST, on_layer=lambda i: None, bf16=False)
-    assert [a.value for a in found if a.measure == "kv energy kept"] == pytest.approx([1.0, 1.0])
+    assert [a.value for a in found.approximations if a.measure == "kv energy kept"] == pytest.approx([1.0, 1.0])
     assert not hasattr(hybrid.model.layers[1].attention, "q_a_proj")
     assert torch.isfinite(hybrid(windows()[0])).all()
 
@@ -282,7 +282,7 @@ def test_bf16_passes_change_little():
     errors = []
     for bf16 in (False, True):
         half, _, _, _ = convert(teacher, BEST, bf16=bf16)
-        errors.append(sum(row["local"] for row in layer_errors(half, teacher, ids) if row["kind"] == "lightning"))
+        errors.append(sum(row["local"] for row in layer_measures(half, teacher, ids).errors if row["kind"] == "lightning"))
         assert all(p.dtype == torch.float32 for p in half.parameters())
     assert errors[1] == pytest.approx(errors[0], rel=0.05)  # BF16 activations carry 0.4 % noise each
 
@@ -385,9 +385,9 @@ def test_default_ranks_fit_the_smallest_models():
 def test_cuda_equals_cpu(family, options):
     """FP32 on both, tensor cores off; eigenvectors may differ in sign, errors per layer do not."""
     teacher, ids = build(teacher_config(family)), torch.cat(windows())
-    on_cpu = [layer_errors(m, teacher, ids) for m in convert(teacher, options)[:2]]
+    on_cpu = [layer_measures(m, teacher, ids).errors for m in convert(teacher, options)[:2]]
     other = build(teacher_config(family)).cuda()
-    on_cuda = [layer_errors(m, other, ids) for m in convert(other, options, [w.cuda() for w in windows()])[:2]]
+    on_cuda = [layer_measures(m, other, ids).errors for m in convert(other, options, [w.cuda() for w in windows()])[:2]]
     for a, b in zip(on_cpu, on_cuda, strict=True):
         for x, y in zip(a, b, strict=True):
             assert y["local"] == pytest.approx(x["local"], rel=2e-2, abs=1e-6)

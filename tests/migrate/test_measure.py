@@ -124,7 +124,7 @@ def recorded_attention(model, ids):
 
 @torch.no_grad()
 def test_layer_errors_are_those_of_hooked_forward_passes(student, teacher, windows):
-    found = measure.layer_errors(student, teacher, windows)
+    found = measure.layer_measures(student, teacher, windows).errors
     calls = []
     hook = student.model.layers[0].attention.register_forward_hook(lambda m, args, out: calls.append(args[1]))
     student(windows)
@@ -141,14 +141,14 @@ def test_layer_errors_are_those_of_hooked_forward_passes(student, teacher, windo
 def test_mtp_layers_are_measured_too(windows):
     teacher = random_model(GQA.replace(num_nextn_predict_layers=1, mtp_layer_kind="gqa"), 0)
     student = random_model(HYBRID.replace(num_nextn_predict_layers=1), 0)
-    rows = measure.layer_errors(student, teacher, windows)
+    rows = measure.layer_measures(student, teacher, windows).errors
     assert [row["kind"] for row in rows] == [*HYBRID.layer_kinds, "mla"]
     assert rows[-1]["local"] > 0
     assert rows[-1]["propagated"] > 0
 
 
 def test_a_model_has_no_error_against_itself(teacher, windows):
-    assert all(row["local"] == row["propagated"] == 0.0 for row in measure.layer_errors(teacher, teacher, windows))
+    assert all(row["local"] == row["propagated"] == 0.0 for row in measure.layer_measures(teacher, teacher, windows).errors)
 
 
 def byte_tokenizer():
@@ -187,10 +187,15 @@ class Oracle(torch.nn.Module):
 def test_recall_counts_whole_answers():
     arguments = {"lengths": (120, 200), "depths": (0.0, 0.5, 1.0), "samples": 2}
     found = measure.needle_recall(Oracle(fails={0, 4, 7}), TOKENIZER, FILLER, **arguments)
+
+    def depths(*failed):
+        rows = zip((0.0, 0.5, 1.0), failed, strict=True)
+        return [{"depth": d, "exact": 1 - f / 2, "token_accuracy": (12 - f) / 12, "n": 2} for d, f in rows]
+
     # Six cases a length; a byte-level answer has six tokens, one of them wrong in a failed case.
     assert found == [
-        {"length": 120, "exact": 4 / 6, "token_accuracy": 34 / 36, "n": 6},
-        {"length": 200, "exact": 5 / 6, "token_accuracy": 35 / 36, "n": 6},
+        {"length": 120, "exact": 4 / 6, "token_accuracy": 34 / 36, "n": 6, "depths": depths(1, 0, 1)},
+        {"length": 200, "exact": 5 / 6, "token_accuracy": 35 / 36, "n": 6, "depths": depths(1, 0, 0)},
     ]
 
 

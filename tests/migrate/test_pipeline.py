@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from small_runs import (
     COMMON,
     GOLDEN,
@@ -76,7 +78,25 @@ def test_the_source_is_untouched_and_the_folders_are_complete(migrated: Migrated
     assert [stage["name"] for stage in report["stages"]] == ["teacher", *STAGES]
     assert all(stage["domains"] for stage in report["stages"])
     assert report["command"].startswith("openling ")
+    check_bytes_and_seconds(migrated, place, report["stages"][1:])
     assert "<html" in (migrated.run / "report.html").read_text()
+
+
+def check_bytes_and_seconds(migrated: Migrated, place: Place, stages: list[dict[str, Any]]) -> None:
+    """Weights are read once and written after each stage; what changed is BF16 mixers of new kinds, then what trained."""
+    tensors = load_file(migrated.out / "model.safetensors")
+
+    def stored(*parts: str) -> int:
+        return sum(t.nbytes for name, t in tensors.items() if re.search("|".join(parts), name))
+
+    assert [s["bytes"]["read"] for s in stages] == [(place.teacher / "model.safetensors").stat().st_size, 0, 0, 0]
+    assert stages[-1]["bytes"]["written"] == (migrated.out / "model.safetensors").stat().st_size
+    mla = stored(r"layers\.3\.attention\.")
+    trained = stored(r"layers\.[012]\.attention\.(query_key_value|query_layernorm|key_layernorm|g_proj|g_norm)\.")
+    assert [s["bytes"]["changed"] for s in stages] == [stored(r"layers\.[012]\.attention\."), trained, mla, mla]
+    for one in stages:
+        assert sum(one["spent"].values()) == pytest.approx(one["seconds"])
+        assert min(one["spent"].values()) > 0
 
 
 def test_four_single_stages_make_the_same_bits(migrated: Migrated, place: Place, tmp_path: Path, quick: None) -> None:

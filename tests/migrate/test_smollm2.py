@@ -138,7 +138,7 @@ def test_absorbed_decode_equals_expanded_on_the_converted_model(teacher, windows
     student, found = to_mla(
         teacher.model, config.replace(layer_kinds=kinds), [windows], preset("best").conversion, on_layer=lambda i: None, bf16=True
     )
-    assert {a.layer for a in found} == {5, 11, 17, 23, 29}
+    assert {a.layer for a in found.approximations} == {5, 11, 17, 23, 29}
     ids = windows[:1, :48]
     expected = student(ids)
     cache = student.new_cache()

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
@@ -59,6 +59,22 @@ class Warmup(Strict):
     trainable: Literal["paper", "best"] = Field("best", description="best adds gate and group norm")
 
 
+class Recall(Strict):
+    """The grid of needle cases that are asked after each stage: every length with every depth."""
+
+    lengths: tuple[int, ...] = Field((128, 256, 512), description="tokens; beyond held-out text or model: left out")
+    depths: tuple[float, ...] = Field((0.1, 0.5, 0.9), description="share of the text before the fact")
+    samples: int = Field(2, gt=0, description="cases per length and depth")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        if any(length < 1 for length in self.lengths) or list(self.lengths) != sorted(set(self.lengths)):
+            raise ValueError("recall.lengths must rise and be positive")
+        if not self.depths or any(not 0 <= depth <= 1 for depth in self.depths):
+            raise ValueError("recall.depths must be shares from 0 to 1, at least one")
+        return self
+
+
 class Gates(Strict):
     """Limits of what a stage may measure, on its worst text; outside them the run stops. null, or false, switches a gate off.
 
@@ -83,6 +99,7 @@ class MigrateConfig(Strict):
     text: Text = Text()
     linear_warmup: Warmup
     mla_warmup: Warmup
+    recall: Recall = Recall()
     gates: Gates = Gates()
     dtype: Literal["source", "float32", "bfloat16"] = Field("source", description="of the written checkpoint")
     compare_start: bool = Field(False, description="measure also where the other preset's Lightning conversion starts")

@@ -7,13 +7,13 @@ windows. What each approximate step costs is returned by name and layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from openling.config.migrate import Conversion
 from openling.migrate.calibrate import LayerStep, walk
+from openling.migrate.findings import Approximation, Findings, HeadSpans, Spectrum
 from openling.migrate.lightning import look_back, match_heads, refit_output, widen
 from openling.migrate.mla import Projections, fill_mla
 from openling.migrate.qknorm import best_removal, removal_error, remove_norm
@@ -25,16 +25,6 @@ from openling.ops.lightning import log_decay
 OnLayer = Callable[[int], None]
 # Between the seeds of neighbouring layers (the golden ratio in 64 bits).
 SEED_STEP = 0x9E3779B97F4A7C15
-
-
-@dataclass(frozen=True)
-class Approximation:
-    """One inexact step: `value` is a relative squared error, or a share of energy kept, as `measure` says."""
-
-    step: str
-    layer: int
-    measure: str
-    value: float
 
 
 def derive(source: Ling, config: ModelConfig) -> Ling:
@@ -64,50 +54,55 @@ def to_lightning(
     seed: int,
     on_layer: OnLayer,
     bf16: bool,
-) -> tuple[Ling, list[Approximation]]:
+) -> tuple[Ling, Findings]:
     """Every layer that `config` calls Lightning, from a GQA teacher; the other layers stay as they are."""
     student = derive(teacher, config)
-    found: list[Approximation] = []
+    found = Findings()
     for step in walk(teacher, student, windows, bf16=bf16):
-        found += fit_lightning(step, options, seed)
+        found.add(fit_lightning(step, options, seed))
         on_layer(step.index)
     return student, found
 
 
 def to_mla(
     source: Ling, config: ModelConfig, windows: Sequence[Tensor], options: Conversion, *, on_layer: OnLayer, bf16: bool
-) -> tuple[Ling, list[Approximation]]:
+) -> tuple[Ling, Findings]:
     """Every layer that `config` calls MLA, from the GQA layers of `source` (the model after the linear warm-up)."""
     student = derive(source, config)
-    found: list[Approximation] = []
+    found = Findings()
     for step in walk(source, student, windows, bf16=bf16):
-        found += fit_mla(step, options, config.rotary_dim)
+        found.add(fit_mla(step, options, config.rotary_dim))
         on_layer(step.index)
     return student, found
 
 
 @torch.no_grad()
-def fit_lightning(step: LayerStep, options: Conversion, seed: int) -> list[Approximation]:
-    """Fill the student's mixer where it is Lightning and the teacher's is not."""
+def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool = True) -> Findings:
+    """Fill the student's mixer where it is Lightning and the teacher's is not; `text`: the inputs are those of real text."""
     target, source = step.student.attention, step.teacher.attention
     if not (isinstance(target, LightningAttention) and isinstance(source, GroupedQueryAttention)):
-        return []
+        return Findings()
     # A generator of its own for every layer, so that a conversion can go on in the middle.
     generator = torch.Generator().manual_seed((seed + step.index * SEED_STEP) % 2**63) if options.kv_heads == "random" else None
-    order = match_heads(look_back(source, step), log_decay(*target.decay_of)) if options.match_heads else None
+    order, decay, found = torch.arange(source.heads), log_decay(*target.decay_of), Findings()
+    if text or options.match_heads:
+        distance = look_back(source, step)
+        order = match_heads(distance, decay) if options.match_heads else order
+        found.heads.append(HeadSpans.of(step.index, decay, distance[order]))
     widen(source, target, order=order, generator=generator)
-    return _refit(step, options, "softmax attention replaced by Lightning")
+    found.approximations += _refit(step, options, "softmax attention replaced by Lightning")
+    return found
 
 
 @torch.no_grad()
-def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> list[Approximation]:
+def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> Findings:
     """Fill the student's mixer where it is MLA and the teacher's is not; `rotary_dim` is the teacher's."""
     target, old = step.student.attention, step.teacher.attention
     if not (isinstance(target, LatentAttention) and isinstance(old, GroupedQueryAttention)):
-        return []
+        return Findings()
     inputs = step.mixer_inputs(lambda x: _with_bias_input(x, old))
     weights, removed = without_qk_norm(old, inputs, options)
-    found = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
+    steps = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
     kept = fill_mla(
         target,
         weights,
@@ -118,8 +113,10 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> list[Appro
         latent_norm=options.latent_norm,
         query_weighted=options.query_weighted_rope,
     )
-    found += [Approximation("MLA factors", step.index, name, value) for name, value in kept.items()]
-    return found + _refit(step, options, "GQA replaced by MLA")
+    steps += [Approximation("MLA factors", step.index, name, value) for name, value in kept.energy.items()]
+    ranks = {"kv": target.rank, "query": target.q_a_proj.weight.shape[0] if target.low_rank_query else 0}
+    spectra = [Spectrum.of(step.index, part, values, ranks[part]) for part, values in kept.spectra.items()]
+    return Findings(steps + _refit(step, options, "GQA replaced by MLA"), spectra)
 
 
 def without_qk_norm(

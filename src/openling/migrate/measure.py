@@ -19,10 +19,11 @@ from torch import Tensor
 
 from openling.data.needle import make_needle
 from openling.migrate.calibrate import walk
+from openling.migrate.routing import RouterDrift, RouterSums
 from openling.model.cache import Cache
 from openling.model.count import kv_bytes_per_token, state_bytes_per_sequence
 from openling.model.generate import Sampling, generate, stop_ids
-from openling.model.ling import Ling
+from openling.model.ling import Ling, SparseMoE
 from openling.ops.loss import head_loss
 from openling.train.metrics import memory_bytes
 
@@ -60,13 +61,31 @@ class LayerError(TypedDict):
     propagated: float
 
 
+@dataclass(frozen=True)
+class LayerMeasures:
+    """What one walk of teacher and student through the layers finds; `routers` holds the MoE layers only."""
+
+    errors: list[LayerError]
+    routers: list[RouterDrift]
+
+
+class DepthRecall(TypedDict):
+    """Recall with the fact at one depth, a share of the text before it."""
+
+    depth: float
+    exact: float
+    token_accuracy: float
+    n: int
+
+
 class Recall(TypedDict):
-    """Needle recall at one length: share of answers right in full (`exact`), share of answer tokens right, cases."""
+    """Needle recall at one length: share of answers right in full (`exact`), of answer tokens right, cases; and by depth."""
 
     length: int
     exact: float
     token_accuracy: float
     n: int
+    depths: list[DepthRecall]
 
 
 class DecodeRow(TypedDict):
@@ -182,23 +201,32 @@ def _stderr(value_N: Tensor) -> float:
 
 
 @torch.inference_mode()
-def layer_errors(student: Ling, teacher: Ling, windows_NT: Tensor, *, bf16: bool = False) -> list[LayerError]:
-    """Relative error of every attention block's output (after `dense`) on token windows [N, T]; MTP layers come last."""
+def layer_measures(student: Ling, teacher: Ling, windows_NT: Tensor, *, bf16: bool = False) -> LayerMeasures:
+    """Relative error of every attention block's output (after `dense`) on token windows [N, T], and the drift of every router.
+
+    MTP layers come last.
+    """
     kinds = [student.config.layer_kind(i) for i in range(len(student.model.layers))]
     sums = torch.zeros(len(kinds), 3, dtype=torch.float64)  # local error, propagated error, teacher's energy
+    routers: dict[int, RouterSums] = {}
     for ids in _batches(windows_NT):
         for step in walk(teacher, student, [ids.to(teacher.lm_head.weight.device)], bf16=bf16):
             teacher_h, student_h = step.teacher_h[0], step.student_h[0]
-            target = step.teacher.attention(step.teacher.input_layernorm(teacher_h), step.teacher_call).double()
-            local, propagated = (
-                step.student.attention(step.student.input_layernorm(h), step.student_call).double() - target
-                for h in (teacher_h, student_h)
+            target = step.teacher.attention(step.teacher.input_layernorm(teacher_h), step.teacher_call)
+            local, own = (
+                step.student.attention(step.student.input_layernorm(h), step.student_call) for h in (teacher_h, student_h)
             )
-            sums[step.index] += torch.stack([x.square().sum().cpu() for x in (local, propagated, target)])
-    return [
+            energy = target.double()
+            errors = (local.double() - energy, own.double() - energy, energy)
+            sums[step.index] += torch.stack([x.square().sum().cpu() for x in errors])
+            if isinstance(step.teacher.mlp, SparseMoE) and isinstance(step.student.mlp, SparseMoE):
+                drift = routers.setdefault(step.index, RouterSums())
+                drift.add((step.teacher, teacher_h, target), (step.student, student_h, own))
+    errors_by_layer = [
         LayerError(layer=i, kind=kind, local=float(local / energy), propagated=float(propagated / energy))
         for i, (kind, (local, propagated, energy)) in enumerate(zip(kinds, sums, strict=True))
     ]
+    return LayerMeasures(errors_by_layer, [sums.result(i) for i, sums in sorted(routers.items())])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -233,16 +261,26 @@ def needle_recall(
         ]
         ids_NT = torch.tensor([case.prompt + case.answer for case in cases])
         right: list[list[bool]] = []
-        done = 0
         for h, ids in zip(_hidden(model, ids_NT, bf16), _batches(ids_NT), strict=True):
             for row, one in zip(h, ids.to(device), strict=True):
-                size = len(cases[done].answer)
+                size = len(cases[len(right)].answer)
                 right.append((model.logits(row[-size - 1 : -1]).argmax(-1) == one[-size:]).tolist())
-                done += 1
-        tokens = [ok for case in right for ok in case]
-        exact = sum(all(case) for case in right) / len(right)
-        out.append(Recall(length=length, exact=exact, token_accuracy=sum(tokens) / len(tokens), n=len(right)))
+        by_depth = [right[i * samples : (i + 1) * samples] for i in range(len(depths))]
+        rows = [DepthRecall(depth=depth, **_shares(part)) for depth, part in zip(depths, by_depth, strict=True)]
+        out.append(Recall(length=length, depths=rows, **_shares(right)))
     return out
+
+
+class _Shares(TypedDict):
+    exact: float
+    token_accuracy: float
+    n: int
+
+
+def _shares(right: Sequence[Sequence[bool]]) -> _Shares:
+    """Of cases, each with which of its answer's tokens are right."""
+    tokens = [ok for case in right for ok in case]
+    return {"exact": sum(map(all, right)) / len(right), "token_accuracy": sum(tokens) / len(tokens), "n": len(right)}
 
 
 def sample_completions(

@@ -7,10 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
+from openling.config.migrate import Recall
 from openling.data.needle import make_needle
 from openling.errors import UserError
 from openling.migrate.gates import broken_tensors
-from openling.migrate.measure import TeacherTrace, agreement, layer_errors, needle_recall, sample_completions
+from openling.migrate.measure import (
+    LayerMeasures,
+    TeacherTrace,
+    agreement,
+    layer_measures,
+    needle_recall,
+    sample_completions,
+)
 from openling.model.ling import Ling
 
 PROMPTS = (
@@ -18,9 +26,6 @@ PROMPTS = (
     "To make a cup of tea, first",
     "def is_prime(n):\n",
 )
-NEEDLE_LENGTHS = (128, 256, 512)
-NEEDLE_DEPTHS = (0.1, 0.5, 0.9)
-NEEDLE_SAMPLES = 2
 # Per-layer errors need far fewer tokens than a loss: every token counts with all of its channels.
 LAYER_WINDOWS = 4
 
@@ -31,19 +36,25 @@ class Measurer:
     windows: int32 [N, T] by domain; the last domain is the one no calibration text comes from.
     """
 
-    def __init__(self, teacher: Ling, tokenizer: Any, windows: dict[str, np.ndarray], *, bf16: bool) -> None:
-        self.teacher, self.tokenizer, self.bf16 = teacher, tokenizer, bf16
+    def __init__(self, teacher: Ling, tokenizer: Any, windows: dict[str, np.ndarray], *, recall: Recall, bf16: bool) -> None:
+        self.teacher, self.tokenizer, self.recall, self.bf16 = teacher, tokenizer, recall, bf16
         self.windows = {name: torch.from_numpy(w.astype(np.int64)) for name, w in windows.items()}
         self.traces = {name: TeacherTrace.record(teacher, w, bf16=bf16) for name, w in self.windows.items()}
 
     def stage(self, student: Ling) -> dict[str, Any]:
-        """Agreement by domain, errors by layer, needle recall, samples: the measured part of a report's stage."""
+        """Agreement by domain, errors and router drift by layer, recall, samples: the measured part of a report's stage."""
         last = list(self.windows.values())[-1]
-        same = student is self.teacher
+        layers = LayerMeasures([], [])
+        if student is not self.teacher:
+            layers = layer_measures(student, self.teacher, last[:LAYER_WINDOWS], bf16=self.bf16)
+        filler = last.flatten().tolist()
+        lengths = self._lengths(student, filler)
         return {
             "domains": self.domains(student),
-            "layers": [] if same else layer_errors(student, self.teacher, last[:LAYER_WINDOWS], bf16=self.bf16),
-            "needle": self._recall(student, last.flatten().tolist()),
+            "layers": layers.errors,
+            "routers": layers.routers,
+            "needle": self._needle(student, filler, lengths),
+            "needle_left_out": [length for length in self.recall.lengths if length not in lengths],
             "samples": sample_completions(student, self.tokenizer, PROMPTS, max_new_tokens=40),
             "nonfinite": broken_tensors(student),
         }
@@ -52,16 +63,21 @@ class Measurer:
         """Agreement with the teacher on each domain."""
         return {name: agreement(student, self.traces[name], w, bf16=self.bf16) for name, w in self.windows.items()}
 
-    def _recall(self, student: Ling, filler: list[int]) -> list[dict[str, Any]]:
-        """Recall at the lengths that the filler text is long enough for and the model was trained to."""
-        lengths = [n for n in NEEDLE_LENGTHS if n <= min(len(filler), student.config.max_position_embeddings)]
+    def _lengths(self, student: Ling, filler: list[int]) -> list[int]:
+        """The lengths that the model was trained to, the held-out text suffices for, and a fact with its question fits into."""
+        longest = min(len(filler), student.config.max_position_embeddings)
+        return [length for length in self.recall.lengths if length <= longest and self._fits(filler, length)]
+
+    def _fits(self, filler: list[int], length: int) -> bool:
         try:
-            make_needle(self.tokenizer, filler, length=lengths[0], depth=0.5, seed=0)
-        except (UserError, IndexError):
-            return []  # a tokenizer so coarse, or a text so short, that no needle fits: the report says "not run"
-        rows = needle_recall(
-            student, self.tokenizer, filler, lengths=lengths, depths=NEEDLE_DEPTHS, samples=NEEDLE_SAMPLES, bf16=self.bf16
-        )
+            make_needle(self.tokenizer, filler, length=length, depth=0.5, seed=0)
+        except UserError:
+            return False
+        return True
+
+    def _needle(self, student: Ling, filler: list[int], lengths: list[int]) -> list[dict[str, Any]]:
+        depths, samples = self.recall.depths, self.recall.samples
+        rows = needle_recall(student, self.tokenizer, filler, lengths=lengths, depths=depths, samples=samples, bf16=self.bf16)
         return [dict(row) for row in rows]
 
     @staticmethod

@@ -113,11 +113,12 @@ def split_rope(w: Projections, basis: Concentration, rotary: int, fold: int) -> 
 
 @dataclass
 class LowRank:
-    """rows ~ up @ (down @ x): `down` [R, M1], `up` [rows, R]."""
+    """rows ~ up @ (down @ x): `down` [R, M1], `up` [rows, R]. `spectrum`: squared singular values, descending, all of them."""
 
     down: Tensor
     up: Tensor
     energy_kept: float
+    spectrum: Tensor
 
 
 def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None = None) -> LowRank:
@@ -129,7 +130,8 @@ def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None
     values, vectors = torch.linalg.eigh(scaled @ moment @ scaled.T)
     basis = vectors.flip(-1)[:, :rank]
     up = basis if metric_P is None else torch.linalg.solve(metric_P, basis)
-    return LowRank(basis.T @ scaled, up, float(values.flip(-1)[:rank].sum() / values.sum()))
+    spectrum = values.flip(-1)
+    return LowRank(basis.T @ scaled, up, float(spectrum[:rank].sum() / spectrum.sum()), spectrum)
 
 
 def balance_metric(w: Projections, left: Tensor, moment: Tensor, output: Tensor, balance: Balance) -> Tensor:
@@ -191,6 +193,14 @@ def after_norm(factors: LowRank, rows: Tensor, inputs: Sequence[Tensor], eps: fl
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+@dataclass
+class Kept:
+    """What an MLA mixer keeps of its source: shares of energy by name, and for "kv" and "query" all squared singular values."""
+
+    energy: dict[str, float]
+    spectra: dict[str, Tensor]
+
+
 @torch.no_grad()
 def fill_mla(
     target: LatentAttention,
@@ -202,8 +212,8 @@ def fill_mla(
     balance: Balance,
     latent_norm: LatentNorm,
     query_weighted: bool,
-) -> dict[str, float]:
-    """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed); energies kept, by name.
+) -> Kept:
+    """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed).
 
     `inputs` are batches of layer inputs [N, M1] in FP64; the last column is 1, or 0 where `target` has no biases.
     """
@@ -227,7 +237,7 @@ def fill_mla(
 
     # MLA divides scores by sqrt(nope + rope), the source by sqrt(D).
     q_rows = (torch.cat((w.q, q_rope), dim=1) * ((target.nope + target.rope) / dim) ** 0.5).flatten(0, 1)
-    kept = {"rope energy kept": basis.energy_kept, "kv energy kept": kv.energy_kept}
+    kept = Kept({"rope energy kept": basis.energy_kept, "kv energy kept": kv.energy_kept}, {"kv": kv.spectrum})
     if target.low_rank_query:
         rank = target.q_a_proj.weight.shape[0]
         q = low_rank(q_rows, moment, rank)
@@ -235,7 +245,7 @@ def fill_mla(
         _set(target.q_a_proj, q.down)
         target.q_a_layernorm.weight.copy_(norm)
         target.q_b_proj.weight.copy_(up)
-        kept["query energy kept"] = q.energy_kept
+        kept.energy["query energy kept"], kept.spectra["query"] = q.energy_kept, q.spectrum
     else:
         _set(target.q_proj, q_rows)
     target.dense.weight.copy_(dense.weight)

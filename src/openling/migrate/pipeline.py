@@ -14,7 +14,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from openling.data.corpus import BUILT_IN, Part, find_corpus, mixture
 from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
-from openling.migrate.convert import Approximation, to_lightning, to_mla
+from openling.migrate.convert import to_lightning, to_mla
 from openling.migrate.gates import Gatekeeper
 from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
-from openling.migrate.layout import group_size_reason, kinds_of, lightning_stage, mla_stage, next_stage, target_config
+from openling.migrate.layout import group_size_reason, lightning_stage, mla_stage, target_config
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
+from openling.migrate.touched import converted, stored_bytes, trainable, values
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
@@ -160,7 +161,7 @@ class _Migration:
         self.source = _load(model, self.device)
         self.teacher = self.source if teacher is None else _load(teacher, self.device)
         write_json(self.run / "journal.json", self.journal)
-        self.measurer = Measurer(self.teacher.model, self.tokenizer, evaluation, bf16=self.bf16)
+        self.measurer = Measurer(self.teacher.model, self.tokenizer, evaluation, recall=config.recall, bf16=self.bf16)
         self.gates = Gatekeeper(config, self.run, self.journal, vocabulary=found.vocab_size)
 
     def _check_teacher(self, found: ModelConfig, followed: ModelConfig) -> None:
@@ -252,17 +253,20 @@ class _Migration:
         for measured in report["stages"]:
             self.gates.check(measured["name"], report, self.events.say)
         current = self.source
+        read: Path | None = self.source.folder
         for stage in self.config.stages:
             if stage in self.journal["done"]:
                 continue
             if self.journal["done"] and current is self.source:
                 current = _load(self.run / "stages" / self.journal["done"][-1], self.device)
-            current = self._finish(stage, current, report)
+                read = current.folder
+            current = self._finish(stage, current, report, stored_bytes(read) if read else 0)
+            read = None  # the next stage finds its model in memory
             self.gates.check(stage, report, self.events.say)
         self._publish(self.run / "stages" / self.journal["done"][-1])
 
-    def _finish(self, stage: Stage, current: Checkpoint, report: dict[str, Any]) -> Checkpoint:
-        """Carry out a stage, measure and write it, and note that it is done."""
+    def _finish(self, stage: Stage, current: Checkpoint, report: dict[str, Any], read: int) -> Checkpoint:
+        """Carry out a stage, measure and write it, and note that it is done; `read`: bytes of weights read for it."""
         stages = self.run / "stages"
         folder = stages / stage
         shutil.rmtree(folder, ignore_errors=True)  # finished but not journalled: done again
@@ -274,7 +278,9 @@ class _Migration:
             why = str(error).splitlines()[0]
             raise Failure("the algebra of this stage has no solution", where=f"stage {stage}", value=why) from error
         _round(student, self._dtype())
-        measured = self.measurer.stage(student) | notes | {"name": stage, "seconds": time.monotonic() - begun}
+        worked = time.monotonic()
+        measured = self.measurer.stage(student) | notes | {"name": stage}
+        known = time.monotonic()
         save(
             student,
             folder,
@@ -283,6 +289,10 @@ class _Migration:
             provenance=self._provenance(stage, measured),
             name=self.out.name,
         )
+        written, ended = stored_bytes(folder), time.monotonic()
+        measured["bytes"] = {"read": read, "written": written, "changed": measured.pop("changed") * self._dtype().itemsize}
+        measured["spent"] = {"work": worked - begun, "measure": known - worked, "write": ended - known}
+        measured["seconds"] = ended - begun
         report["stages"].append(measured)
         if stage == "lightning" and self.config.compare_start:
             report["presets"] = self._starts(current, measured)
@@ -374,13 +384,13 @@ class _Migration:
         layers = len(current.model.model.layers)
         options = self.config.conversion
         shared: dict[str, Any] = {"on_layer": lambda i: self.events.layer(stage, i, layers), "bf16": self.bf16}
-        found: list[Approximation]
         if stage == "lightning":
             student, found = to_lightning(current.model, config, self.calibration, options, seed=self.config.seed, **shared)
         else:
             student, found = to_mla(current.model, config, self.calibration, options, **shared)
         tokens = sum(w.numel() for w in self.calibration)
-        return student, {"tokens": tokens, "approximations": [asdict(a) for a in found], "metrics": None}
+        changed = values(student, converted(current.config, config))
+        return student, {"tokens": tokens, **found.as_dict(), "changed": changed, "metrics": None}
 
     def _starts(self, teacher: Checkpoint, measured: dict[str, Any]) -> list[dict[str, Any]]:
         """Loss right after the Lightning conversion, by preset and domain: this run's, and the other preset's."""
@@ -403,12 +413,12 @@ class _Migration:
         c = warmup.train
         windows = cut_windows(self.tokens, c.sequence_length, where="training text")
         batches = Batches(windows, batch_size=c.batch_size, seed=c.seed)
-        student = current.model
+        student, names = current.model, trainable(current.config, stage, warmup.trainable)
         result = train(
             student,
             c,
             batches,
-            parameters=trainable(student.config, stage, warmup.trainable),
+            parameters=names,
             run=run,
             teacher=self.teacher.model if c.kl else None,
             resume=(run / "train.json").exists(),
@@ -421,7 +431,7 @@ class _Migration:
         if result.stopped == "time":
             notes.append(f"stopped by the clock ({c.max_seconds:.0f} s) after {result.steps} of {c.total_steps} steps")
             self.events.say(f"  {notes[0]}")
-        about = {"tokens": result.tokens, "approximations": [], "metrics": f"{stage}/metrics.jsonl", "notes": notes}
+        about = {"tokens": result.tokens, "changed": values(student, names), "metrics": f"{stage}/metrics.jsonl", "notes": notes}
         return student.eval(), about
 
     def _dtype(self) -> torch.dtype:
@@ -439,26 +449,6 @@ class _Migration:
             "stages": ", ".join(done),
             "teacher": self.teacher.folder.name,
         }
-
-
-def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
-    """Names of the parameters a warm-up changes, as regular expressions.
-
-    linear-warmup: W_qkv and the QK-norms of Lightning layers (as published); `best` adds gate and group norm.
-    mla-warmup: all attention parameters of the MLA layers.
-    """
-    kind = "lightning" if stage == "linear-warmup" else "mla"
-    layers = [i for i, k in enumerate(config.layer_kinds) if k == kind]
-    if not layers:
-        raise UserError(
-            f"there is no {kind} layer to warm up", where=f"stage {stage}", value=kinds_of(config), next=next_stage(config)
-        )
-    names = r"(query_key_value|query_layernorm|key_layernorm)\..*"
-    if which == "best":
-        names = r"(query_key_value|query_layernorm|key_layernorm|g_proj|g_norm)\..*"
-    if kind == "mla":
-        names = ".*"
-    return [rf"model\.layers\.({'|'.join(map(str, layers))})\.attention\.{names}"]
 
 
 @torch.no_grad()

@@ -28,7 +28,8 @@ from openling import __version__
 from openling.config.migrate import MigrateConfig
 from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
-from openling.migrate.convert import Approximation, fit_lightning, fit_mla
+from openling.migrate.convert import fit_lightning, fit_mla
+from openling.migrate.findings import Findings
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
@@ -335,18 +336,18 @@ class _Conversion:
                     self._write(at, self._fit(at, step))
                     self.say(f"{step.stage}: layer {i}")
 
-    def _fit(self, at: LayerStep, step: Step) -> list[Approximation]:
-        options, seed = self.job.config.conversion, self.job.config.seed
-        if self.job.windows is None:  # normal inputs say nothing about distances, or about what a mixer should output
+    def _fit(self, at: LayerStep, step: Step) -> Findings:
+        options, seed, text = self.job.config.conversion, self.job.config.seed, self.job.windows is not None
+        if not text:  # normal inputs say nothing about distances, or about what a mixer should output
             options = options.model_copy(update={"match_heads": False, "refit_output": False})
         if step.stage == "lightning":
-            return fit_lightning(at, options, seed)
+            return fit_lightning(at, options, seed, text=text)
         return fit_mla(at, options, step.before.rotary_dim)
 
-    def _write(self, at: LayerStep, found: list[Approximation]) -> None:
+    def _write(self, at: LayerStep, found: Findings) -> None:
         tensors = dict(self._stored(at))
         done = write_shard(self.draft / LAYER_FILE.format(at.index), tensors)
-        self.units.record(f"layer-{at.index}", asdict(done) | {"approximations": [asdict(a) for a in found]})
+        self.units.record(f"layer-{at.index}", asdict(done) | found.as_dict())
 
     def _stored(self, at: LayerStep) -> Iterator[tuple[str, Tensor]]:
         """The fitted mixer as its file holds it: in the folder's dtype, or quantised as the source's mixer was."""
@@ -442,7 +443,7 @@ class _Conversion:
         moved: dict[str, int] = dict.fromkeys(("link", "copy", "filter", "new"), 0)
         for result in results.values():
             moved[result["action"]] += result["bytes"]
-        found = [a for r in results.values() for a in r.get("approximations", ())]
+        found = {kind: [a for r in results.values() for a in r.get(kind, ())] for kind in Findings().as_dict()}
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "seconds": time.monotonic() - begun,
@@ -451,5 +452,5 @@ class _Conversion:
             "bytes of new layers": moved["new"],
             "bytes of old attention": self.plan.attention_bytes(),
             "peak memory bytes": peak,
-            "approximations": found,
+            **found,
         }
