@@ -50,7 +50,7 @@ def learnt(tmp_path_factory: pytest.TempPathFactory) -> Place:
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Losses and layers are measured; samples, needles and the page are not what is tested here."""
     monkeypatch.setattr(measurer, "sample_completions", lambda *a, **k: [])
-    monkeypatch.setattr(measurer.Measurer, "_recall", lambda *a: [])
+    monkeypatch.setattr(measurer.Measurer, "_needle", lambda *a: [])
     monkeypatch.setattr("openling.report.build", lambda run: run / "report.html")
     monkeypatch.setattr("openling.report.summary_table", lambda report: "")
 

@@ -5,6 +5,7 @@ import io
 import json
 import math
 import re
+from html import unescape
 from html.parser import HTMLParser
 
 import pytest
@@ -36,18 +37,32 @@ def stage(i):
     name = NAMES[i]
     kinds = ["gqa" if kind == "mla" and i < 3 else kind for kind in KINDS]
     out = {"name": name, "domains": {domain: agreement(domain, i) for domain in LOSS}}
-    out["needle"] = [{"length": n, "exact": [1, 0, 0.25, 0, 0.125][i], "token_accuracy": 0.5, "n": 8} for n in (128, 256)]
+    right = [1, 0, 0.25, 0, 0.125][i]
+    deep = [{"depth": 0.1, "exact": right, "token_accuracy": 0.5, "n": 8}, {"depth": 0.9, "exact": 0.5, "n": 2}]
+    out["needle"] = [{"length": n, "exact": right, "token_accuracy": 0.5, "n": 8, "depths": deep} for n in (128, 256)]
+    out["needle_left_out"] = [512]
     out["samples"] = [{"prompt": "The capital of France is", "completion": NASTY if i == 4 else f" answer {i}"}]
     if i:
         rows = [(j, kind, 0.0 if kind == "gqa" else 0.1 * (j + 1), 0.2 * (j + 1)) for j, kind in enumerate(kinds)]
         out["layers"] = [dict(zip(("layer", "kind", "local", "propagated"), row, strict=True)) for row in rows]
         out |= {"seconds": 12.5 * i, "tokens": 1000 * i, "notes": [f"note {i} <b>"]}
+        out["bytes"] = {"read": 2048 if i == 1 else 0, "written": 4 << 20, "changed": 3 << 10}
+        out["spent"] = {"work": 10.0 * i, "measure": 2.0 * i, "write": 0.5 * i}
+        drift = [(1, 0.1 * i, 0.9, 0.05), (4, 0.2 * i, 0.7, 0.15)]
+        out["routers"] = [dict(zip(("layer", "changed", "kept", "kl"), row, strict=True)) for row in drift]
     if name == "mla":
         out["approximations"] = [{"step": "joint PCA", "layer": j, "measure": "share lost", "value": j / 100} for j in (3, 7)]
     out["gates"] = [verdict("finite", "passed", "values", 0.0, 0.0, 0.0)]
     if name == "lightning":
+        out["heads"] = [{"layer": j, "half_life": [2.0, 700.0], "look_back": [30.0, 31.5]} for j in range(3)]
         out["gates"].append(verdict("lightning_loss", "let through", "x ln(vocabulary)", 1.036, None, 1.0, "kjv", "11.200 nats"))
     if name == "mla":
+        curves = [(3, "kv", 0.9), (7, "kv", 0.95), (3, "query", 0.8)]
+        out["spectra"] = [
+            {"layer": j, "part": part, "rank": 8, "ranks": [1, 8, 32], "energy": [0.2, kept, 1.0]} for j, part, kept in curves
+        ]
+        kept = [("kv energy kept", 3, 0.9), ("kv energy kept", 7, 0.95), ("rope energy kept", 3, 0.6)]
+        out["approximations"] += [{"step": "MLA factors", "layer": j, "measure": m, "value": v} for m, j, v in kept]
         out["gates"].append(verdict("mla_step", "stopped", "nats", 1.2, 0.515, 0.515, "<i>text</i>", "from 3.400 to 4.600"))
     if name.endswith("warmup"):
         out["gates"].append(verdict("warmup_rise", "not judged", "nats", None, 0.02, 0.02, why="no loss was measured"))
@@ -72,7 +87,7 @@ def full_report():
         "commit": "abc1234",
         "seconds": 412.3,
         "environment": {"torch": "2.13.0", "hardware": "2 cores"},
-        "settings": {"what the page": "does not show"},
+        "settings": {"what the page": "does not show", "text": {"sequence_length": 512}},
         "plan": plan | {"source": source},
         "layout": {"group_size": 4, "layer_kinds": KINDS, "said": "groups of 4"},
         "texts": [{"name": "kjv", "licence": "public domain", "role": "evaluation", "source": "King James Bible"}],
@@ -131,19 +146,10 @@ class Page(HTMLParser):
         self.sections[self.section] += data
 
 
-SECTIONS = [
-    "plan",
-    "stages",
-    "gates",
-    "curves",
-    "layers",
-    "needle",
-    "decode",
-    "samples",
-    "presets",
-    "approximations",
-    "environment",
-]
+SECTIONS = ["plan", "stages", "took", "gates", "curves", "layers", "energy", "heads", "routers", "needle"]
+SECTIONS += ["decode", "samples", "presets", "approximations", "environment"]
+# Warm-up curves, stages with layers, energy by rank (two factors) and by layer, half-lives, routers, recall, decoding.
+PLOTS = 2 + 4 + 3 + 2 + 1 + 1 + 2
 
 
 @pytest.fixture(scope="module")
@@ -193,9 +199,12 @@ def test_ids_are_unique_and_every_reference_is_met(html, page):
 
 def test_every_plot_is_there_and_takes_its_colours_from_the_page(html, page):
     svgs = [attributes for tag, attributes in page.tags if tag == "svg"]
-    # Two warm-up curves, four stages with layers, recall, decoding memory and time.
-    assert len(svgs) == 2 + 4 + 1 + 2
-    assert all("viewbox" in svg and "width" not in svg and svg["aria-label"] for svg in svgs)
+    assert len(svgs) == PLOTS
+    assert all("viewbox" in svg and "width" not in svg for svg in svgs)
+    # A title that is shown and read, and what the axes tell.
+    titles = re.findall(r"<figcaption>(.+?)</figcaption>", html)
+    labels = [svg["aria-label"] for svg in svgs]
+    assert all(label.startswith(f"{unescape(title)}: ") for label, title in zip(labels, titles, strict=True))
     drawn = html[html.index("<svg") :]
     variables = set(re.findall(r"var\(--(\w+)\)", drawn))
     assert {"ink", "grid", "blue", "orange", "muted", "green"} <= variables
@@ -212,7 +221,7 @@ def test_the_headline_has_the_key_numbers(page):
     # exp(2.29) = 9.87; (8.9 - 3.55) / (8.9 - 2.31) = 81 %.
     assert "9.87 times less probability" in lead
     assert "81 % of that recovered" in lead
-    assert "Stopped at a gate. MLA conversion: loss that the MLA conversion adds, 1.2 nats (from 3.400 to 4.600)" in lead
+    assert "Stopped at a gate. MLA conversion: loss that the MLA conversion adds, +1.200 nats (from 3.400 to 4.600)" in lead
     assert "the limit is 0.515 nats. --gates.mla_step and --resume go on" in lead
     assert "let through. Lightning conversion: loss after the Lightning conversion, 1.036 x ln(vocabulary)" in lead
     assert "Needles found at 256 tokens: 8 of 8 (teacher), 1 of 8 (MLA warm-up)" in lead
@@ -225,16 +234,26 @@ def test_the_sections_hold_their_numbers(page):
     assert (
         "(lightning_loss) kjv 1.036 x ln(vocabulary) (11.200 nats) none (usually 1 x ln(vocabulary)) let through" in said["gates"]
     )
-    assert "(mla_step) <i>text</i> 1.2 nats (from 3.400 to 4.600) 0.515 nats stopped" in said["gates"]
+    assert "(mla_step) <i>text</i> +1.200 nats (from 3.400 to 4.600) 0.515 nats stopped" in said["gates"]
     assert "not judged: no loss was measured" in said["gates"]
     assert "final_gap" not in said["gates"]
     assert "5 steps, 1.28K tokens, loss 9.00 → 5.00" in said["curves"]
-    assert "25 % of 8" in said["needle"]
+    assert "MLA warm-up 4K 0 B 3 KiB 4 MiB 40.0 s 8.0 s 2.0 s 50.0 s" in said["took"]
+    assert "In 3 of 6 heads the state has faded to one half" in said["heads"]
+    assert "the longest half-life is 700 tokens" in said["heads"]
+    assert "in windows of 512 tokens" in said["heads"]
+    # Means of two layers: (0.2 + 0.4) / 2 and so on.
+    assert "linear warm-up 30.0 % 40.0 % layer 4 80.0 % 0.100" in said["routers"]
+    assert "chosen rank 8" in said["energy"]
+    assert "layer 7: 95 %" in said["energy"]
+    assert "depth 128 tokens 256 tokens 512 tokens 10 % 2 of 8 2 of 8 not run 90 % 1 of 2 1 of 2 not run" in said["needle"]
+    assert "all depths 2 of 8 2 of 8 not run" in said["needle"]
+    assert "No NaN and no infinity, in weights or measurements, after: teacher, Lightning conversion" in said["gates"]
     # 3686400 / (46080 - 5120) = 90.
     assert "break-even 90 tokens" in said["decode"]
     assert "joint PCA share lost 2 0.05 0.03 layer 3 0.07 layer 7" in said["approximations"]
     assert "King James Bible" in said["environment"]
-    assert not any("not run" in text for text in said.values())
+    assert not any("not run" in text for name, text in said.items() if name != "needle")
 
 
 def test_what_is_missing_says_so(tmp_path):
@@ -250,6 +269,7 @@ def test_any_field_may_be_missing(tmp_path, field):
     del report[field]
     for one in report["stages"]:
         one["metrics"], one["layers"] = None, []
+        one["bytes"] = one["spent"] = None
     page = Page(build(write_run(tmp_path, report)).read_text())
     assert page.order == SECTIONS
     assert "not run" in page.sections["layers"]
@@ -281,8 +301,8 @@ def test_an_absent_or_torn_log_is_no_crash(tmp_path):
 def test_without_matplotlib_the_numbers_stay(tmp_path, monkeypatch):
     monkeypatch.setattr(plots, "available", lambda: False)
     page = Page(build(write_run(tmp_path, full_report())).read_text())
-    assert page.text.count("not drawn: matplotlib is not installed") == 9
-    assert "25 %" in page.sections["needle"]
+    assert page.text.count("not drawn: matplotlib is not installed") == PLOTS
+    assert "2 of 8" in page.sections["needle"]
 
 
 def test_a_wrong_report_is_the_users_mistake(tmp_path):
@@ -307,8 +327,11 @@ def test_one_row_of_everything_can_be_drawn(tmp_path):
         one["needle"] = [{"length": 128, "exact": 0.0, "n": 1}]
         for row in one.get("layers", []):
             row["local"] = row["propagated"] = 0.0
+        one["routers"] = one.get("routers", [])[:1]
+        for spans in one.get("heads", []):
+            spans |= {"half_life": [0.5], "look_back": [0.0]}
     html = build(write_run(tmp_path, report)).read_text()
-    assert html.count("<svg") == 9
+    assert html.count("<svg") == PLOTS
     assert "nan" not in re.findall(r"<svg.*</svg>", html, flags=re.DOTALL)[0].lower()
 
 

@@ -1,4 +1,4 @@
-"""One browser and one server for all tests of a process; each starts when the first test asks for it."""
+"""One server for all tests of a process; it starts when the first test asks for it."""
 
 from __future__ import annotations
 
@@ -8,16 +8,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 if TYPE_CHECKING:
-    from selenium import webdriver
     from server_process import Served
-
-
-@pytest.fixture(scope="session")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:
-    from browser import chromium
-
-    with chromium(tmp_path_factory.mktemp("profile")) as driver:
-        yield driver
 
 
 @pytest.fixture(scope="session")

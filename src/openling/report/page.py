@@ -8,17 +8,16 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
 from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from openling.report import plots, text
+from openling.report import details, plots, text
+from openling.report.details import Plot, drawn
 from openling.report.schema import DecodeRow, Report, Stage, Verdict, parse, read_metrics, read_report
 
 # Ling-2.6 report, arXiv 2606.15079, pages 9 and 10.
@@ -26,15 +25,23 @@ PUBLISHED_TOKENS = (
     "about 400 billion tokens on the two warm-ups and 8 trillion on continued pre-training (arXiv 2606.15079, pages 9 and 10)"
 )
 TEMPLATE = "page.html.j2"
-
-
-@dataclass(frozen=True)
-class Plot:
-    """A drawn plot, or why there is none."""
-
-    caption: str
-    svg: Markup | None
-    missing: str = ""
+SECTIONS = {
+    "plan": "Plan",
+    "stages": "Stages",
+    "took": "Time and bytes",
+    "gates": "Gates",
+    "curves": "Warm-up curves",
+    "layers": "Layer errors",
+    "energy": "MLA energy",
+    "heads": "Half-lives",
+    "routers": "Routers",
+    "needle": "Recall",
+    "decode": "Decoding",
+    "samples": "Completions",
+    "presets": "Paper against best",
+    "approximations": "Approximations",
+    "environment": "How to repeat it",
+}
 
 
 def build(run_folder: Path) -> Path:
@@ -49,13 +56,19 @@ def build(run_folder: Path) -> Path:
         .get_template(TEMPLATE)
         .render(
             report=report,
+            sections=SECTIONS.items(),
             headline=headline(report),
             honest=[*at_the_gates(report), *honest(report)],
             gates=gates(report),
+            finite=[s for s in report.stages if any((v.gate, v.outcome) == ("finite", "passed") for v in s.gates)],
             plan_rows=plan_rows(report),
             curves=curves(report, run_folder),
-            layer_plots=[Plot(text.stage_text(s.name), *_draw(plots.layer_plot, s.layers)) for s in report.converted if s.layers],
-            needle=needle(report),
+            took=details.took(report),
+            layer_plots=[drawn(text.stage_text(s.name), plots.layer_plot, s.layers) for s in report.converted if s.layers],
+            energy=details.energy_plots(report),
+            heads=details.heads(report),
+            routers=details.routers(report),
+            needle=details.needle(report),
             decode_plots=decode_plots(report),
             decode_rows=decode_rows(report),
             samples=samples(report),
@@ -86,13 +99,6 @@ def _environment() -> Environment:
         "kind": lambda name: text.KINDS.get(name, name),
     }
     return environment
-
-
-def _draw(plot: Callable[..., str], *arguments: Any) -> tuple[Markup | None, str]:
-    """A plot's SVG, or the reason why there is none."""
-    if not plots.available():
-        return None, "not drawn: matplotlib is not installed (pip install 'openling[demo]')"
-    return Markup(plot(*arguments)), ""  # noqa: S704 - our own SVG, whose texts matplotlib escapes
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -169,7 +175,8 @@ def measured(verdict: Verdict) -> str:
     """What a gate saw."""
     if verdict.value is None:
         return "–"
-    return f"{verdict.value:.4g} {verdict.unit}" + (f" ({verdict.why})" if verdict.why else "")
+    number = f"{verdict.value:+.3f}" if verdict.unit == "nats" else f"{verdict.value:.4g}"
+    return f"{number} {verdict.unit}" + (f" ({verdict.why})" if verdict.why else "")
 
 
 def bound(limit: float | None, verdict: Verdict) -> str:
@@ -178,11 +185,11 @@ def bound(limit: float | None, verdict: Verdict) -> str:
 
 
 def gates(report: Report) -> list[tuple[str, str, str, str, str, str]]:
-    """(stage, what is judged, text, measured, limit, outcome), without gates that are off."""
+    """(stage, what is judged, text, measured, limit, outcome), without gates that are off and values that are all finite."""
     rows = []
     for stage in report.stages:
         for v in stage.gates:
-            if v.outcome == "off":
+            if v.outcome == "off" or (v.gate, v.outcome) == ("finite", "passed"):
                 continue
             limit = bound(v.limit, v) + ("" if v.limit == v.standard else f" (usually {bound(v.standard, v)})")
             outcome = f"{v.outcome}: {v.why}" if v.outcome == "not judged" else v.outcome
@@ -253,19 +260,8 @@ def curves(report: Report, folder: Path) -> list[Plot]:
         first, last = rows[0], rows[-1]
         amount = f"{last['step']:,} steps, {text.count_text(last['tokens'])} tokens"
         caption = f"{name}: {amount}, loss {first['loss']:.2f} → {last['loss']:.2f}"
-        out.append(Plot(caption, *_draw(plots.curve_plot, rows)))
+        out.append(drawn(caption, plots.curve_plot, rows))
     return out
-
-
-def needle(report: Report) -> dict[str, Any] | None:
-    """Recall plot, lengths, and a row per stage."""
-    stages = [stage for stage in report.stages if stage.needle]
-    if not stages:
-        return None
-    lengths = sorted({r.length for stage in stages for r in stage.needle})
-    rows = [(stage.name, {r.length: r for r in stage.needle}) for stage in stages]
-    plot = Plot("Share of needles found", *_draw(plots.recall_plot, [(stage.name, stage.needle) for stage in stages]))
-    return {"plot": plot, "lengths": lengths, "rows": rows}
 
 
 def decode_plots(report: Report) -> list[Plot]:
@@ -273,8 +269,8 @@ def decode_plots(report: Report) -> list[Plot]:
     teacher, hybrid = report.decode.teacher, report.decode.hybrid
     if not teacher and not hybrid:
         return []
-    memory = _draw(plots.memory_plot, teacher, hybrid, crossing(teacher, hybrid))
-    return [Plot("Cache of one sequence", *memory), Plot("Time per decoded token", *_draw(plots.speed_plot, teacher, hybrid))]
+    memory = drawn("Cache of one sequence", plots.memory_plot, teacher, hybrid, crossing(teacher, hybrid))
+    return [memory, drawn("Time per decoded token", plots.speed_plot, teacher, hybrid)]
 
 
 def crossing(teacher: Sequence[DecodeRow], hybrid: Sequence[DecodeRow]) -> float | None:

@@ -72,10 +72,9 @@ class LayerError(BaseModel):
     propagated: float
 
 
-class Recall(BaseModel):
-    """Share of `n` needles found at one length."""
+class Share(BaseModel):
+    """Share of `n` needles found."""
 
-    length: int
     exact: float
     n: int
 
@@ -83,6 +82,67 @@ class Recall(BaseModel):
     def found(self) -> int:
         """Needles found."""
         return round(self.exact * self.n)
+
+
+class DepthRecall(Share):
+    """With the fact at one depth, a share of the text before it."""
+
+    depth: float
+
+
+class Recall(Share):
+    """At one length, over all depths and at each."""
+
+    length: int
+    depths: list[DepthRecall] = []
+
+
+class RouterDrift(BaseModel):
+    """One layer's router against the teacher's: share of tokens whose set of experts changed, share of choices kept, KL."""
+
+    layer: int
+    changed: float
+    kept: float
+    kl: float
+
+
+class Spectrum(BaseModel):
+    """Share of energy that a factor of an MLA layer would keep at each of `ranks`; `rank` is the chosen one."""
+
+    layer: int
+    part: str
+    rank: int
+    ranks: list[int]
+    energy: list[float]
+
+    @property
+    def kept(self) -> float:
+        """Share at the chosen rank."""
+        return next((e for r, e in zip(self.ranks, self.energy, strict=True) if r >= self.rank), 1.0)
+
+
+class HeadSpans(BaseModel):
+    """Half-lives of a Lightning layer's heads, and the look-back of the teacher's heads in their places; tokens."""
+
+    layer: int
+    half_life: list[float]
+    look_back: list[float]
+
+
+class Moved(BaseModel):
+    """Bytes of weights that a stage read, wrote, and of those written, changed."""
+
+    read: int
+    written: int
+    changed: int
+
+
+class Spent(BaseModel):
+    """Seconds of the stage's own work, of measuring, of writing."""
+
+    work: float
+    measure: float
+    write: float
 
 
 class Sample(BaseModel):
@@ -121,7 +181,13 @@ class Stage(BaseModel):
     seconds: float | None = None
     tokens: int | None = None
     domains: dict[str, Agreement] = {}
+    bytes: Moved | None = None
+    spent: Spent | None = None
     layers: list[LayerError] = []
+    routers: list[RouterDrift] = []
+    spectra: list[Spectrum] = []
+    heads: list[HeadSpans] = []
+    needle_left_out: list[int] = []
     needle: list[Recall] = []
     samples: list[Sample] = []
     approximations: list[Approximation] = []
@@ -166,6 +232,7 @@ class Report(BaseModel):
     commit: str | None = None
     seconds: float | None = None
     environment: dict[str, str] = {}
+    settings: dict[str, Any] = {}
     plan: Plan | None = None
     layout: Layout = Layout()
     texts: list[Text] = []

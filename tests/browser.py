@@ -1,4 +1,4 @@
-"""Headless Chromium for the tests of the chat page, and what they do in it."""
+"""Headless Chromium for the tests of the chat page and of the report, and what the former do in it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def chromium(profile: Path) -> Iterator[webdriver.Chrome]:
     program = shutil.which("chromium") or shutil.which("google-chrome")
     driver = shutil.which("chromedriver")
     if program is None or driver is None:
-        warnings.warn("THE CHAT PAGE IS NOT TESTED: no chromium and chromedriver (apt-get install chromium-driver)", stacklevel=2)
+        warnings.warn("THE PAGES ARE NOT TESTED: no chromium and chromedriver (apt-get install chromium-driver)", stacklevel=2)
         pytest.skip("no chromium or no chromedriver on this machine")
     options = webdriver.ChromeOptions()
     for flag in (*FLAGS, f"--user-data-dir={profile}"):
