@@ -99,7 +99,7 @@ def test_worse_than_guessing_stops_and_the_flag_goes_on(learnt: Place, tmp_path:
     assert in_child(die) == -signal.SIGKILL
     with pytest.MonkeyPatch.context() as patch:
         patch.delattr(pipeline, "to_lightning")  # nothing is done again
-        tripped(migrate(learnt, out, *words, "--resume"), "lightning_loss", "eval.txt", "at most 1 x ln(vocabulary)", "nats")
+        tripped(migrate(learnt, out, *words, "--resume"), "lightning_loss", "eval.txt", "at most 1 x the loss of guessing")
         assert not out.exists()
         tripped(migrate(learnt, out, *words, "--resume"), "lightning_loss")
         assert "Stopped at a gate. Lightning conversion" in build(tmp_path / "out.run").read_text()

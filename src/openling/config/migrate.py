@@ -83,7 +83,7 @@ class Gates(Strict):
 
     stop: bool = Field(True, description="false: say and record what is outside its limit, and go on regardless")
     finite: bool = Field(True, description="no weight and no measured number is NaN or infinite")
-    lightning_loss: float | None = Field(1.0, gt=0, description="after lightning: loss over ln(vocabulary)")
+    lightning_loss: float | None = Field(1.0, gt=0, description="after lightning: loss over ln(vocabulary), that of guessing")
     mla_step: float | None = Field(0.515, description="after mla: nats that the conversion adds to the loss")
     warmup_rise: float | None = Field(0.02, description="after a warm-up: nats by which its loss ends above its start")
     final_gap: float | None = Field(None, description="after the last stage: nats above the teacher")

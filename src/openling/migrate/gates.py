@@ -71,7 +71,7 @@ def judge(
         better = {text: a for text, a in stage["domains"].items() if a["teacher_loss"] < guess}
         why = "the teacher itself is no better than guessing" if stage["domains"] and not better else ""
         values = {text: (a["loss"] / guess, f"{a['loss']:.3f} nats") for text, a in better.items()}
-        found.append(_verdict("lightning_loss", "x ln(vocabulary)", values, gates, standard, why))
+        found.append(_verdict("lightning_loss", "x the loss of guessing", values, gates, standard, why))
     if name in ("mla", "linear-warmup", "mla-warmup"):
         gate = "mla_step" if name == "mla" else "warmup_rise"
         start = before["domains"] if before else {}

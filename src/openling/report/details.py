@@ -148,7 +148,7 @@ def took(report: Report) -> list[tuple[str, list[str]]]:
     """(stage, [tokens, bytes read, changed, written, seconds of work, measuring, writing, in all]) where anything is known."""
     rows = []
     for stage in report.converted:
-        if stage.bytes is None and stage.spent is None and stage.seconds is None:
+        if all(known is None for known in (stage.tokens, stage.bytes, stage.spent, stage.seconds)):
             continue
         moved, spent = stage.bytes, stage.spent
         cells = [text.count_text(stage.tokens) if stage.tokens is not None else "–"]

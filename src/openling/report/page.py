@@ -28,8 +28,8 @@ TEMPLATE = "page.html.j2"
 SECTIONS = {
     "plan": "Plan",
     "stages": "Stages",
-    "took": "Time and bytes",
     "gates": "Gates",
+    "took": "Time and bytes",
     "curves": "Warm-up curves",
     "layers": "Layer errors",
     "energy": "MLA energy",
@@ -159,16 +159,17 @@ def honest(report: Report) -> list[str]:
 
 
 def at_the_gates(report: Report) -> list[str]:
-    """Where the run was stopped, or was let through where it would have been."""
-    said = []
+    """Where the run was stopped; then where it was let through."""
+    stopped, passed = [], []
     for stage in report.stages:
         for v in stage.gates:
             name = f"{text.stage_text(stage.name)}: {text.GATES.get(v.gate, v.gate)}, {measured(v)}"
             if v.outcome == "stopped":
-                said.append(f"Stopped at a gate. {name}; the limit is {bound(v.limit, v)}. --gates.{v.gate} and --resume go on.")
+                how = f"--resume and --gates.{v.gate} with a wider limit"
+                stopped.append(f"Stopped at a gate. {name}; the limit is {bound(v.limit, v)}. To go on all the same: {how}.")
             elif v.outcome == "let through":
-                said.append(f"Outside the usual tolerance and let through. {name}; the usual limit is {bound(v.standard, v)}.")
-    return said
+                passed.append(f"Outside the usual tolerance and let through. {name}; the usual limit is {bound(v.standard, v)}.")
+    return stopped + passed
 
 
 def measured(verdict: Verdict) -> str:

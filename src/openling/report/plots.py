@@ -89,7 +89,8 @@ def _end_labels(axes: Axes, ends: Sequence[tuple[float, float, str, str]]) -> No
     )
     heights = [p[0] for p in placed]
     for i in range(1, len(heights)):
-        heights[i] = max(heights[i], heights[i - 1] + line)
+        lines = (placed[i - 1][3].count("\n") + placed[i][3].count("\n")) / 2 + 1
+        heights[i] = max(heights[i], heights[i - 1] + lines * line)
     # Recentre, so that a crowd at the bottom does not all move up.
     excess = max(0.0, heights[-1] - axes.bbox.y1) if heights else 0.0
     for (pixel, x, y, text, colour), height in zip(placed, heights, strict=True):
@@ -180,7 +181,7 @@ def spectrum_plot(curves: Sequence[Spectrum]) -> str:
 
 def kept_plot(series: dict[str, Sequence[tuple[int, float]]]) -> str:
     """Share of energy kept in each MLA layer, one series of (layer, share) per factor."""
-    colours = dict(zip(series, (PALETTE[c] for c in ("orange", "blue", "green")), strict=False))
+    colours = {name: PALETTE[colour] for name, colour in (("K and V", "blue"), ("query", "green"), ("RoPE", "orange"))}
 
     def paint(axes: Axes) -> None:
         ends = []
