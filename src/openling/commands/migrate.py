@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openling.config.load import override
-from openling.config.migrate import STAGES, MigrateConfig, preset
+from openling.config.migrate import GATE_AFTER, STAGES, MigrateConfig, preset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,11 +56,30 @@ def settings(args: argparse.Namespace) -> MigrateConfig:
     return override(config, [*words, *args.overrides], flags=args.flags)
 
 
+def outline(config: MigrateConfig, out: Path) -> list[str]:
+    """What would be done stage by stage, and what would stop it."""
+    lines = [f"The teacher is measured on {', '.join(config.text.evaluation)}; then, measured again after each:"]
+    for stage in config.stages:
+        if stage in ("lightning", "mla"):
+            work = f"new attention, fitted on {config.text.calibration_tokens:,} tokens"
+        else:
+            train = (config.linear_warmup if stage == "linear-warmup" else config.mla_warmup).train
+            tokens = train.tokens or train.total_steps * train.batch_size * train.sequence_length
+            work = f"trained on {tokens:,} tokens in {train.total_steps:,} steps, learning rate {train.lr:g}"
+        names = [GATE_AFTER[stage], *(["final_gap"] if stage == config.stages[-1] else [])]
+        limits = [f"{name} {limit:g}" for name in names if (limit := getattr(config.gates, name)) is not None]
+        lines.append(f"  {stage:<14} {work}; stops outside: {', '.join([*limits, *(['finite'] if config.gates.finite else [])])}")
+    if not config.gates.stop:
+        lines.append("No gate stops (gates.stop is false): what is outside is said and recorded.")
+    return [*lines, f"{out} appears when the last one has passed; {out.name}.run beside it keeps journal, metrics and report."]
+
+
 def run(args: argparse.Namespace) -> int:
     """Migrate, write the report, print where things are; exit code 0."""
     config = settings(args)
     if args.dry_run:
         print(config.model_dump_json(indent=2))
+        print("\n".join(["", *outline(config, args.out), ""]), file=sys.stderr)
         if args.model.exists() and {"lightning", "mla"} & set(config.stages):
             from openling.commands.convert import dry_run
 

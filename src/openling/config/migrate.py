@@ -89,6 +89,14 @@ class Gates(Strict):
     final_gap: float | None = Field(None, description="after the last stage: nats above the teacher")
 
 
+GATE_AFTER: dict[Stage, str] = {
+    "lightning": "lightning_loss",
+    "linear-warmup": "warmup_rise",
+    "mla": "mla_step",
+    "mla-warmup": "warmup_rise",
+}
+
+
 class MigrateConfig(Strict):
     """One migration. `stages` are run in their published order."""
 

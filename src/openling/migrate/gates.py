@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from openling.config.migrate import Gates, MigrateConfig, preset
+from openling.config.migrate import GATE_AFTER, Gates, MigrateConfig, preset
 from openling.errors import Failure
 from openling.model.ling import Ling
 from openling.train.checkpoint import write_json
@@ -73,7 +73,6 @@ def judge(
         values = {text: (a["loss"] / guess, f"{a['loss']:.3f} nats") for text, a in better.items()}
         found.append(_verdict("lightning_loss", "x the loss of guessing", values, gates, standard, why))
     if name in ("mla", "linear-warmup", "mla-warmup"):
-        gate = "mla_step" if name == "mla" else "warmup_rise"
         start = before["domains"] if before else {}
         values = {
             text: (a["loss"] - start[text]["loss"], f"from {start[text]['loss']:.3f} to {a['loss']:.3f}")
@@ -81,7 +80,7 @@ def judge(
             if text in start
         }
         why = "the loss before it was not measured" if stage["domains"] and not values else ""
-        found.append(_verdict(gate, "nats", values, gates, standard, why))
+        found.append(_verdict(GATE_AFTER[name], "nats", values, gates, standard, why))
     if last:
         values = {text: (a["gap"], f"{a['loss']:.3f} against {a['teacher_loss']:.3f}") for text, a in stage["domains"].items()}
         found.append(_verdict("final_gap", "nats", values, gates, standard, ""))
