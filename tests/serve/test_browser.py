@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from browser import Page
 from selenium import webdriver
 from selenium.webdriver.common.keys import Keys
 from server_process import API_KEY, Served
+
+from browser import Page
 
 
 @pytest.fixture
