@@ -21,6 +21,30 @@ torch.set_num_threads(1)
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Files whose tests share something slow to make, by what that is. (xdist's own groups do nothing: xdist 3.8 writes them into a
+# field that pytest 9.2 does not read.)
+SHARED = {
+    "tests/migrate/test_smollm2.py": "SmolLM2",
+    "tests/migrate/test_pipeline.py": "whole migration",
+    "tests/migrate/test_refusals.py": "whole migration",
+    "tests/report/test_report_in_browser.py": "browser and server",
+    "tests/serve/test_browser.py": "browser and server",
+    "tests/serve/test_clients.py": "browser and server",
+    "tests/serve/test_markdown.py": "browser and server",
+}
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Tests that share something run in one process, and first; all others wherever there is time."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Together(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return SHARED.get(nodeid.split("::")[0], nodeid)
+
+    return Together(config, log) if config.getvalue("dist") == "load" else None
+
 
 @pytest.fixture(scope="session")
 def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[webdriver.Chrome]:

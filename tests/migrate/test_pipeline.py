@@ -42,8 +42,6 @@ import openling
 from openling.config.migrate import STAGES
 from openling.migrate import pipeline
 
-pytestmark = pytest.mark.xdist_group("migrated")  # the whole migrations that these tests compare with run in one process only
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What a migration yields
 # ---------------------------------------------------------------------------------------------------------------------

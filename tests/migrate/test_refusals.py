@@ -30,8 +30,6 @@ import openling
 from openling.migrate import pipeline
 from openling.weights.io import CheckpointReader
 
-one_process = pytest.mark.xdist_group("migrated")  # that of `test_pipeline`, which has the same whole migration
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Refused before any work
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +193,6 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
-@one_process
 def test_a_full_disk(place: Place, migrated: Migrated, small_disk: Callable[[str], Path], quick: None) -> None:
     disk = small_disk("2m")
     refused(place.migrate(disk / "out"), "no space left")
@@ -289,7 +286,6 @@ def test_a_smaller_tokenizer_is_allowed(place: Place, tmp_path: Path, quick: Non
     assert place.migrate(tmp_path / "out", "--stage", "lightning", model=model).code == 0
 
 
-@one_process
 def test_teachers_that_do_not_fit(place: Place, migrated: Migrated, tmp_path: Path) -> None:
     larger = make_llama(tmp_path / "larger", vocab_size=VOCABULARY + 40)
     other = make_llama(tmp_path / "other")
@@ -300,7 +296,6 @@ def test_teachers_that_do_not_fit(place: Place, migrated: Migrated, tmp_path: Pa
     refused(place.migrate(out, "--teacher", migrated.out), "converted itself")
 
 
-@one_process
 def test_stages_on_a_hybrid(place: Place, migrated: Migrated, tmp_path: Path) -> None:
     out = tmp_path / "out"
     refused(place.migrate(out, model=migrated.out), "converted already", "mla-warmup")

@@ -22,8 +22,6 @@ from openling.model.generate import Sampling, generate
 from openling.ops.lightning import lightning_chunk, lightning_recurrent, log_decay
 from openling.weights.gguf import import_gguf, smollm2_gguf
 
-pytestmark = pytest.mark.xdist_group("smollm2")  # the model is made and loaded in one process only
-
 PROMPTS = (
     *("The capital of France is", "Water boils at", "My name is", "def add(a, b):", "Once upon a time"),
     *("The three primary colors are", "In 1969, humans first", "Photosynthesis is the process", "To bake bread you need"),
@@ -35,14 +33,12 @@ PROMPTS = (
 
 @pytest.fixture(scope="module")
 def teacher(tmp_path_factory):
-    torch.set_num_threads(2)
     with pytest.MonkeyPatch.context() as patch:
         # Parsing the vocabulary takes seconds, and three readers here want it.
         open_once = functools.cache(gguf.GGUFReader)
         patch.setattr(gguf, "GGUFReader", lambda path: open_once(str(path)))
         folder = import_gguf(smollm2_gguf(), tmp_path_factory.mktemp("smol") / "teacher")
-    yield openling.load(folder)
-    torch.set_num_threads(1)
+    return openling.load(folder)
 
 
 @pytest.fixture(scope="module")
