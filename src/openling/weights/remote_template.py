@@ -115,7 +115,7 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=logits.shape[-1], **kwargs)
         states = tuple(hidden) if hidden is not None else None
-        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)  # type: ignore[arg-type]
+        out = CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache, hidden_states=states)
         return out.to_tuple() if return_dict is False else out
 
     def _cache(self, given: Any, use_cache: bool | None) -> OpenlingCache | None:
@@ -127,7 +127,7 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
         wanted = use_cache if use_cache is not None else getattr(self.config, "use_cache", True) and not self.training
         return OpenlingCache(self.config.num_hidden_layers) if wanted or given is not None else None
 
-    def prepare_inputs_for_generation(  # type: ignore[override]
+    def prepare_inputs_for_generation(
         self, input_ids: Tensor, past_key_values: Any = None, attention_mask: Tensor | None = None, **kwargs: Any
     ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen."""
@@ -145,7 +145,7 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
         """The token embeddings."""
         return self.model.word_embeddings
 
-    def set_input_embeddings(self, value: nn.Module) -> None:
+    def set_input_embeddings(self, value: nn.Embedding) -> None:
         """Replace the token embeddings."""
         self.model.word_embeddings = value
 
@@ -153,7 +153,7 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
         """The LM head."""
         return self.lm_head
 
-    def set_output_embeddings(self, new_embeddings: nn.Module) -> None:
+    def set_output_embeddings(self, new_embeddings: nn.Linear) -> None:
         """Replace the LM head."""
         self.lm_head = new_embeddings
 
