@@ -5,7 +5,8 @@
 
 The loop itself is run, with its checkpoints, its log and its data thread, on the shapes named below; the first steps, in which
 memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says; MFU
-and memory are the main rank's. Writes benchmarks/results/training/loop-DEVICE.json, with the number of ranks if there are several.
+and memory are the main rank's. Writes benchmarks/results/training/loop-DEVICE.json, with the number of ranks if there are
+several.
 """
 
 from __future__ import annotations
