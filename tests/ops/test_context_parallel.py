@@ -8,6 +8,7 @@ what enters is added, each time by at most 2^-9, the first time of a value that 
 
 from __future__ import annotations
 
+import multiprocessing
 import random
 import sys
 from datetime import timedelta
@@ -237,7 +238,8 @@ def refusals(rank: int, world: int) -> None:
 @pytest.mark.skipif(not dist.is_available() or sys.platform == "win32", reason="needs torch.distributed with gloo")
 @pytest.mark.parametrize("world", [2, 4])
 def test_slices_equal_the_whole(world: int, tmp_path: Path) -> None:
-    mp.spawn(all_cases, args=(world, str(tmp_path / "rendezvous")), nprocs=world)
+    multiprocessing.set_forkserver_preload(["openling.ops.context_parallel", "torch.distributed"])  # imported once for all
+    mp.start_processes(all_cases, args=(world, str(tmp_path / "rendezvous")), nprocs=world, start_method="forkserver")
 
 
 def test_slices_of_packed_documents() -> None:

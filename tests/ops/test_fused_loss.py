@@ -148,10 +148,11 @@ def losses(h, weight, ids, teacher, **options):
     return out, torch.autograd.grad(out.loss, (h, weight))
 
 
-@pytest.mark.parametrize("limit", [None, 64 * 300])
-def test_head_loss_through_the_kernel_equals_the_plain_one(monkeypatch, limit):
+# Several chunks need more than 256 rows; for one chunk the interpreter is spared most of them.
+@pytest.mark.parametrize(("tokens", "limit"), [(161 if CUDA else 21, None), (161, 64 * 300)])
+def test_head_loss_through_the_kernel_equals_the_plain_one(monkeypatch, tokens, limit):
     """FP32: both forms round sums of 300 products and probabilities apart, a few hundred times 2^-24 at most."""
-    call = head_problem(2, 161, 24, 300, torch.float32)
+    call = head_problem(2, tokens, 24, 300, torch.float32)
     plain, plain_grads = losses(*call)
     monkeypatch.setattr(loss_module, "kernels_for", lambda x: kernels)
     fast, grads = losses(*call, chunk_values=limit)
