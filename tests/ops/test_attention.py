@@ -9,8 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
 
+from openling.ops import attention
 from openling.ops.attention import absorbed_attention, absorbed_is_cheaper, causal_mask, softmax_attention
 
 FP64 = 1e-12
@@ -56,6 +58,41 @@ def test_equals_explicit_softmax(new, old, kv_heads, group, value_dim, padding, 
     out = softmax_attention(q, k, v, scale=0.4, key_mask=mask)
     assert out.dtype == dtype
     assert (out - explicit(q, k, v, 0.4, mask)).abs().max() < (FP64 if dtype == torch.float64 else 1e-5)
+
+
+@pytest.mark.parametrize(("new", "total"), [(1, 2), (5, 6), (3, 20), (64, 65)])
+def test_two_parts_are_the_whole(monkeypatch, new, total):
+    """Joining by log-sum-exps, with both parts written out; scores of 30 and more make either part negligible at times."""
+
+    def written_out(q, k, v, scale, *, causal):
+        score = (q.double() @ k.double().transpose(-1, -2)) * scale
+        if causal:
+            score = score.masked_fill(torch.ones(score.shape[-2:], dtype=torch.bool).triu(1), float("-inf"))
+        return (score.softmax(-1) @ v.double()).float(), score.logsumexp(-1).float()
+
+    monkeypatch.setattr(attention, "_with_log_sum", written_out)
+    q, k, v = randn(2, 3, new, 8, dtype=torch.float32) * 9, randn(2, 3, total, 8, seed=1), randn(2, 3, total, 6, seed=2)
+    found = attention._in_two_parts(q, k, v, 8**-0.5)
+    wanted = explicit(*(x.transpose(1, 2) for x in (q, k, v)), 8**-0.5).transpose(1, 2)
+    # Log-sums of up to 100 in FP32: 100 * 2^-24 of a share, and as much again of rounding.
+    assert (found - wanted).abs().max() < 1.2e-5 * wanted.abs().max()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize(("new", "total"), [(512, 600), (1000, 4103), (2048, 2049)])
+def test_two_parts_on_a_gpu(new, total):
+    """A chunk of a long prompt through cuDNN, MLA's widths: the weights and the result are rounded to BF16."""
+    shapes = (new, 192), (total, 192), (total, 128)
+    q, k, v = (randn(1, n, 4, d, seed=i, dtype=torch.bfloat16).cuda() for i, (n, d) in enumerate(shapes))
+    with torch.no_grad():
+        used = attention.attention_backend(*(x.transpose(1, 2) for x in (q, k, v)), causal_lower_right(new, total))
+        found = softmax_attention(q, k, v, scale=192**-0.5).double()
+    assert used == "cudnn, two parts" or torch.cuda.get_device_capability() < (9, 0)
+    score = torch.einsum("bthd,bshd->bhts", q.double(), k.double()) * 192**-0.5
+    score = score.masked_fill(~causal_mask(new, total, None, q.device), float("-inf"))
+    wanted = torch.einsum("bhts,bshd->bthd", score.softmax(-1), v.double())
+    # Three roundings of at most 2^-8 / sqrt(3) in the mean: weights, both parts' results, what they are joined to.
+    assert (found - wanted).square().mean().sqrt() < 2**-8 * wanted.square().mean().sqrt()
 
 
 def test_query_heads_read_their_groups_key_head():

@@ -78,6 +78,9 @@ def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None,
     if backend.endswith("padded values"):
         v_BKSV = F.pad(v_BKSV, (0, q_BHTD.shape[-1] - width))
 
+    if backend == "cudnn, two parts":
+        return _in_two_parts(q_BHTD, k_BKSD, v_BKSV, scale)
+
     def run() -> Tensor:
         gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
         return F.scaled_dot_product_attention(
@@ -93,8 +96,8 @@ def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None,
 def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None = None) -> str:
     """How softmax attention over these runs: "cudnn", "flash" or "default" (torch chooses), with "padded values" or without.
 
-    "blockwise" is `ops.cpu.blockwise_attention`. A mask of another type than Tensor stands for the causal one of fewer queries
-    than keys.
+    "blockwise" is `ops.cpu.blockwise_attention`, "two parts" `_in_two_parts`. A mask of another type than Tensor stands for the
+    causal one of fewer queries than keys.
     """
     dim, width, new, keys = q_BHTD.shape[-1], v_BKSV.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
     if q_BHTD.device.type == "cpu":
@@ -107,9 +110,35 @@ def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tens
         return "default"
     if mask is None:
         return _cuda_backend(q_BHTD.device, dim, width)
+    parts = type(mask) is not Tensor and q_BHTD.shape[1] == k_BKSD.shape[1] and not _needs_gradient(q_BHTD, k_BKSD, v_BKSV)
+    if parts and _cuda_backend(q_BHTD.device, dim, width) == "cudnn":
+        return "cudnn, two parts"
     # Of torch's kernels only flash does without a mask here, and it wants equal dims.
     flash = width <= dim and type(mask) is not Tensor
     return ("flash, padded values" if width < dim else "flash") if flash else "default"
+
+
+def _needs_gradient(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(x.requires_grad for x in tensors)
+
+
+def _in_two_parts(q_BHTD: Tensor, k_BHSD: Tensor, v_BHSV: Tensor, scale: float) -> Tensor:
+    """The T newest of S positions over the older keys without a mask and over the new ones causally, [B, H, T, V].
+
+    The parts are joined by their log-sum-exps. No mask is in memory and no pair is computed in vain.
+    """
+    behind = k_BHSD.shape[2] - q_BHTD.shape[2]
+    old, new = slice(behind), slice(behind, None)
+    old_BHTV, old_BHT = _with_log_sum(q_BHTD, k_BHSD[:, :, old], v_BHSV[:, :, old], scale, causal=False)
+    new_BHTV, new_BHT = _with_log_sum(q_BHTD, k_BHSD[:, :, new], v_BHSV[:, :, new], scale, causal=True)
+    share_BHT1 = torch.sigmoid(old_BHT - new_BHT)[..., None]
+    return torch.lerp(new_BHTV.float(), old_BHTV.float(), share_BHT1).to(q_BHTD.dtype)
+
+
+def _with_log_sum(q: Tensor, k: Tensor, v: Tensor, scale: float, *, causal: bool) -> tuple[Tensor, Tensor]:
+    """cuDNN's output, and the log of every query's sum of exponentials in FP32 [B, H, T]."""
+    out, log_sum, *_ = torch.ops.aten._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, causal, False, scale=scale)
+    return out, log_sum.reshape(out.shape[:3])
 
 
 @cache
