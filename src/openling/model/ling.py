@@ -117,6 +117,14 @@ class Backbone(nn.Module):
         """The multi-token-prediction layers, if any."""
         return [layer for layer in self.layers if isinstance(layer, MtpLayer)]
 
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """The residual stream [B, T, M] before the first layer.
+
+        Under autocast on a GPU it has autocast's dtype, as it has where FSDP gathers half-precision weights.
+        """
+        h = self.word_embeddings(input_ids)
+        return h.to(torch.get_autocast_dtype("cuda")) if h.is_cuda and torch.is_autocast_enabled("cuda") else h
+
     def forward(
         self,
         input_ids: Tensor,
@@ -133,7 +141,7 @@ class Backbone(nn.Module):
             batch, tokens = input_ids.shape
             key_mask = cache.extend_mask(attention_mask, batch, tokens, input_ids.device)
         call = CallContext(tables, cu_seqlens, key_mask)
-        h = self.word_embeddings(input_ids)
+        h = self.embed(input_ids)
         for i in range(self.config.num_hidden_layers):
             if hidden_states is not None:
                 hidden_states.append(h)
