@@ -2,8 +2,8 @@
 
     python benchmarks/fetch_text.py FOLDER [PACKAGE ...]      needs apt-get, dpkg-deb and lxml
 
-Each line is {"id", "text", "source", "licence"}: what `openling data build` and `openling migrate --text` read. Nothing of it is part
-of openling: every package keeps its licence, named here as its copyright file does in short.
+Each line is {"id", "text", "source", "licence"}: what `openling data build` and `openling migrate --text` read. Nothing of it is
+part of openling: every package keeps its licence, named here as its copyright file does in short.
 """
 
 from __future__ import annotations
@@ -55,27 +55,11 @@ LEFT_OUT = re.compile(
     r"(/|\.)(?!en\b)(de|fr|es|it|ja|pt|pt-br|pt_BR|ru|zh|zh-cn|zh_CN|cs|da|el|fi|hu|ko|nl|pl|ro|sv|tr|uk|vi|id|nb|ar|ca|gl|lt|sr)(/|\.html?$)"
     r"|/C/legal|genindex|/_sources/|/_static/|_modules/|/search\.html|copyright$|changelog"
 )
-BLOCKS = {
-    "p",
-    "div",
-    "li",
-    "tr",
-    "pre",
-    "br",
-    "h1",
-    "h2",
-    "h3",
-    "h4",
-    "h5",
-    "h6",
-    "dt",
-    "dd",
-    "table",
-    "section",
-    "title",
-    "blockquote",
-}
-NOISE = "//script|//style|//nav|//footer|//head|//*[@role='navigation']|//div[contains(@class,'sidebar') or contains(@class,'related')]"
+HEADINGS = {f"h{n}" for n in range(1, 7)}
+BLOCKS = {"p", "div", "li", "tr", "pre", "br", "dt", "dd", "table", "section", "title", "blockquote"} | HEADINGS
+NOISE = "|".join(
+    ("//script", "//style", "//nav", "//footer", "//head", "//*[@role='navigation']", "//div[contains(@class,'sidebar')]")
+)
 SHORTEST, LONGEST = 400, 400_000
 MOST = 40_000_000  # characters of one package: none may drown the others
 

@@ -1,12 +1,12 @@
-"""Training on this machine: tokens per second of the nano recipe on a CPU, checkpoint stall, waiting for data; MFU on a GPU.
+"""Training on this machine: tokens per second of the nano recipe on a CPU, checkpoint stall, waiting for data; MFU on GPUs.
 
-    python benchmarks/training.py [--steps N] [--only nano|1b-dense|1b-moe] [--out FILE]
-    torchrun --nproc-per-node 2 benchmarks/training.py --only 1b-moe [--shard N] [--context N] [--expert N] [--tensor N]
+    python benchmarks/training.py [--steps N] [--only nano 1b-dense 1b-moe 128k] [--out FILE]
+    torchrun --nproc-per-node 2 benchmarks/training.py --only 1b-dense 1b-moe --alone FILE
 
 The loop itself is run, with its checkpoints, its log and its data thread, on the shapes named below; the first steps, in which
-memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says; MFU
-and memory are the main rank's. Writes benchmarks/results/training/loop-DEVICE.json, with the number of ranks if there are
-several.
+memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says. 128k
+is the dense hybrid beside the same model with GQA. Under torchrun the ranks share weights and a batch (FSDP), and FILE, of one
+rank, is what they are compared with. Writes benchmarks/results/training/loop-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ import gc
 import json
 import os
 import shlex
-import shutil
 import statistics
 import sys
 import tempfile
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +40,20 @@ from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
 from openling.ops.pick import kernels_reason
-from openling.parallel import world as ranks_of
 from openling.parallel.apply import apply
 from openling.parallel.mesh import Axes, build
+from openling.parallel.recompute import Recompute
+from openling.parallel.world import ending_together, join, started_by_torchrun
+from openling.plan.job import plan_training
 from openling.train.flops import training_flops
 from openling.train.loop import train
 from openling.train.ranks import Ranks
 
 RESULTS = Path(__file__).parent / "results" / "training"
 WARM = 4
+# Seconds between checkpoints unless a recipe says otherwise.
+INTERVAL = TrainConfig.model_fields["checkpoint_seconds"].default
+GOAL_STALL = f"< 0.02 of the {INTERVAL:.0f} s between two"
 
 
 def dense_1b() -> ModelConfig:
@@ -78,42 +84,75 @@ def documents(vocab: int, tokens: int) -> list[np.ndarray]:
     return [rng.integers(vocab, size=n) for n in lengths]
 
 
-def measure(
-    name: str, config: ModelConfig, settings: TrainConfig, device: torch.device, axes: Axes | None, *, packed: bool
-) -> dict[str, Any]:
-    """Medians of one run of the loop. axes: of a mesh of ranks, all of which call it."""
+@dataclass(frozen=True)
+class Case:
+    """What one run of the loop trains, and how."""
+
+    config: ModelConfig
+    settings: TrainConfig
+    goal: float | None = None
+    packed: bool = False
+    recompute: Recompute = "none"
+
+
+def batches_of(case: Case, rank: int, world: int) -> MemoryBatches:
+    """Packed documents of many lengths, or every row one document."""
+    length, rows = case.settings.sequence_length, case.settings.batch_size
+    if case.packed:
+        texts = documents(case.config.vocab_size, 40 * rows * length)
+    else:
+        rng = np.random.default_rng(0)
+        texts = [rng.integers(case.config.vocab_size, size=length) for _ in range(2 * rows)]
+    return MemoryBatches(texts, length=length, rows=rows, rank=rank, world=world)
+
+
+def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
+    """Medians of one run of the loop."""
+    config, settings = case.config, case.settings
+    world = dist.get_world_size() if dist.is_initialized() else 1
     with torch.device(device):
         model = Ling(config)
     model.init_weights(torch.Generator(device).manual_seed(0))
-    mesh = None if axes is None else build(axes, config, device.type)
-    ranks = Ranks(apply(model, mesh, model_dtype=torch.bfloat16 if settings.precision == "bf16" else None))
-    length = settings.sequence_length
-    texts = documents(config.vocab_size, 40 * settings.batch_size * length)
-    if not packed:
-        rng = np.random.default_rng(0)
-        texts = [rng.integers(config.vocab_size, size=length * settings.batch_size * 40)]
-    rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_ranks)
-    batches = MemoryBatches(texts, length=length, rows=settings.batch_size, rank=rank, world=world)
-    folder = Path(ranks.told(tempfile.mkdtemp))
-    try:
-        result = train(model, settings, batches, parameters=[""], run=folder / "run", progress=5.0, ranks=ranks)
-        rows = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()][WARM:]
-    finally:
-        ranks.told(lambda: shutil.rmtree(folder))
-    del model, ranks
+    mesh = build(Axes(), config, device.type) if world > 1 else None
+    ranks = Ranks(apply(model, mesh, recomputing=case.recompute, model_dtype=torch.bfloat16 if world > 1 else None))
+    batches = batches_of(case, ranks.number, world)
+    with ExitStack() as stack:
+        folder = ranks.told(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        result = train(model, settings, batches, parameters=[""], run=Path(folder) / "run", progress=5.0, ranks=ranks)
+        peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
+        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][WARM:]
+        ranks.summed(torch.zeros(1, device=device))  # nobody removes the folder before all have read it
+    del model
     gc.collect()
-    spans = [settings.batch_size * length / r["tokens_per_s"] for r in rows]
-    return {
+    spans = [settings.batch_size * settings.sequence_length / r["tokens_per_s"] for r in rows]
+    found = {
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
         "best": max(r["tokens_per_s"] for r in rows),
         "mfu": statistics.median(r["mfu"] for r in rows) if rows[0]["mfu"] is not None else None,
         "memory": max(r["memory_bytes"] for r in rows) / 2**30,
-        "stall": sum(r["save_seconds"] for r in rows) / sum(spans),
+        "planned": None if peak is None else planned(case, world) / 2**30,
+        "stall": max(r["save_seconds"] for r in rows),
         "data": sum(r["data_seconds"] for r in rows) / sum(spans),
         "loss": (rows[0]["loss"], rows[-1]["loss"]),
         "steps": result.steps,
-        "flops": training_flops(config, 1, length / 2, config.num_nextn_predict_layers if settings.mtp else 0),
+        "flops": training_flops(config, 1, settings.sequence_length / 2, config.num_nextn_predict_layers if settings.mtp else 0),
     }
+    found["memory"] = found["memory"] if peak is None else peak / 2**30
+    if ranks.main:
+        print(name, json.dumps(found), flush=True)
+    return found
+
+
+def planned(case: Case, world: int) -> int:
+    """Bytes of the peak that `openling plan --world` predicts, without its reserve."""
+    c = case.settings
+    job = plan_training(
+        case.config, world=world, mesh=f"shard={world}", seq_len=c.sequence_length, batch_tokens=c.batch_size * c.sequence_length,
+        micro_batch=c.part_size // world, recompute=case.recompute, gather="layer" if world == 1 else "accumulate", reserve=0,
+    )  # fmt: skip
+    return job.fullest.total
 
 
 def row(name: str, value: float, unit: str, goal: str | None = None, met: bool | None = None, **more: Any) -> dict[str, Any]:
@@ -121,76 +160,106 @@ def row(name: str, value: float, unit: str, goal: str | None = None, met: bool |
     return {"name": name, "value": value, "unit": unit, "goal": goal, "met": met, **more}
 
 
-def rows_of(name: str, found: dict[str, Any], config: ModelConfig, goal: float | None) -> list[dict[str, Any]]:
-    """The figures of one run. goal: tokens per second on a CPU, MFU on a GPU."""
+def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = None) -> list[dict[str, Any]]:
+    """The figures of one run. alone: tokens per second of one rank, where several ran."""
+    config, goal = case.config, case.goal
     total, active = count.total_parameters(config, mtp=True), count.active_parameters(config)
     size = f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active"
-    about = {"model": size, "flops_per_token": found["flops"], "steps": found["steps"]}
+    about = {"model": size, "flops_per_token": found["flops"], "steps": found["steps"], "recompute": case.recompute}
     speed = row(f"{name}: training, median", found["tokens_per_s"], "tokens/s", **about, best=found["best"])
     lines = [speed]
     if found["mfu"] is not None:
         lines.append(row(f"{name}: MFU", found["mfu"], "share", goal and f">= {goal}", goal and found["mfu"] >= goal))
-        missed = lines[-1]
+        near = found["memory"] / found["planned"]
+        memory = {"peer": "openling plan, without its reserve", "peer_value": found["planned"], "ratio": near}
+        lines.append(
+            row(f"{name}: peak memory", found["memory"], "GiB", "within 5 % of the plan", abs(near - 1) <= 0.05) | memory
+        )
     else:
         speed |= {"goal": goal and f">= {goal:,.0f} tokens/s", "met": goal and found["tokens_per_s"] >= goal}
-        missed = speed
-    if missed["met"] is False:
-        missed["why"] = f"load of the machine while it ran: {os.getloadavg()[0]:.1f} over {len(os.sched_getaffinity(0))} cores"
-    lines.append(row(f"{name}: training held up by checkpoints", found["stall"], "share", "< 0.02", found["stall"] < 0.02))
+        if speed["met"] is False:
+            speed["why"] = f"load of the machine while it ran: {os.getloadavg()[0]:.1f} over {len(os.sched_getaffinity(0))} cores"
+        lines.append(row(f"{name}: resident memory", found["memory"], "GiB"))
+    share = found["stall"] / INTERVAL
+    lines.append(row(f"{name}: held up by one checkpoint", found["stall"], "s", share=share, goal=GOAL_STALL, met=share < 0.02))
     lines.append(row(f"{name}: waiting for data", found["data"], "share", "< 0.01", found["data"] < 0.01))
-    lines.append(row(f"{name}: peak memory", found["memory"], "GiB"))
     lines.append(row(f"{name}: loss of the first and last step counted", found["loss"][1], "nats", first=found["loss"][0]))
+    if alone is not None:
+        ratio = found["tokens_per_s"] / alone
+        beside = {"peer": "one rank", "peer_value": alone, "ratio": ratio}
+        speed |= beside | {"goal": ">= 1.85 of one rank", "met": ratio >= 1.85}
     return lines
+
+
+def cases_for(gpu: bool, steps: int) -> dict[str, Case]:
+    """What this machine can run, by name."""
+    shared: dict[str, Any] = {"steps": steps, "warmup_steps": 10, "checkpoint_steps": steps // 2, "checkpoint_seconds": None}
+    nano = TrainConfig(
+        **shared, batch_size=32, sequence_length=256, lr=2e-3, mtp=0.1, bias_rate=1e-2, precision="bf16" if gpu else "fp32"
+    )
+    found = {"nano": Case(read_config(PRESETS["nano"]()), nano, None if gpu else 5000.0, packed=True)}
+    if not gpu:
+        return found
+    world = dist.get_world_size() if dist.is_initialized() else 1
+    large = TrainConfig(
+        **shared, batch_size=32, accumulation=8 // world, sequence_length=4096, lr=3e-4, bias_rate=1e-3
+    )  # rows per rank and part do not depend on how many ranks there are
+    row_of_128k = TrainConfig(
+        **shared | {"checkpoint_steps": None}, batch_size=world, accumulation=1, sequence_length=131072, lr=3e-4
+    )
+    long = dense_1b().replace(max_position_embeddings=131072)
+    gqa = long.replace(layer_kinds=("gqa",) * long.num_hidden_layers, num_key_value_heads=4)
+    return found | {
+        "1b-dense": Case(dense_1b(), large, 0.45),
+        "1b-moe": Case(moe_1b(), large, 0.35),
+        "128k": Case(long, row_of_128k, recompute="layer"),
+        "128k of the GQA model": Case(gqa, row_of_128k, recompute="layer"),
+    }
+
+
+def compared(lines: list[dict[str, Any]]) -> None:
+    """Say how much faster the hybrid is at 128K."""
+    speed = {line["name"]: line for line in lines}
+    ours, theirs = (speed.get(f"{name}: training, median") for name in ("128k", "128k of the GQA model"))
+    if ours and theirs:
+        ratio = ours["value"] / theirs["value"]
+        ours |= {"peer": "the same with GQA, 4 of 16 heads", "peer_value": theirs["value"], "ratio": ratio}
+        ours |= {"goal": ">= 3 times", "met": ratio >= 3}
 
 
 def main() -> None:
     """Measure what this machine can run."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
-    parser.add_argument("--only", choices=("nano", "1b-dense", "1b-moe"))
+    parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--alone", type=Path, help="results of one rank, to compare several with")
     parser.add_argument("--out", type=Path)
-    for axis in ("shard", "context", "expert", "tensor"):
-        parser.add_argument(
-            f"--{axis}", type=int, default=0 if axis == "shard" else 1, help="ranks along this axis, with torchrun"
-        )
     args = parser.parse_args()
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
-    if not ranks_of.started_by_torchrun():
-        return run(args, device, None, speak=True)
-    world = ranks_of.join(device)
-    with ranks_of.ending_together(world):
-        axes = Axes(data_shard=args.shard, context=args.context, expert=args.expert, tensor=args.tensor)
-        run(args, world.device, axes, speak=world.main)
-    return None
-
-
-def run(args: argparse.Namespace, device: torch.device, axes: Axes | None, *, speak: bool) -> None:
-    """Every case that was asked for. speak: whether to print and to write the file."""
-    gpu = device.type == "cuda"
-    if not gpu and axes is None:
+    if not gpu:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
-    if speak:
-        print(f"Ops: {kernels_reason(device)}.", flush=True)
-    shared: dict[str, Any] = {"steps": args.steps, "warmup_steps": 10, "checkpoint_steps": 20, "checkpoint_seconds": None}
-    nano = TrainConfig(
-        **shared, batch_size=32, sequence_length=256, lr=2e-3, mtp=0.1, bias_rate=1e-2, precision="bf16" if gpu else "fp32"
-    )
-    large = TrainConfig(**shared, batch_size=16, accumulation=4, sequence_length=4096, lr=3e-4, bias_rate=1e-3)
-    cases = {"nano": (read_config(PRESETS["nano"]()), nano, None if gpu else 5000.0, True)}
-    if gpu:
-        cases |= {"1b-dense": (dense_1b(), large, 0.45, False), "1b-moe": (moe_1b(), large, 0.35, False)}
-    lines: list[dict[str, Any]] = []
-    ranks = f"-x{dist.get_world_size()}" if axes else ""
-    out = args.out or RESULTS / f"loop-{torch.cuda.get_device_name().replace(' ', '-').lower() if gpu else 'cpu'}{ranks}.json"
-    for name, (config, settings, goal, packed) in cases.items():
-        if args.only in (None, name):
-            found = measure(name, config, settings, device, axes, packed=packed)
-            if speak:
-                print(name, json.dumps(found), flush=True)
-                lines += rows_of(name, found, config, goal)
-                starter = f"torchrun --nproc-per-node {dist.get_world_size()}" if axes else "python"
-                write_results(out, shlex.join([*starter.split(), *sys.argv]), lines)
+    with ExitStack() as stack:
+        main_rank, count_of = True, 1
+        if started_by_torchrun():
+            world = join(device)
+            stack.enter_context(ending_together(world))
+            device, main_rank, count_of = world.device, world.main, world.size
+        alone = {r["name"]: r["value"] for r in json.loads(args.alone.read_text())["rows"]} if args.alone else {}
+        name_of = f"{count_of}x-" * (count_of > 1) + torch.cuda.get_device_name().replace(" ", "-").lower() if gpu else "cpu"
+        out = args.out or RESULTS / f"loop-{name_of}.json"
+        if main_rank:
+            print(f"Ops: {kernels_reason(device)}.", flush=True)
+        lines: list[dict[str, Any]] = []
+        for name, case in cases_for(gpu, args.steps).items():
+            if args.only and not any(name == o or name.startswith(f"{o} of") for o in args.only):
+                continue
+            found = measure(name, case, device)
+            lines += rows_of(name, found, case, alone.get(f"{name}: training, median"))
+            compared(lines)
+            if main_rank:
+                launcher = ["torchrun", "--nproc-per-node", str(count_of)] if count_of > 1 else ["python"]
+                write_results(out, shlex.join([*launcher, *sys.argv]), lines)
 
 
 if __name__ == "__main__":

@@ -42,15 +42,15 @@ def gradients(model, ids, bounds, *, half):
     loss.backward()
     found = {name: p.grad.double().cpu() for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
-    return float(loss), found
+    return loss.item(), found
 
 
 def test_gradients_under_autocast_are_as_exact_as_plain_ones():
     exact = made(small()).double()
+    model = copy.deepcopy(exact).float().cuda()
     ids = torch.randint(0, 250, (1, 700), generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor([0, 130, 131, 700])
     wanted_loss, wanted = gradients(exact, ids, bounds, half=False)
-    model = copy.deepcopy(exact).float().cuda()
     kernels_loss, kernels = gradients(model, ids.cuda(), bounds.cuda(), half=True)
     with plain_twins():
         plain_loss, plain = gradients(model, ids.cuda(), bounds.cuda(), half=True)

@@ -56,7 +56,9 @@ class Warmup(Strict):
     """A warm-up: the training run and what it may change."""
 
     train: TrainConfig
-    trainable: Literal["paper", "best"] = Field("best", description="best adds gate and group norm")
+    trainable: Literal["paper", "best", "attention"] = Field(
+        "best", description="best adds gate and group norm; attention: all parameters of all mixers, for long warm-ups"
+    )
 
 
 class Recall(Strict):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -79,6 +79,37 @@ class Dataset:
             except OpenlingError as error:
                 problems = [error.what + (f" ({error.parts['value']})" if error.parts["value"] else "")]
             yield line["file"], problems
+
+
+# Tokens that stay together where a corpus is read in scattered order: the longest window a warm-up is likely to cut from it.
+SCATTERED_BLOCK = 8192
+
+
+def is_dataset(folder: str | Path) -> bool:
+    """Whether `openling data build` made this folder."""
+    return (Path(folder) / "index.json").is_file()
+
+
+def scattered_tokens(folders: Sequence[str | Path], tokenizer: Any, *, vocab_size: int, max_tokens: int | None) -> np.ndarray:
+    """Tokens of built corpora as one int32 array: blocks of all sources in a fixed scattered order, at most `max_tokens`.
+
+    Only what is returned is read. Each source is there by its share of the tokens; another tokenizer is a `UserError`.
+    """
+    blocks: list[tuple[ShardStream, int]] = []
+    for dataset in map(Dataset, folders):
+        dataset.check_tokenizer(tokenizer)
+        dataset.check_model(vocab_size)
+        streams = [dataset.stream(source) for source in dataset.sources]
+        blocks += [(stream, start) for stream in streams for start in range(0, len(stream), SCATTERED_BLOCK)]
+    parts: list[np.ndarray] = [np.empty(0, np.int32)]
+    count = 0
+    for index in np.random.default_rng(0).permutation(len(blocks)):
+        if max_tokens is not None and count >= max_tokens:
+            break
+        stream, start = blocks[index]
+        parts.append(stream.read(start, min(start + SCATTERED_BLOCK, len(stream))).astype(np.int32))
+        count += len(parts[-1])
+    return np.concatenate(parts)[:max_tokens]
 
 
 class ShardStream:

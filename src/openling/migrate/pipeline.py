@@ -23,6 +23,7 @@ import torch
 
 from openling.config.migrate import MigrateConfig, Stage, Warmup, preset
 from openling.data.corpus import BUILT_IN, Part, find_corpus, mixture
+from openling.data.dataset import Dataset, is_dataset, scattered_tokens
 from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
@@ -229,10 +230,18 @@ class _Migration:
         text = self.config.text
         runs = [w.train for w in (self.config.linear_warmup, self.config.mla_warmup)]
         warm = [c.tokens or c.total_steps * c.batch_size * c.sequence_length for c in runs]
+        most = max(text.calibration_tokens, *warm)
+        if any(map(is_dataset, text.calibration)):
+            for name in text.calibration:
+                if not is_dataset(name):
+                    raise UserError(
+                        "built corpora and texts cannot be mixed", where="--text", value=name, next="openling data build"
+                    )
+            return scattered_tokens(text.calibration, self.tokenizer, vocab_size=vocab_size, max_tokens=most)
         # The user's own text is held back only where it is evaluated on too.
         parts: list[Part] = ["train" if name in BUILT_IN or name in text.evaluation else "all" for name in text.calibration]
         documents = mixture(text.calibration, parts)
-        return tokenise(documents, self.tokenizer, vocab_size=vocab_size, max_tokens=max(text.calibration_tokens, *warm))
+        return tokenise(documents, self.tokenizer, vocab_size=vocab_size, max_tokens=most)
 
     def _evaluation(self, vocab_size: int) -> dict[str, np.ndarray]:
         """Held-out windows by domain."""
@@ -356,6 +365,10 @@ class _Migration:
         text, rows = self.config.text, []
         for role, names in (("calibration and warm-ups", text.calibration), ("evaluation", text.evaluation)):
             for name in names:
+                if is_dataset(name):
+                    sources = Dataset(name).sources.values()
+                    rows += [{"name": s["name"], "licence": s["licence"], "source": str(name), "role": role} for s in sources]
+                    continue
                 corpus = find_corpus(name)
                 rows.append({"name": corpus.name, "licence": corpus.licence, "source": corpus.source, "role": role})
         return rows

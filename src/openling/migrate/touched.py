@@ -16,7 +16,7 @@ def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
     """Names of the parameters a warm-up changes, as regular expressions.
 
     linear-warmup: W_qkv and the QK-norms of Lightning layers (as published); `best` adds gate and group norm.
-    mla-warmup: all attention parameters of the MLA layers.
+    mla-warmup: all attention parameters of the MLA layers. `attention`, in both: those of every layer.
     """
     kind = "lightning" if stage == "linear-warmup" else "mla"
     layers = [i for i, k in enumerate(config.layer_kinds) if k == kind]
@@ -24,6 +24,8 @@ def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
         raise UserError(
             f"there is no {kind} layer to warm up", where=f"stage {stage}", value=kinds_of(config), next=next_stage(config)
         )
+    if which == "attention":
+        return [r"model\.layers\.\d+\.attention\..*"]
     names = r"(query_key_value|query_layernorm|key_layernorm)\..*"
     if which == "best":
         names = r"(query_key_value|query_layernorm|key_layernorm|g_proj|g_norm)\..*"

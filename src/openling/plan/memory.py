@@ -84,24 +84,20 @@ def fullest(inv: Inventory, setup: Setup, costs: LayerCosts) -> int:
 
 
 def _stage(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[Part]:
-    parts = _states(setup, stage)
-    parts += _gathered(setup, stage)
-    parts += _activations(c, setup, stage, costs)
-    if stage.last:
-        parts += _loss(c, setup)
-    parts += _communication(c, setup, stage)
-    parts.append(Part("reserve", "CUDA context, NCCL, fragmentation (estimate)", setup.reserve))
-    return [p for p in parts if p.bytes]
+    """What is there all the time, and what comes to it at the fullest moment of a step."""
+    always = _states(setup, stage) + _communication(c, setup, stage)
+    always.append(Part("reserve", "CUDA context, NCCL, fragmentation (estimate)", setup.reserve))
+    fullest_moment = max(_moments(c, setup, stage, costs), key=lambda parts: sum(p.bytes for p in parts))
+    return [p for p in always + fullest_moment if p.bytes]
 
 
 def _states(setup: Setup, stage: Stage) -> list[Part]:
-    """Weights, gradients and optimiser states, sharded over all ranks that share them."""
+    """Weights and optimiser states, sharded over all ranks that share them; what gradients are whole through a step."""
     blocks = list(stage.blocks.values())
     local, buffers = sum(b.local for b in blocks), sum(b.buffers for b in blocks)
     parts = [
         Part("parameters", "master weights, FP32, sharded", 4 * local),
         Part("parameters", "router bias, FP32, on every rank", 4 * buffers),
-        Part("gradients", "FP32, sharded", 4 * local),
     ]
     if setup.gather != "layer":
         parts.append(Part("gradients", "FP32, whole until the step's last micro-batch", 4 * sum(b.whole for b in blocks)))
@@ -116,19 +112,52 @@ def _states(setup: Setup, stage: Stage) -> list[Part]:
     return parts
 
 
-def _gathered(setup: Setup, stage: Stage) -> list[Part]:
-    """Whole BF16 weights and gradients of the blocks at work. Embeddings, final norm and head are one block that stays."""
+def _moments(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[list[Part]]:
+    """When a step may be fullest: in the loss, in the first layer that goes backward, in the last.
+
+    The gradients of a step's only micro-batch come into being from the first of these to the last; those of several are there
+    from the second on.
+    """
+    layers = [costs.of(first, setup) for first, _ in stage.kinds.values()]
+    several = setup.micro_batches > 1
+    gradients = Part("gradients", "FP32, sharded", 4 * sum(b.local for b in stage.blocks.values()))
+    kept, loss = _kept(c, setup, stage, costs), _loss(c, setup) if stage.last else []
+    passing = [
+        Part("activations", "one layer, recomputed", max(layer.recomputed for layer in layers)),
+        Part("activations", "temporaries of one layer's backward pass (estimate)", max(layer.passing for layer in layers)),
+    ]
+    at_work = _gathered(setup, stage)
+    first = [*([gradients] if several else []), kept, *loss[-1:], *passing, *at_work, *_block_gradients(stage)]
+    one = min(layer.kept for layer in layers)
+    left = Part("activations", "kept, of the first layer", one if in_flight(setup, stage) == 1 else kept.bytes)
+    last = [gradients, left, *passing, *_gathered(setup, stage, last=True), *_block_gradients(stage)]
+    in_loss = [*([gradients] if several else []), kept, *loss, *_gathered(setup, stage, in_forward=True)]
+    return [first, last, in_loss]
+
+
+def _gathered(setup: Setup, stage: Stage, *, in_forward: bool = False, last: bool = False) -> list[Part]:
+    """Whole BF16 weights of the blocks at work. Embeddings, final norm and head are one block that stays.
+
+    One rank gathers nothing, but autocast keeps its casts of all weights to the end of forward, and autograd those of layers
+    that are not recomputed until their own backward pass.
+    """
     ends = sum(b.whole for name, b in stage.blocks.items() if not name.startswith("layer"))
     sizes = [b.whole for name, b in stage.blocks.items() if name.startswith("layer")]
     pair = max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=sizes[0])
     weights = Part("gathered weights", "BF16, the layer at work and the next", 2 * pair)
-    if setup.gather == "step":
+    if setup.mesh.world == 1 and (in_forward or (setup.recompute != "layer" and not last)):
+        weights = Part("gathered weights", "BF16, casts of all layers", 2 * sum(sizes))
+    elif setup.gather == "step":
         weights = Part("gathered weights", "BF16, all layers of the stage", 2 * sum(sizes))
+    return [weights, Part("gathered weights", "BF16, embeddings and head", 2 * ends)]
+
+
+def _block_gradients(stage: Stage) -> list[Part]:
+    ends = sum(b.whole for name, b in stage.blocks.items() if not name.startswith("layer"))
+    largest = max(ends, *(b.whole for name, b in stage.blocks.items() if name.startswith("layer")))
     return [
-        weights,
-        Part("gathered weights", "BF16, embeddings and head", 2 * ends),
-        Part("gathered weights", "gradients of the block at work, BF16", 2 * max(*sizes, ends)),
-        Part("gathered weights", "the same in FP32 while they are reduced", 4 * max(*sizes, ends)),
+        Part("gathered weights", "gradients of the block at work, BF16", 2 * largest),
+        Part("gathered weights", "the same in FP32 while they are reduced", 4 * largest),
     ]
 
 
@@ -137,17 +166,13 @@ def in_flight(setup: Setup, stage: Stage) -> int:
     return min(setup.micro_batches, setup.mesh.pipeline - stage.index)
 
 
-def _activations(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[Part]:
-    layers = [(costs.of(first, setup), number) for first, number in stage.kinds.values()]
+def _kept(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> Part:
+    """What all layers keep from forward to backward."""
     count = in_flight(setup, stage)
-    held = sum(layer.kept * number for layer, number in layers)
+    held = sum(costs.of(first, setup).kept * number for first, number in stage.kinds.values())
     outer = sum(s.bytes for s in outer_saved(c, setup.rows)) if stage.last else 0
     times = f", {count} micro-batches in flight" if count > 1 else ""
-    return [
-        Part("activations", f"kept, recompute {setup.recompute}{times}", count * held + outer),
-        Part("activations", "one layer, recomputed", max(layer.recomputed for layer, _ in layers)),
-        Part("activations", "temporaries of one layer's backward pass (estimate)", max(layer.passing for layer, _ in layers)),
-    ]
+    return Part("activations", f"kept, recompute {setup.recompute}{times}", count * held + outer)
 
 
 def transient(c: ModelConfig, layer: int, setup: Setup, saved: list[Saved]) -> int:
