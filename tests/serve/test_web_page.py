@@ -45,7 +45,7 @@ def test_a_conversation(page: Page, script: Script) -> None:
     assert page.all(".md.reply strong")[-1].text == "you"
     assert page.stats().startswith("5 tokens · ")
     assert "first token 0." in page.stats()
-    assert page.stats().endswith("prompt 1,204, 1,024 cached")
+    assert page.stats().endswith("prompt 1,204 (1,024 cached)")
     assert page.text("#meter") == "1,209 of 8,192 tokens of context used"
     page.ask("and again")
     sent = [(message["role"], message["content"]) for message in script.bodies[-1]["messages"]]
@@ -317,6 +317,15 @@ def test_small_screens(page: Page, script: Script) -> None:
         page.browser.switch_to.active_element.send_keys(Keys.ESCAPE)
         page.until(lambda: not page.one("#new-chat").is_displayed())
         assert page.one("#toggle-settings").is_displayed()
+        assert page.browser.execute_script("return document.querySelector('.md td').offsetHeight") < 400  # no words one by one
+        script.__init__()  # type: ignore[misc]
+        script.refuse(400, "the prompt is wrong: " + "x" * 300)
+        page.send("again")
+        page.until(lambda: page.text(".message:last-child .problem"))
+        assert (
+            page.browser.execute_script("const s = document.querySelector('#scroller'); return s.scrollWidth - s.clientWidth")
+            == 0
+        )
     finally:
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
@@ -356,6 +365,8 @@ def test_a_long_reply_follows_and_lets_go(page: Page, script: Script) -> None:
     page.send("long")
     page.until(lambda: len(page.all(".md.reply p")) == 100)
     bottom = "const s = document.querySelector('#scroller'); return s.scrollHeight - s.scrollTop - s.clientHeight"
+    page.until(lambda: page.browser.execute_script(bottom) < 2)
+    page.one("#prompt").send_keys("a", *(Keys.SHIFT, Keys.ENTER) * 3)  # a higher field does not hide the newest lines
     page.until(lambda: page.browser.execute_script(bottom) < 2)
     page.browser.execute_script("document.querySelector('#scroller').scrollTop = 0")
     page.until(lambda: page.one("#to-end").is_displayed())

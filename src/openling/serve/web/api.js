@@ -35,7 +35,7 @@ async function refusal(response) {
   switch (response.status) {
     case 401:
     case 403:
-      return new ApiError("key", "The server asks for an API key, or does not know this one. Enter it in the settings.");
+      return new ApiError("key", "The server asks for an API key, or does not know this one.");
     case 429:
       return new ApiError("busy", `The server has more requests than it can take. ${soon}`, wait ?? 2);
     case 503:

@@ -348,6 +348,9 @@ $("scroller").addEventListener("scroll", () => {
   sticky = scrollHeight - scrollTop - clientHeight < 60;
   $("to-end").hidden = sticky;
 });
+// The last lines stay in sight when a window turns, a keyboard comes up or the message field grows.
+new ResizeObserver(follow).observe($("scroller"));
+window.addEventListener("resize", () => fitHeight($("prompt")));
 $("to-end").addEventListener("click", () => {
   followAgain();
   follow();

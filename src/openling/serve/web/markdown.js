@@ -2,6 +2,7 @@
 // Scans are linear and nesting stops at DEPTH, so that hostile text cannot stall the page.
 
 const DEPTH = 12;
+const LONG_CELL = 24; // characters; a table's column with more is kept wide enough to be read
 
 /** Keeps `container` showing `text`. Called again with longer text it replaces only the blocks that changed. */
 export function renderMarkdown(container, text) {
@@ -207,8 +208,8 @@ function cells(line) {
 function drawTable(lines, depth) {
   const [head, divider, ...rows] = lines.map(cells);
   const side = divider.map((d) => (d.endsWith(":") ? (d.startsWith(":") ? "center" : "right") : "left"));
-  const row = (kind, texts) =>
-    el("tr", "", ...head.map((_, i) => inline(el(kind, `at-${side[i] ?? "left"}`), texts[i] ?? "", depth)));
+  const kindOf = (text, i) => `at-${side[i] ?? "left"}${text.length > LONG_CELL ? " long" : ""}`;
+  const row = (kind, texts) => el("tr", "", ...head.map((_, i) => inline(el(kind, kindOf(texts[i] ?? "", i)), texts[i] ?? "", depth)));
   const table = el("table", "", el("thead", "", row("th", head)), el("tbody", "", ...rows.map((texts) => row("td", texts))));
   const scroll = el("div", "table", table);
   scroll.tabIndex = 0;

@@ -108,7 +108,7 @@ function statsLine({ stats, finish }) {
   if (stats.rate) parts.push(`${stats.rate < 100 ? stats.rate.toFixed(1) : integer.format(Math.round(stats.rate))} tokens/s`);
   parts.push(`first token ${stats.first < 10 ? stats.first.toFixed(2) : Math.round(stats.first)} s`);
   if (stats.prompt !== null) {
-    const cached = stats.cached ? `, ${integer.format(stats.cached)} cached` : "";
+    const cached = stats.cached ? ` (${integer.format(stats.cached)} cached)` : "";
     parts.push(`prompt ${integer.format(stats.prompt)}${cached}`);
   }
   if (finish === "length") parts.push("stopped at the token limit");
