@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights-only", action="store_true", help="fit without text: reads the attention tensors alone")
     parser.add_argument("--preset", default="best", metavar="best|paper", help="ours (default), or the report's procedure")
     parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
+    parser.add_argument("--layout", metavar="ling|selected|none|I,J,..", help="layers that become MLA (default: as Ling-2.6)")
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names or paths")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run, or take part in it")
@@ -71,6 +73,10 @@ def _hybrid(args: argparse.Namespace) -> int:
         return 0
     windows = None if args.weights_only else calibration(args.source, config, device)
     console = open_console(stderr=True)
+    if config.layout.mla_layers == "selected" and "lightning" in config.stages:
+        layers = _selected(args, config, windows, device)
+        console.print(f"MLA in layers {', '.join(map(str, layers))}", highlight=False)
+        config = config.model_copy(update={"layout": config.layout.model_copy(update={"mla_layers": layers})})
     job = Job(args.source, args.out, config, "link" if args.link else "copy", windows, device)
     report = convert_folder(job, resume=args.resume, say=lambda text: console.print(text, highlight=False))
     for name, value in report.items():
@@ -79,6 +85,25 @@ def _hybrid(args: argparse.Namespace) -> int:
             console.print(f"{name.removesuffix(' bytes')}: {text}", highlight=False)
     console.print(f"\nHybrid: {args.out}\nCheck:  openling verify {args.source} {args.out}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any] | None, device: Any) -> tuple[int, ...]:
+    """The most sensitive layers: those that a run to be resumed began with, or measured now in a walk of its own."""
+    from openling.migrate.layout import target_config
+    from openling.migrate.select import select_layers
+    from openling.migrate.stack import FolderStack
+    from openling.weights.folder import open_folder
+
+    begun = args.out.with_name(args.out.name + ".run") / "job.json"
+    if args.resume and begun.exists():
+        return tuple(json.loads(begun.read_text())["settings"]["layout"]["mla_layers"])
+    if windows is None:
+        raise UserError(
+            "layers are selected by what they do to text", where="--weights-only", next="leave it out, or --layout I,J,.."
+        )
+    opened = open_folder(args.source)
+    target = target_config(opened.config, **config.layout.model_dump())
+    return select_layers(FolderStack(opened, device), target, windows, config.conversion, seed=config.seed).layers
 
 
 def dry_run(source: Path, out: Path, config: MigrateConfig, mode: Literal["link", "copy"], **how: bool) -> str:
@@ -101,6 +126,7 @@ def _with_stages(config: MigrateConfig, args: argparse.Namespace) -> MigrateConf
 
     found = read_config(read_hf_config(args.source), where=args.source / "config.json")
     left = STAGES if set(found.layer_kinds) == {"gqa"} else STAGES[1:]
+    left = STAGES[:1] if args.layout == "none" else left
     return config.model_copy(update={"stages": (args.stage,) if args.stage else left})
 
 

@@ -28,6 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="tokens per warm-up, rounded up to whole steps (default 1,000,000)",
     )
     parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
+    parser.add_argument("--layout", metavar="ling|selected|none|I,J,..", help="layers that become MLA (default: as Ling-2.6)")
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration and training text: names or paths")
     parser.add_argument("--eval-text", nargs="+", metavar="TEXT", help="held-out text, another domain: names or paths")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
@@ -46,8 +47,11 @@ def settings(args: argparse.Namespace) -> MigrateConfig:
         raise UserError("unknown stage", where="--stage", value=args.stage, expected=", ".join(STAGES), nearest=close)
     if args.tokens < 1:
         raise UserError("a warm-up needs tokens", where="--tokens", value=args.tokens, expected="a positive integer")
-    config = preset(args.preset, tokens=args.tokens, **({"stages": (args.stage,)} if args.stage else {}))
+    stages = (args.stage,) if args.stage else STAGES[:2] if args.layout == "none" else STAGES
+    config = preset(args.preset, tokens=args.tokens, stages=stages)
     words: list[str] = []
+    if args.layout is not None:
+        words += ["--layout.mla_layers", args.layout]
     if args.group_size is not None:
         words += ["--layout.group_size", str(args.group_size)]
     for name, texts in (("calibration", args.text), ("evaluation", args.eval_text)):

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
 
 Stage = Literal["lightning", "linear-warmup", "mla", "mla-warmup"]
 STAGES: tuple[Stage, ...] = ("lightning", "linear-warmup", "mla", "mla-warmup")
+
+
+def _numbers(value: Any) -> Any:
+    """Layer numbers as they are typed: 5,11,17, or a single one."""
+    if isinstance(value, int):
+        return (value,)
+    if not isinstance(value, str) or value in PLACEMENTS:
+        return value
+    parts = value.split(",")
+    if not all(part.strip().isdigit() for part in parts):
+        raise ValueError(f"{', '.join(PLACEMENTS)}, or layer numbers such as 5,11,17")
+    return tuple(map(int, parts))
+
+
+PLACEMENTS = ("ling", "selected", "none")
+MlaLayers = Annotated[Literal["ling", "selected", "none"] | tuple[int, ...], BeforeValidator(_numbers)]
 
 
 class Strict(BaseModel):
@@ -25,6 +41,7 @@ class Conversion(Strict):
     kv_heads: Literal["replicate", "random"] = Field("replicate", description="new K/V heads; random also draws the gate")
     match_heads: bool = Field(True, description="permute heads so that far readers get slow decays")
     refit_output: bool = Field(True, description="ridge regression of every output projection on propagated activations")
+    layer_score: Literal["kl", "local"] = Field("kl", description="what a layer's Lightning mixer costs, for selected layers")
     damping: float = Field(1e-3, gt=0, description="ridge strength over the mean squared activation")
     qk_norm_removal: Literal["pooled", "scalar", "ridge", "best"] = Field("best", description="best: least held-out error")
     query_weighted_rope: bool = Field(True, description="choose the shared rotated key by key and query energy")
@@ -35,7 +52,10 @@ class Conversion(Strict):
 class Layout(Strict):
     """What is new in the hybrid; None: scaled from the published models (`openling plan` shows it)."""
 
-    group_size: int | None = None
+    mla_layers: MlaLayers = Field(
+        "ling", description="ling: last of each group; selected: the most sensitive, as many; none: pure linear; or 5,11,17"
+    )
+    group_size: int | None = Field(None, description="layers per MLA layer: 2 is a ratio of 1:1, 4 of 3:1, 8 of 7:1, 16 of 15:1")
     kv_lora_rank: int | None = None
     q_lora_rank: int | None = None
     qk_rope_head_dim: int | None = None
@@ -114,6 +134,13 @@ class MigrateConfig(Strict):
     dtype: Literal["source", "float32", "bfloat16"] = Field("source", description="of the written checkpoint")
     compare_start: bool = Field(False, description="measure also where the other preset's Lightning conversion starts")
     seed: int = Field(0, ge=0, lt=2**63)
+
+    @model_validator(mode="after")
+    def _possible(self) -> Self:
+        later = [stage for stage in self.stages if stage.startswith("mla")]
+        if later and self.layout.mla_layers in ("none", ()):
+            raise ValueError(f"a pure linear model has no stage {later[0]}: --layout none, or --stages lightning,linear-warmup")
+        return self
 
 
 def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConfig:

@@ -1,12 +1,14 @@
 """The hybrid that a migration of a GQA model yields: which layers become what, and every width and rank that is new.
 
-Lightning everywhere but in the last layer of each group, which becomes MLA, as in Ling-2.6 (arXiv 2606.15079, section 2).
+Lightning everywhere but in the last layer of each group, which becomes MLA, as in Ling-2.6 (arXiv 2606.15079, section 2); or
+MLA in layers that were chosen (`select.py`) or named; or in none.
 """
 
 from __future__ import annotations
 
 from typing import Any, Literal
 
+from openling.config.migrate import MlaLayers
 from openling.errors import UserError
 from openling.model.config import LayerKind, ModelConfig
 
@@ -18,6 +20,7 @@ PUBLISHED_GROUP = 8
 def target_config(
     source: ModelConfig,
     *,
+    mla_layers: MlaLayers = "ling",
     group_size: int | None = None,
     kv_lora_rank: int | None = None,
     q_lora_rank: int | None = None,
@@ -27,16 +30,18 @@ def target_config(
     """The hybrid's configuration. What is left None follows the published sizes, scaled to `source`:
 
     - group_size: 8, or the nearest divisor of the layer count (`default_group_size`);
+    - mla_layers: the last of each group. Until `select.py` has chosen, these stand for selected ones, which are as many; any
+      group size will do then;
     - qk_rope_head_dim: the teacher's rotated dims, which stock engines require of this layout;
     - kv_lora_rank: at most 512 and 60 % of the teacher's own rank 2KD - qk_rope_head_dim, in steps of 32;
     - q_lora_rank: at most 1536 and 2/3 of hidden_size, in steps of 64.
 
     MLA heads keep the teacher's head dim for nope and value. Embeddings are untied, because engines cannot tie them.
+    `layer_group_size` stays None for a placement that it cannot express: stock engines know no other key.
     Raises UserError for a model that is not all GQA, a group size that does not divide the layers, or a bad width.
     """
     _check_source(source)
-    group = default_group_size(source.num_hidden_layers) if group_size is None else group_size
-    _check_group_size(source.num_hidden_layers, group)
+    kinds, group = _hybrid_kinds(source.num_hidden_layers, mla_layers, group_size)
     rope = source.rotary_dim if qk_rope_head_dim is None else qk_rope_head_dim
     if rope < 2 or rope % 2 or source.rotary_dim % rope:
         expected = f"an even divisor of the {source.rotary_dim} rotated dims of a head"
@@ -54,9 +59,9 @@ def target_config(
         if not 1 <= rank <= rows:
             raise UserError("a rank lies between 1 and the rows it compresses", where=name, value=rank, expected=f"1 to {rows}")
     return source.replace(
-        layer_kinds=_hybrid_kinds(source.num_hidden_layers, group),
+        layer_kinds=kinds,
         layer_group_size=group,
-        mtp_layer_kind="mla",
+        mtp_layer_kind="mla" if "mla" in kinds else source.mtp_layer_kind,
         tie_word_embeddings=False,
         use_qk_norm=True,
         group_norm_size=norm_groups(source.num_attention_heads),
@@ -102,7 +107,8 @@ def mla_stage(config: ModelConfig, layout: dict[str, Any]) -> ModelConfig:
     widths = ("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     chosen = {w: layout.get(w) or getattr(config, w) or getattr(defaults, w) for w in widths}
     # Every layer MLA is, in the published layout, groups of one.
-    return config.replace(layer_kinds=kinds, mtp_layer_kind="mla", layer_group_size=config.layer_group_size or 1, **chosen)
+    group = 1 if set(kinds) == {"mla"} else config.layer_group_size
+    return config.replace(layer_kinds=kinds, mtp_layer_kind="mla", layer_group_size=group, **chosen)
 
 
 def kinds_of(config: ModelConfig) -> str:
@@ -150,8 +156,50 @@ def norm_groups(heads: int) -> int:
     return heads // 8 if heads >= 32 and heads % 8 == 0 else heads
 
 
-def _hybrid_kinds(layers: int, group: int) -> tuple[LayerKind, ...]:
-    return tuple("mla" if (i + 1) % group == 0 else "lightning" for i in range(layers))
+def layout_reason(layers: int, mla_layers: MlaLayers, group_size: int | None) -> str:
+    """One sentence: why which layers are MLA."""
+    if mla_layers in ("none", ()):
+        return "pure linear: no layer is MLA"
+    if mla_layers == "selected":
+        count = len(even_layers(layers, group_size))
+        return f"{count} of {layers} layers are MLA, those that lose most as Lightning (Ling-2.6: the last of each group)"
+    if mla_layers == "ling":
+        return group_size_reason(layers, default_group_size(layers) if group_size is None else group_size)
+    return f"MLA in layers {', '.join(map(str, mla_layers))}, as asked (Ling-2.6: the last of each group)"
+
+
+def even_layers(layers: int, group_size: int | None) -> tuple[int, ...]:
+    """The last layer of each whole group."""
+    group = default_group_size(layers) if group_size is None else group_size
+    return tuple(range(group - 1, layers, group))
+
+
+def _hybrid_kinds(layers: int, mla_layers: MlaLayers, group_size: int | None) -> tuple[tuple[LayerKind, ...], int | None]:
+    """The layers' kinds, and the group size that says the same where there is one."""
+    if mla_layers == "ling":
+        _check_group_size(layers, default_group_size(layers) if group_size is None else group_size)
+    elif group_size is not None and not 2 <= group_size <= layers:
+        expected = f"2 to {layers}, the number of layers"
+        raise UserError("a group holds one MLA layer and others", where="--group-size", value=group_size, expected=expected)
+    chosen: tuple[int, ...]
+    if mla_layers == "ling" or mla_layers == "selected":
+        chosen = even_layers(layers, group_size)
+    else:
+        chosen = () if mla_layers == "none" else mla_layers
+        _check_layers(layers, chosen)
+    kinds: tuple[LayerKind, ...] = tuple("mla" if i in chosen else "lightning" for i in range(layers))
+    group = chosen[0] + 1 if chosen else 0
+    return kinds, group if group and layers % group == 0 and chosen == even_layers(layers, group) else None
+
+
+def _check_layers(layers: int, chosen: tuple[int, ...]) -> None:
+    if list(chosen) != sorted({i for i in chosen if 0 <= i < layers}) or len(chosen) == layers:
+        raise UserError(
+            "these cannot be the MLA layers",
+            where="--layout",
+            value=",".join(map(str, chosen)),
+            expected=f"rising numbers from 0 to {layers - 1}, not all of them",
+        )
 
 
 def _divisors(layers: int) -> list[int]:

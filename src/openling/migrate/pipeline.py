@@ -30,9 +30,10 @@ from openling.errors import Failure, UserError
 from openling.migrate.convert import to_lightning, to_mla
 from openling.migrate.gates import Gatekeeper
 from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
-from openling.migrate.layout import group_size_reason, lightning_stage, mla_stage, target_config
+from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, target_config
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
+from openling.migrate.select import select_layers
 from openling.migrate.touched import converted, stored_bytes, trainable, values
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
@@ -137,6 +138,7 @@ class _Migration:
     ) -> None:
         """Checks and texts first, then weights; the journal is there from the moment on from which a run can resume."""
         self.model, self.out, self.config, self.teacher_folder = model, out, config, teacher or model
+        self.layout = config.layout  # selected MLA layers are named here once they are known
         self.device, self.command, self.events = torch.device(device), command, events
         self.run = run_folder(out)
         self.bf16 = True
@@ -336,9 +338,10 @@ class _Migration:
             return report
         c = self.source.config
         gqa = set(c.layer_kinds) == {"gqa"}
-        group = (self._target(c).layer_group_size or 0) if gqa else 0
-        if group:
-            self.events.say(group_size_reason(c.num_hidden_layers, group))
+        group = self._target(c).layer_group_size if gqa else None
+        said = layout_reason(c.num_hidden_layers, self.layout.mla_layers, self.layout.group_size) if gqa else ""
+        if said:
+            self.events.say(said)
         report = {
             "title": f"{self.model.name} to {self.out.name}",
             "command": self.command,
@@ -347,7 +350,7 @@ class _Migration:
             "environment": {"hardware": hardware(), **versions()},
             "seconds": 0.0,
             "settings": self.config.model_dump(mode="json"),
-            "layout": {"group_size": group, "said": group_size_reason(c.num_hidden_layers, group)} if group else {},
+            "layout": {"group_size": group, "said": said} if gqa else {},
             "plan": self._plan() if gqa else None,
             "texts": self._texts(),
             "stages": [self.measurer.stage(self.teacher.model) | {"name": "teacher"}],
@@ -358,7 +361,7 @@ class _Migration:
         return report
 
     def _plan(self) -> dict[str, Any]:
-        layout = self.config.layout.model_dump(include={"group_size", "kv_lora_rank", "q_lora_rank"})
+        layout = self.layout.model_dump(include={"mla_layers", "group_size", "kv_lora_rank", "q_lora_rank"})
         return plan(load_config(str(self.model)), **layout).as_dict()
 
     def _texts(self) -> list[dict[str, Any]]:
@@ -376,7 +379,9 @@ class _Migration:
     def _stage(self, stage: Stage, current: Checkpoint) -> tuple[Ling, dict[str, Any]]:
         """The model after a stage, and what to note of it."""
         if stage == "lightning":
-            return self._converted(stage, current, self._half(current.config))
+            scores = self._select(current) if self.layout.mla_layers == "selected" else []
+            student, about = self._converted(stage, current, self._half(current.config))
+            return student, about | {"approximations": [*scores, *about["approximations"]]}
         if stage == "mla":
             if "lightning" not in current.config.layer_kinds:
                 self.events.say("  no layer is Lightning: all become MLA; for the hybrid, stage lightning comes first")
@@ -385,13 +390,29 @@ class _Migration:
         return self._warmed(stage, current, warmup)
 
     def _target(self, config: ModelConfig) -> ModelConfig:
-        return target_config(config, **self.config.layout.model_dump())
+        return target_config(config, **self.layout.model_dump())
 
     def _half(self, config: ModelConfig) -> ModelConfig:
-        return lightning_stage(config, self.config.layout.model_dump())
+        return lightning_stage(config, self.layout.model_dump())
 
     def _full(self, config: ModelConfig) -> ModelConfig:
-        return mla_stage(config, self.config.layout.model_dump())
+        return mla_stage(config, self.layout.model_dump())
+
+    def _select(self, current: Checkpoint) -> list[dict[str, Any]]:
+        """Choose the MLA layers; every layer's score, as the report has it."""
+        options, count = self.config.conversion, current.config.num_hidden_layers
+        chosen = select_layers(
+            current.model,
+            self._target(current.config),
+            self.calibration,
+            options,
+            seed=self.config.seed,
+            bf16=self.bf16,
+            on_layer=lambda i: self.events.layer("selection", i, count),
+        )
+        self.layout = self.layout.model_copy(update={"mla_layers": chosen.layers})
+        self.events.say(f"  MLA in layers {', '.join(map(str, chosen.layers))}")
+        return [asdict(found) for found in chosen.approximations(options.layer_score)]
 
     def _converted(self, stage: Stage, current: Checkpoint, config: ModelConfig) -> tuple[Ling, dict[str, Any]]:
         layers = len(current.model.model.layers)

@@ -17,9 +17,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from openling.config.load import override
+from openling.config.migrate import Layout, MlaLayers
 from openling.config.presets import PRESETS
 from openling.errors import UserError, nearest
-from openling.migrate.layout import group_size_reason, target_config
+from openling.migrate.layout import layout_reason, target_config
 from openling.model import count
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
@@ -85,13 +87,14 @@ def plan(
     source_hf: dict[str, Any] | None = None,
     *,
     training: Training | None = None,
+    mla_layers: MlaLayers = "ling",
     group_size: int | None = None,
     kv_lora_rank: int | None = None,
     q_lora_rank: int | None = None,
 ) -> Plan:
     """Numbers of the hybrid that `model_hf` (a config.json dict) is or would become.
 
-    source_hf: the teacher of a model that is already a hybrid. group_size and ranks: see `target_config`; GQA models only.
+    source_hf: the teacher of a model that is already a hybrid. The layout and its widths: see `target_config`; GQA models only.
     Raises UserError for configurations that cannot be read, migrated or laid out on the mesh.
     """
     training = training or Training()
@@ -100,10 +103,10 @@ def plan(
     if set(given.layer_kinds) == {"gqa"}:
         if source_hf is not None:
             raise UserError("MODEL is a GQA model, so it is itself the source", where="--source", expected="no --source")
-        config = target_config(given, **layout)
-        why = group_size_reason(config.num_hidden_layers, config.layer_group_size or 0)
+        config = target_config(given, mla_layers=mla_layers, **layout)
+        why = layout_reason(config.num_hidden_layers, mla_layers, group_size)
         return _compare(config, given, model_hf, training, why)
-    asked = [name for name, value in layout.items() if value is not None]
+    asked = [name for name, value in layout.items() if value is not None] + ["layout"] * (mla_layers != "ling")
     if asked:
         flags = ", ".join("--" + name.replace("_", "-") for name in asked)
         raise UserError("MODEL is already a hybrid: its layout is given", where=flags, expected="a GQA model to plan for")
@@ -183,6 +186,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, model_optional: bool = Fal
     parser.add_argument("--source", metavar="MODEL", help="the GQA teacher to compare with, when MODEL is a hybrid already")
     parser.add_argument("--json", action="store_true", help="print the numbers as JSON")
     layout = parser.add_argument_group("layout of the hybrid (default: as Ling-2.6, scaled)")
+    layout.add_argument("--layout", default="ling", metavar="ling|selected|none|I,J,..", help="layers that become MLA")
     layout.add_argument("--group-size", type=int, help="layers per group: one MLA layer, the others Lightning")
     layout.add_argument("--kv-lora-rank", type=int, help="width of the cached latent")
     layout.add_argument("--q-lora-rank", type=int, help="rank of the query projection")
@@ -209,6 +213,7 @@ def run(args: argparse.Namespace) -> int:
         load_config(args.model),
         load_config(args.source) if args.source else None,
         training=Training(mesh, args.seq_len, args.micro_batch, int(args.gpu_memory * 1e9)),
+        mla_layers=override(Layout(), [f"--mla_layers={args.layout}"]).mla_layers,
         group_size=args.group_size,
         kv_lora_rank=args.kv_lora_rank,
         q_lora_rank=args.q_lora_rank,

@@ -294,4 +294,6 @@ def write_ling(c: ModelConfig) -> dict[str, Any]:
     hf["moe_shared_expert_intermediate_size"] = shared_width
     if c.moe_layers == tuple(range(first_dense, c.num_hidden_layers)):
         del hf["moe_layers"]
+    if c.layer_group_size is None:  # a placement of its own: no number would be true, and readers want one where the key stands
+        del hf["layer_group_size"]
     return hf
