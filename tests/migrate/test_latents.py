@@ -27,11 +27,12 @@ def test_concentration_keeps_the_most_energy(fold, query_weighted):
     w, x = Projections.of(build(c).model.layers[0].attention), with_ones(randn(1, 100, 32, seed=3))
     basis = concentrate(w, moment_of(x), 8, fold, query_weighted=query_weighted)
     key = torch.einsum("ckpfm,nm->ncpkf", pairs(w.k, 8, fold), x).flatten(3)  # [n, 2, p, K f]
-    assert torch.allclose((basis.down * basis.up).sum(-1), torch.ones(4 // fold).double())  # a projection
-    weight = (basis.down / basis.up).sqrt()  # the metric, up to one factor per frequency
+    down, up = basis.down[:, 0], basis.up[:, 0]
+    assert torch.allclose((down * up).sum(-1), torch.ones(4 // fold).double())  # a projection
+    weight = (down / up).sqrt()  # the metric, up to one factor per frequency
     scaled = key * weight
     total = scaled.pow(2).sum((0, 1, 3))
-    first = (basis.down / weight) / (basis.down / weight).norm(dim=-1, keepdim=True)
+    first = (down / weight) / (down / weight).norm(dim=-1, keepdim=True)
     kept = torch.einsum("ncpa,pa->ncp", scaled, first).pow(2).sum((0, 1))
     others = torch.nn.functional.normalize(randn(2000, *first.shape), dim=-1)
     assert (torch.einsum("ncpa,rpa->rncp", scaled, others).pow(2).sum((1, 2)).amax(0) <= kept * (1 + 1e-12)).all()

@@ -7,7 +7,16 @@ from tiny_gqa import SHAPES, build, config, randn, tokens
 
 from openling.migrate.calibrate import Gram, LayerStep, walk
 from openling.migrate.convert import derive
-from openling.migrate.lightning import look_back, match_heads, randomise, refit_output, replicate, split_heads, widen
+from openling.migrate.lightning import (
+    look_back,
+    match_heads,
+    randomise,
+    refit_norm_and_gate,
+    refit_output,
+    replicate,
+    split_heads,
+    widen,
+)
 from openling.model.ling import LightningAttention, Ling
 from openling.ops.lightning import log_decay
 from openling.ops.rope import apply_rope
@@ -154,6 +163,70 @@ def test_refit_with_the_residual_aims_at_the_teachers_stream():
     step.student_h[0] = step.student_h[0] + 0.5
     moved = torch.cat([y.flatten(0, 1) for y in step.targets(True)])
     assert torch.allclose(moved, y_plain - 0.5)
+
+
+def fit_step(seed=0, **changes):
+    """The step of a widened Lightning layer, on two batches, and the order of its heads."""
+    c = config(num_hidden_layers=1, layer_kinds=("gqa",), **changes)
+    teacher = build(c, seed)
+    student = derive(teacher, c.replace(layer_kinds=("lightning",)))
+    step, order = next(walk(teacher, student, [tokens(3), tokens(2)], bf16=False)), torch.tensor([2, 0, 3, 1])
+    widen(step.teacher.attention, step.student.attention, order=order)
+    return step, order
+
+
+def channels(step, order):
+    """Teacher's heads in the student's order, and the student's outputs in front of `dense`, [N, C]."""
+    x = torch.cat(list(step.inputs()))
+    y = step.teacher.attention.mix(x, step.teacher_call).unflatten(-1, (4, -1))[:, :, order].flatten(2)
+    return y.flatten(0, 1), step.student.attention.mix(x, step.student_call).flatten(0, 1)
+
+
+@torch.no_grad()
+def test_group_norm_is_least_squares_by_channel():
+    step, order = fit_step()
+    y, half = channels(step, order)  # unit weights and a gate of one half
+    expected = [np.linalg.lstsq(half[:, [c]].numpy(), y[:, c].numpy(), rcond=None)[0][0] for c in range(y.shape[1])]
+    reported = refit_norm_and_gate(step, order=order, damping=1e-3, gate=False)
+    assert np.allclose(step.student.attention.g_norm.weight.numpy(), expected, rtol=1e-6)
+    assert not step.student.attention.g_proj.weight.any()
+    y, found = channels(step, order)
+    assert reported == pytest.approx(float((y - found).square().sum() / y.square().sum()))
+
+
+@torch.no_grad()
+def test_a_gate_that_the_heads_really_have_is_found():
+    """The teacher's heads are replaced by gated outputs with small known gates: the fit explains most of what no norm can."""
+    step, order = fit_step()
+    mixer = step.student.attention
+    gates, gamma = 0.1 * randn(*mixer.g_proj.weight.shape, seed=4), 1 + randn(32, seed=5).abs()
+    mixer.g_proj.weight.copy_(gates)
+    mixer.g_norm.weight.copy_(gamma)
+    heads = {
+        len(x): mixer.mix(x, step.student_call).unflatten(-1, (4, -1))[:, :, order.argsort()].flatten(2) for x in step.inputs()
+    }
+    step.teacher.attention.mix = lambda x, call: heads[len(x)]
+    mixer.g_proj.weight.zero_()
+    alone = refit_norm_and_gate(step, order=order, damping=1e-6, gate=False)
+    both = refit_norm_and_gate(step, order=order, damping=1e-6, gate=True)
+    assert both < 0.5 * alone
+    assert torch.nn.functional.cosine_similarity(mixer.g_proj.weight, gates, dim=1).mean() > 0.6
+
+
+@torch.no_grad()
+def test_a_gate_is_taken_only_where_the_last_batch_gains():
+    """Against norms alone, on the batch that the direction was not fitted to."""
+    for seed in range(3):
+        errors = {}
+        for gate in (False, True):
+            step, order = fit_step(seed)
+            refit_norm_and_gate(step, order=order, damping=1e-2, gate=gate)
+            step.student_h, step.teacher_h = step.student_h[-1:], step.teacher_h[-1:]
+            y, found = channels(step, order)
+            best = (y * found).sum(0) / (found * found).sum(0)  # the norm of a channel is free
+            errors[gate] = (y - best * found).square().sum(0)
+        assert (errors[True] <= errors[False] * (1 + 1e-9)).all()
+        assert errors[True].sum() < errors[False].sum()
 
 
 def test_gram_ridge_and_moment():

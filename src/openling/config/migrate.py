@@ -40,11 +40,16 @@ class Conversion(Strict):
 
     kv_heads: Literal["replicate", "random"] = Field("replicate", description="new K/V heads; random also draws the gate")
     match_heads: bool = Field(True, description="permute heads so that far readers get slow decays")
+    refit_norm: bool = Field(False, description="group norm of Lightning by least squares to the teacher's heads")
+    refit_gate: bool = Field(False, description="Lightning's gate too, by one damped Newton step; includes refit_norm")
     refit_output: bool = Field(True, description="ridge regression of every output projection on propagated activations")
     layer_score: Literal["kl", "local"] = Field("kl", description="what a layer's Lightning mixer costs, for selected layers")
     damping: float = Field(1e-3, gt=0, description="ridge strength over the mean squared activation")
     qk_norm_removal: Literal["pooled", "scalar", "ridge", "best"] = Field("best", description="best: least held-out error")
     query_weighted_rope: bool = Field(True, description="choose the shared rotated key by key and query energy")
+    rope_fold: Literal["auto"] | int = Field(
+        1, description="neighbouring frequencies that share the rotated key's components (FreqFold); auto: measured by layer"
+    )
     balance: Literal["ratio", "weighted"] = Field("weighted", description="metric in which K and V share the latent")
     latent_norm: Literal["inverse", "rms", "channel", "refit"] = Field("refit", description="how MLA's latent norms are absorbed")
 

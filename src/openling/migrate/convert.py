@@ -14,7 +14,8 @@ from torch import Tensor
 from openling.config.migrate import Conversion
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.findings import Approximation, Findings, HeadSpans, Spectrum
-from openling.migrate.lightning import look_back, match_heads, refit_output, widen
+from openling.migrate.fold import best_fold
+from openling.migrate.lightning import look_back, match_heads, refit_norm_and_gate, refit_output, widen
 from openling.migrate.mla import Projections, fill_mla
 from openling.migrate.qknorm import best_removal, removal_error, remove_norm
 from openling.migrate.stack import unfitted
@@ -90,6 +91,10 @@ def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool
         order = match_heads(distance, decay) if options.match_heads else order
         found.heads.append(HeadSpans.of(step.index, decay, distance[order]))
     widen(source, target, order=order, generator=generator)
+    if options.refit_norm or options.refit_gate:
+        error = refit_norm_and_gate(step, order=order, damping=options.damping, gate=options.refit_gate)
+        what = "relative error after the fit of norm and gate"
+        found.approximations.append(Approximation("Lightning heads", step.index, what, error))
     found.approximations += _refit(step, options, "softmax attention replaced by Lightning")
     return found
 
@@ -103,6 +108,8 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> Findings:
     inputs = step.mixer_inputs(lambda x: _with_bias_input(x, old))
     weights, removed = without_qk_norm(old, inputs, options)
     steps = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
+    fold, errors = _fold(step, target, weights, inputs, options, rotary_dim)
+    steps += [Approximation("RoPE folding", step.index, f"error of attention outputs at fold {f}", e) for f, e in errors.items()]
     kept = fill_mla(
         target,
         weights,
@@ -112,11 +119,23 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> Findings:
         balance=options.balance,
         latent_norm=options.latent_norm,
         query_weighted=options.query_weighted_rope,
+        fold=fold,
     )
     steps += [Approximation("MLA factors", step.index, name, value) for name, value in kept.energy.items()]
     ranks = {"kv": target.rank, "query": target.q_a_proj.weight.shape[0] if target.low_rank_query else 0}
     spectra = [Spectrum.of(step.index, part, values, ranks[part]) for part, values in kept.spectra.items()]
     return Findings(steps + _refit(step, options, "GQA replaced by MLA"), spectra)
+
+
+def _fold(
+    step: LayerStep, target: LatentAttention, weights: Projections, inputs: Sequence[Tensor], options: Conversion, rotary: int
+) -> tuple[int, dict[int, float]]:
+    """The fold of a layer's frequencies, and what was measured to choose it."""
+    if options.rope_fold != "auto":
+        return max(options.rope_fold, rotary // target.rope), {}
+    tables = step.student_call.tables
+    chosen = options.query_weighted_rope
+    return best_fold(weights, inputs, tables, rotary=rotary, rope=target.rope, query_weighted=chosen)
 
 
 def without_qk_norm(

@@ -1,10 +1,12 @@
-"""GQA to Lightning: widening K and V, matching heads to decays, and the closed-form fit of norm and output projection.
+"""GQA to Lightning: widening K and V, matching heads to decays, and the closed-form fits of norm, gate and output projection.
 
-Sources: Ling-2.6 report p. 6 (what is widened and what is new); look-back matching and the refit are ours.
-Legend: M hidden size, H query heads, K key/value heads, D head dim, T tokens.
+Sources: Ling-2.6 report p. 6 (what is widened and what is new); look-back matching and the fits are ours.
+Legend: B windows, T tokens, M hidden size, H query heads, K key/value heads, D head dim, C = H * D channels.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -107,6 +109,83 @@ def widen(
     else:
         noise = torch.randn(target.g_proj.weight.shape, generator=generator) * NEW_WEIGHT_STD
         target.g_proj.weight.copy_(noise)
+
+
+# Steps that are tried along the gate's direction, by channel; 0 leaves it at one half.
+GATE_STEPS = (0.0, 0.125, 0.25, 0.5, 1.0)
+
+
+@torch.no_grad()
+def refit_norm_and_gate(step: LayerStep, *, order: Tensor, damping: float, gate: bool) -> float:
+    """Fit group norm gamma, and with `gate` the gate's W, to what the teacher's heads say, channel by channel; the squared error
+    that is left, relative to the teacher's heads.
+
+    With z the normed kernel output, a = W x and y the teacher's channel, sum (y - gamma z sigmoid(a))^2 is to be small. At W = 0
+    the best gamma is 2 <y, z> / <z, z>. From there one Newton step, sigmoid(a) ~ 1/2 + a / 4, with the second moment of z x
+    taken as E[z^2] E[x x^T], so that all channels share one damped solve; its length is chosen by channel on the last batch,
+    which the step does not see (unless it is the only one), and gamma anew with the gate it gets.
+
+    order: teacher's head of each of the student's.
+    """
+    mixer = step.student.attention
+    assert isinstance(mixer, LightningAttention)
+    mixer.g_norm.weight.fill_(1.0)
+    if gate:
+        batches = list(range(len(step.student_h)))
+        direction = _gate_direction(step, mixer, order, batches[:-1] or batches, damping)
+        sums = _gated_sums(step, mixer, order, batches[-1:], direction, GATE_STEPS)
+        gained = sums[:, 0].square() / sums[:, 1].clamp(min=1e-30)  # what the best gamma explains, [steps, C]
+        scales = torch.tensor(GATE_STEPS).to(gained)[gained.argmax(0)]
+        mixer.g_proj.weight.copy_(direction * scales[:, None])
+    yz, zz, yy = _gated_sums(step, mixer, order, range(len(step.student_h)), mixer.g_proj.weight, (1.0,))[0]
+    gamma = yz / zz.clamp(min=1e-30)
+    mixer.g_norm.weight.copy_(gamma)
+    return float((yy - gamma * yz).sum() / yy.sum())
+
+
+def _heads_and_outputs(step: LayerStep, mixer: LightningAttention, order: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Of one batch: the student's inputs [N, M], its normed kernel outputs [N, C], the teacher's heads in its order [N, C]."""
+    teacher = step.teacher.attention
+    assert isinstance(teacher, GroupedQueryAttention)
+    x = step.student.input_layernorm(step.student_h[batch])
+    z = mixer.g_norm(mixer.kernel(x, step.student_call).to(x.dtype))
+    y = teacher.mix(step.teacher.input_layernorm(step.teacher_h[batch]), step.teacher_call)
+    y = y.unflatten(-1, (teacher.heads, -1))[:, :, order.to(y.device)].flatten(2)
+    return x.flatten(0, 1).double(), z.flatten(0, 1).double(), y.flatten(0, 1).double()
+
+
+def _gate_direction(step: LayerStep, mixer: LightningAttention, order: Tensor, batches: Sequence[int], damping: float) -> Tensor:
+    """W [C, M] of the Newton step from W = 0 at the best gamma."""
+    gram, sums = Gram(), []
+    for batch in batches:
+        x, z, y = _heads_and_outputs(step, mixer, order, batch)
+        gram.add(x, torch.cat((y * z, z * z), dim=1))
+        sums.append(torch.stack(((y * z).sum(0), (z * z).sum(0))))
+    yz, zz = torch.stack(sums).sum(0)
+    gamma = 2 * yz / zz.clamp(min=1e-30)
+    assert gram.zy is not None
+    # d/dW of the error is gamma / 4 <(y - gamma z / 2) z, x>, its curvature (gamma / 4)^2 <z^2> C.
+    cross_y, cross_z = gram.zy.chunk(2, dim=1)
+    gram.zy = (cross_y - gamma / 2 * cross_z) * gram.count / zz.clamp(min=1e-30)
+    return gram.ridge(damping) * (4 / gamma)[:, None].nan_to_num(posinf=0.0, neginf=0.0)
+
+
+def _gated_sums(
+    step: LayerStep,
+    mixer: LightningAttention,
+    order: Tensor,
+    batches: Sequence[int],
+    direction: Tensor,
+    scales: Sequence[float],
+) -> Tensor:
+    """Sums over tokens of y g, g g and y y with g = z sigmoid(scale * W x), [scales, 3, C]."""
+    sums = []
+    for batch in batches:
+        x, z, y = _heads_and_outputs(step, mixer, order, batch)
+        a = x @ direction.double().T
+        gated = [z * torch.sigmoid(scale * a) for scale in scales]
+        sums.append(torch.stack([torch.stack(((y * g).sum(0), (g * g).sum(0), (y * y).sum(0))) for g in gated]))
+    return torch.stack(sums).sum(0)
 
 
 @torch.no_grad()

@@ -5,7 +5,8 @@ weighted basis and the regression on normalised latents are ours. All algebra is
 C = E[x x^T] of the layer input stands for the calibration text.
 
 Legend: M1 hidden size + 1 (last column bias, last input 1), H query heads, K key/value heads, D head dim,
-p = r / 2 rotated pairs kept, f frequencies folded into one, R latent rank, N tokens.
+p groups of f neighbouring frequencies that are taken as one (folded), j of their components kept; p j = r / 2 pairs are rotated,
+R latent rank, N tokens.
 """
 
 from __future__ import annotations
@@ -60,7 +61,7 @@ def pairs(heads_hDM: Tensor, rotary: int, fold: int) -> Tensor:
 
 @dataclass
 class Concentration:
-    """`down` [p, K*f] makes the shared rotated key from the K heads' pairs; `up` [p, K*f] is its share in each of them."""
+    """`down` [p, j, K*f] makes the shared rotated key from the K heads' pairs; `up` [p, j, K*f] is its share in each of them."""
 
     down: Tensor
     up: Tensor
@@ -78,8 +79,13 @@ def rorope_basis(key: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1), vectors.flip(-1)
 
 
-def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query_weighted: bool) -> Concentration:
-    """The best single component per kept frequency: of key energy (published), or of key energy times query energy."""
+def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query_weighted: bool, keep: int = 1) -> Concentration:
+    """The `keep` best components per group of frequencies: of key energy (published), or of key energy times query energy.
+
+    The kept frequencies of a group are every (fold / keep)-th, and the components take them in the order of their own mean
+    frequency. With fold = 1 nothing but dropped components is lost; a larger fold (FreqFold of TransMLA, arXiv 2502.07864,
+    section 4.3) keeps more energy and turns some of it at a neighbour's frequency.
+    """
     key = pairs(w.k, rotary, fold)
     weight = key.new_ones(key.shape[2], key.shape[1] * fold)  # [p, K*f]
     if query_weighted:
@@ -88,21 +94,25 @@ def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query
         weight = energy.clamp(min=1e-12 * float(energy.max())).sqrt()
     scaled = key * weight.unflatten(1, (-1, fold)).transpose(0, 1)[None, ..., None]
     values, vectors = rorope_basis(scaled, moment)
-    first = vectors[..., 0]
-    return Concentration(first * weight, first / weight, float(values[:, 0].sum() / values.sum()))
+    best = vectors[..., :keep].transpose(1, 2)  # [p, j, K*f]
+    index = torch.arange(fold, dtype=key.dtype, device=key.device).repeat(w.k.shape[0])
+    order = (best.square() @ index).argsort(dim=-1, stable=True)
+    best = best.gather(1, order[..., None].expand_as(best))
+    weight = weight[:, None]
+    return Concentration(best * weight, best / weight, float(values[:, :keep].sum() / values.sum()))
 
 
 def split_rope(w: Projections, basis: Concentration, rotary: int, fold: int) -> tuple[Tensor, Tensor, Tensor]:
     """k_rope [r, M1] and q_rope [H, r, M1] in interleaved order, and what is left of the keys, unrotated, [K, D, M1]."""
     kv_heads = w.k.shape[0]
-    down, up = (x.unflatten(1, (kv_heads, fold)) for x in (basis.down, basis.up))  # [p, K, f]
+    down, up = (x.unflatten(-1, (kv_heads, fold)) for x in (basis.down, basis.up))  # [p, j, K, f]
     key = pairs(w.k, rotary, fold)
-    shared = torch.einsum("pkf,ckpfm->cpm", down, key)
+    shared = torch.einsum("pjkf,ckpfm->cpjm", down, key)
     query = pairs(w.q, rotary, fold).unflatten(1, (kv_heads, w.group))
-    q_rope = torch.einsum("pkf,ckgpfm->ckgpm", up, query).flatten(1, 2)
-    rest = key - torch.einsum("pkf,cpm->ckpfm", up, shared)
+    q_rope = torch.einsum("pjkf,ckgpfm->ckgpjm", up, query).flatten(1, 2)
+    rest = key - torch.einsum("pjkf,cpjm->ckpfm", up, shared)
     left = torch.cat((rest.transpose(0, 1).flatten(1, 3), w.k[:, rotary:]), dim=1)
-    interleave = [x.movedim(0, -2).flatten(-3, -2) for x in (shared, q_rope)]
+    interleave = [x.flatten(-3, -2).movedim(0, -2).flatten(-3, -2) for x in (shared, q_rope)]
     return interleave[0], interleave[1], left
 
 
@@ -212,9 +222,11 @@ def fill_mla(
     balance: Balance,
     latent_norm: LatentNorm,
     query_weighted: bool,
+    fold: int | None = None,
 ) -> Kept:
     """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed).
 
+    fold: neighbouring frequencies taken as one, one of `folds`; None: no more than the target's rotated dims ask for.
     `inputs` are batches of layer inputs [N, M1] in FP64; the last column is 1, or 0 where `target` has no biases.
     """
     gram = Gram()
@@ -222,8 +234,9 @@ def fill_mla(
         gram.add(x)
     moment = gram.moment
     heads, dim = w.q.shape[:2]
-    fold = rotary // target.rope
-    basis = concentrate(w, moment, rotary, fold, query_weighted=query_weighted)
+    collapse = rotary // target.rope
+    fold = fold or collapse
+    basis = concentrate(w, moment, rotary, fold, keep=fold // collapse, query_weighted=query_weighted)
     k_rope, q_rope, left = split_rope(w, basis, rotary, fold)
     output = dense.weight.double().unflatten(1, (heads, dim))
 

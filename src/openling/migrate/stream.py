@@ -30,6 +30,7 @@ from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.convert import fit_lightning, fit_mla
 from openling.migrate.findings import Findings
+from openling.migrate.fold import check_fold
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
@@ -140,6 +141,8 @@ def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
     for stage in config.stages:
         if stage in ("lightning", "mla"):
             after = lightning_stage(before, layout) if stage == "lightning" else mla_stage(before, layout)
+            if stage == "mla":
+                check_fold(config.conversion.rope_fold, before.rotary_dim, after.qk_rope_head_dim or 0)
             steps.append(Step("lightning" if stage == "lightning" else "mla", before, after))
             before = after
     with torch.device("meta"):
@@ -339,7 +342,9 @@ class _Conversion:
     def _fit(self, at: LayerStep, step: Step) -> Findings:
         options, seed, text = self.job.config.conversion, self.job.config.seed, self.job.windows is not None
         if not text:  # normal inputs say nothing about distances, or about what a mixer should output
-            options = options.model_copy(update={"match_heads": False, "refit_output": False})
+            fold = 1 if options.rope_fold == "auto" else options.rope_fold
+            off = dict.fromkeys(("refit_norm", "refit_gate", "refit_output"), False)
+            options = options.model_copy(update={"match_heads": False, "rope_fold": fold, **off})
         if step.stage == "lightning":
             return fit_lightning(at, options, seed, text=text)
         return fit_mla(at, options, step.before.rotary_dim)
