@@ -176,7 +176,7 @@ def test_balance_leaves_the_full_rank_map(balance):
     """alpha (or the weighted metric) and its inverse cancel; in the metric K and V have equal energy."""
     m = build(config(use_qkv_bias=True)).model.layers[0].attention
     w, moment = Projections.of(m), moment_of(with_ones(randn(1, T, 32)))
-    metric = balance_metric(w, w.k, moment, m.dense.weight.unflatten(1, (4, 8)), balance)
+    metric = balance_metric(w, w.k, moment, m.dense.weight, balance)
     rows = torch.cat((w.k, w.v)).flatten(0, 1)
     found = low_rank(rows, moment, len(rows), metric)
     assert relative(found.up @ found.down, rows) < 1e-11

@@ -98,7 +98,7 @@ def test_the_weighted_metric_is_query_and_output_error():
     m = build(config()).model.layers[0].attention
     w, x = Projections.of(m), with_ones(randn(1, 400, 32))
     moment, output = moment_of(x), m.dense.weight.unflatten(1, (4, 8))
-    metric = balance_metric(w, w.k, moment, output, "weighted")
+    metric = balance_metric(w, w.k, moment, m.dense.weight, "weighted")
     error = randn(5, 4, 8, seed=7)  # five errors of [2 K heads, 2 V heads]
     measured = torch.einsum("pq,nq->np", metric, error.flatten(1)).unflatten(1, (4, 8)).pow(2).sum(-1)
     q = torch.einsum("hdm,nm->nhd", w.q, x).unflatten(1, (2, 2))

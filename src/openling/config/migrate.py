@@ -51,6 +51,9 @@ class Conversion(Strict):
         1, description="neighbouring frequencies that share the rotated key's components (FreqFold); auto: measured by layer"
     )
     balance: Literal["ratio", "weighted"] = Field("weighted", description="metric in which K and V share the latent")
+    kv_rank_budget: int | None = Field(
+        None, gt=0, description="mean latent rank over the MLA layers, shared out by need; kv_lora_rank stays the width of all"
+    )
     latent_norm: Literal["inverse", "rms", "channel", "refit"] = Field("refit", description="how MLA's latent norms are absorbed")
 
 

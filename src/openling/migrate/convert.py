@@ -7,17 +7,20 @@ windows. What each approximate step costs is returned by name and layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from openling.config.migrate import Conversion
+from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.findings import Approximation, Findings, HeadSpans, Spectrum
-from openling.migrate.fold import best_fold
+from openling.migrate.fold import best_fold, check_fold
 from openling.migrate.lightning import look_back, match_heads, refit_norm_and_gate, refit_output, widen
-from openling.migrate.mla import Projections, fill_mla
+from openling.migrate.mla import Projections, fill_mla, kv_spectrum
 from openling.migrate.qknorm import best_removal, removal_error, remove_norm
+from openling.migrate.ranks import share_ranks
 from openling.migrate.stack import unfitted
 from openling.model.config import ModelConfig
 from openling.model.ling import GroupedQueryAttention, LatentAttention, LightningAttention, Ling
@@ -70,11 +73,48 @@ def to_mla(
 ) -> tuple[Ling, Findings]:
     """Every layer that `config` calls MLA, from the GQA layers of `source` (the model after the linear warm-up)."""
     student = derive(source, config)
-    found = Findings()
+    ranks = _ranks(source, config, windows, options, bf16) if options.kv_rank_budget else {}
+    found = Findings([Approximation("latent rank", i, "dims in use", rank) for i, rank in ranks.items()])
     for step in walk(source, student, windows, bf16=bf16):
-        found.add(fit_mla(step, options, config.rotary_dim))
+        found.add(fit_mla(step, options, config.rotary_dim, rank=ranks.get(step.index)))
         on_layer(step.index)
     return student, found
+
+
+def _ranks(source: Ling, config: ModelConfig, windows: Sequence[Tensor], options: Conversion, bf16: bool) -> dict[int, int]:
+    """Latent ranks of the layers that become MLA, from a walk of the source alone."""
+    spectra: dict[int, Tensor] = {}
+    for step in walk(source, source, windows, bf16=bf16):
+        old = step.teacher.attention
+        if config.layer_kind(step.index) != "mla" or not isinstance(old, GroupedQueryAttention):
+            continue
+        inputs = step.mixer_inputs(partial(_with_bias_input, attention=old))
+        weights, _ = without_qk_norm(old, inputs, options)
+        spectra[step.index] = kv_spectrum(
+            weights,
+            old.dense.weight,
+            inputs,
+            rotary=config.rotary_dim,
+            rope=config.qk_rope_head_dim or 0,
+            balance=options.balance,
+            query_weighted=options.query_weighted_rope,
+        )
+    assert options.kv_rank_budget
+    ranks = share_ranks(list(spectra.values()), options.kv_rank_budget, config.kv_lora_rank or 0)
+    return dict(zip(spectra, ranks, strict=True))
+
+
+def check_mla(options: Conversion, config: ModelConfig) -> None:
+    """A UserError for options that the MLA layers of `config` cannot follow."""
+    check_fold(options.rope_fold, config.rotary_dim, config.qk_rope_head_dim or 0)
+    widest = config.kv_lora_rank or 0
+    if options.kv_rank_budget and options.kv_rank_budget > widest:
+        raise UserError(
+            "a mean rank lies within the width of the latents",
+            where="--conversion.kv_rank_budget",
+            value=options.kv_rank_budget,
+            expected=f"1 to kv_lora_rank = {widest}",
+        )
 
 
 @torch.no_grad()
@@ -100,12 +140,13 @@ def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool
 
 
 @torch.no_grad()
-def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> Findings:
-    """Fill the student's mixer where it is MLA and the teacher's is not; `rotary_dim` is the teacher's."""
+def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int, *, rank: int | None = None) -> Findings:
+    """Fill the student's mixer where it is MLA and the teacher's is not; `rotary_dim` is the teacher's, `rank` the latent dims
+    in use (None: all)."""
     target, old = step.student.attention, step.teacher.attention
     if not (isinstance(target, LatentAttention) and isinstance(old, GroupedQueryAttention)):
         return Findings()
-    inputs = step.mixer_inputs(lambda x: _with_bias_input(x, old))
+    inputs = step.mixer_inputs(partial(_with_bias_input, attention=old))
     weights, removed = without_qk_norm(old, inputs, options)
     steps = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
     fold, errors = _fold(step, target, weights, inputs, options, rotary_dim)
@@ -120,9 +161,10 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int) -> Findings:
         latent_norm=options.latent_norm,
         query_weighted=options.query_weighted_rope,
         fold=fold,
+        rank=rank,
     )
     steps += [Approximation("MLA factors", step.index, name, value) for name, value in kept.energy.items()]
-    ranks = {"kv": target.rank, "query": target.q_a_proj.weight.shape[0] if target.low_rank_query else 0}
+    ranks = {"kv": rank or target.rank, "query": target.q_a_proj.weight.shape[0] if target.low_rank_query else 0}
     spectra = [Spectrum.of(step.index, part, values, ranks[part]) for part, values in kept.spectra.items()]
     return Findings(steps + _refit(step, options, "GQA replaced by MLA"), spectra)
 

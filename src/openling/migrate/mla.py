@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from openling.migrate.calibrate import Gram
@@ -130,6 +131,19 @@ class LowRank:
     energy_kept: float
     spectrum: Tensor
 
+    def padded(self, rank: int) -> LowRank:
+        """The same map with latent dims of zero behind its own."""
+        more = rank - self.down.shape[0]
+        return LowRank(F.pad(self.down, (0, 0, 0, more)), F.pad(self.up, (0, more)), self.energy_kept, self.spectrum)
+
+
+def moment_of(inputs: Sequence[Tensor]) -> Tensor:
+    """E[x x^T] over batches [N, M1]."""
+    gram = Gram()
+    for x in inputs:
+        gram.add(x)
+    return gram.moment
+
 
 def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None = None) -> LowRank:
     """PCA of the activations rows @ x (second moment `moment`) in the metric S: the best rank-R map in |S (rows x - .)|^2.
@@ -144,18 +158,18 @@ def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None
     return LowRank(basis.T @ scaled, up, float(spectrum[:rank].sum() / spectrum.sum()), spectrum)
 
 
-def balance_metric(w: Projections, left: Tensor, moment: Tensor, output: Tensor, balance: Balance) -> Tensor:
+def balance_metric(w: Projections, left: Tensor, moment: Tensor, dense: Tensor, balance: Balance) -> Tensor:
     """The metric [2KD, 2KD] in which K (without its rotated part) and V share the latent.
 
     ratio: K divided by alpha = |K| / |V| (root mean squares of the activations). weighted: K errors weighted by the
-    queries that meet them, V errors by the output projection `output` [M, H, D]; then balanced in the same way.
+    queries that meet them, V errors by the output projection `dense` [M, H * D]; then balanced in the same way.
     """
     kv_heads, dim = left.shape[:2]
     if balance == "ratio":
         blocks = [torch.eye(dim, dtype=left.dtype, device=left.device)] * (2 * kv_heads)
     else:
         q = w.q.unflatten(0, (kv_heads, w.group))
-        out = output.unflatten(1, (kv_heads, w.group))
+        out = dense.double().unflatten(1, (kv_heads, w.group, dim))
         query = torch.einsum("kgdm,mn,kgen->kde", q, moment, q)
         reader = torch.einsum("mkgd,mkge->kde", out, out)
         blocks = [matrix_sqrt(x) for x in (*query, *reader)]
@@ -192,7 +206,7 @@ def after_norm(factors: LowRank, rows: Tensor, inputs: Sequence[Tensor], eps: fl
         moments += torch.stack([e.sum(0).expand(rank) for e in each])
         count += x.shape[0]
     inverse, root, cross, square = moments / count
-    channel = cross / square
+    channel = cross / square.clamp(min=1e-300)  # a dim that is not in use is zero
     if mode == "refit":
         return torch.ones_like(channel), gram.ridge(1e-6, factors.up * channel)
     return {"inverse": inverse, "rms": root, "channel": channel}[mode], factors.up
@@ -223,25 +237,23 @@ def fill_mla(
     latent_norm: LatentNorm,
     query_weighted: bool,
     fold: int | None = None,
+    rank: int | None = None,
 ) -> Kept:
     """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed).
 
     fold: neighbouring frequencies taken as one, one of `folds`; None: no more than the target's rotated dims ask for.
+    rank: latent dims in use, the target's others stay zero; None: all of them.
     `inputs` are batches of layer inputs [N, M1] in FP64; the last column is 1, or 0 where `target` has no biases.
     """
-    gram = Gram()
-    for x in inputs:
-        gram.add(x)
-    moment = gram.moment
-    heads, dim = w.q.shape[:2]
+    moment, dim = moment_of(inputs), w.q.shape[1]
     collapse = rotary // target.rope
     fold = fold or collapse
     basis = concentrate(w, moment, rotary, fold, keep=fold // collapse, query_weighted=query_weighted)
     k_rope, q_rope, left = split_rope(w, basis, rotary, fold)
-    output = dense.weight.double().unflatten(1, (heads, dim))
 
     kv_rows = torch.cat((left, w.v)).flatten(0, 1)
-    kv = low_rank(kv_rows, moment, target.rank, balance_metric(w, left, moment, output, balance))
+    kv = low_rank(kv_rows, moment, rank or target.rank, balance_metric(w, left, moment, dense.weight, balance))
+    kv = kv.padded(target.rank)
     norm, up = after_norm(kv, kv_rows, inputs, target.kv_a_layernorm.eps, latent_norm)
     k_up, v_up = (x.unflatten(0, (-1, dim)).repeat_interleave(w.group, 0) for x in up.chunk(2))
     _set(target.kv_a_proj_with_mqa, torch.cat((kv.down, k_rope)))
@@ -267,6 +279,16 @@ def fill_mla(
         if dense.bias is not None:
             target.dense.bias.copy_(dense.bias)
     return kept
+
+
+def kv_spectrum(
+    w: Projections, dense: Tensor, inputs: Sequence[Tensor], *, rotary: int, rope: int, balance: Balance, query_weighted: bool
+) -> Tensor:
+    """Squared singular values, descending, of what a latent has to hold, in the metric of `fill_mla` at the least fold."""
+    moment, fold = moment_of(inputs), rotary // rope
+    _, _, left = split_rope(w, concentrate(w, moment, rotary, fold, query_weighted=query_weighted), rotary, fold)
+    scaled = balance_metric(w, left, moment, dense, balance) @ torch.cat((left, w.v)).flatten(0, 1)
+    return torch.linalg.eigvalsh(scaled @ moment @ scaled.T).flip(-1)
 
 
 def _set(linear: torch.nn.Linear, rows_PM: Tensor) -> None:

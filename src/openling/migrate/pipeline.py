@@ -27,8 +27,7 @@ from openling.data.dataset import Dataset, is_dataset, scattered_tokens
 from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
-from openling.migrate.convert import to_lightning, to_mla
-from openling.migrate.fold import check_fold
+from openling.migrate.convert import check_mla, to_lightning, to_mla
 from openling.migrate.gates import Gatekeeper
 from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
 from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, target_config
@@ -202,7 +201,7 @@ class _Migration:
                 config = self._half(config)
             elif stage == "mla":
                 config = self._full(config)
-                check_fold(self.config.conversion.rope_fold, config.rotary_dim, config.qk_rope_head_dim or 0)
+                check_mla(self.config.conversion, config)
             else:
                 trainable(config, stage, "best")
 

@@ -28,9 +28,8 @@ from openling import __version__
 from openling.config.migrate import MigrateConfig
 from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
-from openling.migrate.convert import fit_lightning, fit_mla
+from openling.migrate.convert import check_mla, fit_lightning, fit_mla
 from openling.migrate.findings import Findings
-from openling.migrate.fold import check_fold
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
@@ -136,13 +135,16 @@ def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
     """Check the source and plan the result, reading nothing but headers."""
     opened = open_folder(source)
     raw = CheckpointReader(opened.folder)
+    if config.conversion.kv_rank_budget and "mla" in config.stages:
+        what = "ranks are shared out once all layers have been seen, which this one walk has not when it fits the first"
+        raise UserError(what, where="--conversion.kv_rank_budget", expected="null", next="openling migrate, which walks twice")
     layout = config.layout.model_dump()
     steps, before = [], opened.config
     for stage in config.stages:
         if stage in ("lightning", "mla"):
             after = lightning_stage(before, layout) if stage == "lightning" else mla_stage(before, layout)
             if stage == "mla":
-                check_fold(config.conversion.rope_fold, before.rotary_dim, after.qk_rope_head_dim or 0)
+                check_mla(config.conversion, after)
             steps.append(Step("lightning" if stage == "lightning" else "mla", before, after))
             before = after
     with torch.device("meta"):
