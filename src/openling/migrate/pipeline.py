@@ -203,7 +203,7 @@ class _Migration:
                 config = self._full(config)
                 check_mla(self.config.conversion, config)
             else:
-                trainable(config, stage, "best")
+                trainable(config, stage, "best", mtp=self._warmup(stage).train.mtp > 0)
 
     def _check_space(self) -> None:
         """Room for two stages and a training checkpoint: about three times the model in FP32."""
@@ -387,8 +387,10 @@ class _Migration:
             if "lightning" not in current.config.layer_kinds:
                 self.events.say("  no layer is Lightning: all become MLA; for the hybrid, stage lightning comes first")
             return self._converted(stage, current, self._full(current.config))
-        warmup = self.config.linear_warmup if stage == "linear-warmup" else self.config.mla_warmup
-        return self._warmed(stage, current, warmup)
+        return self._warmed(stage, current, self._warmup(stage))
+
+    def _warmup(self, stage: Stage) -> Warmup:
+        return self.config.linear_warmup if stage == "linear-warmup" else self.config.mla_warmup
 
     def _target(self, config: ModelConfig) -> ModelConfig:
         return target_config(config, **self.layout.model_dump())
@@ -448,7 +450,7 @@ class _Migration:
         c = warmup.train
         windows = cut_windows(self.tokens, c.sequence_length, where="training text")
         batches = Batches(windows, batch_size=c.batch_size, seed=c.seed)
-        student, names = current.model, trainable(current.config, stage, warmup.trainable)
+        student, names = current.model, trainable(current.config, stage, warmup.trainable, mtp=c.mtp > 0)
         result = train(
             student,
             c,

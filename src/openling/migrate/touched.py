@@ -12,14 +12,20 @@ from openling.model.ling import Ling
 from openling.train.optim import select_parameters
 
 
-def trainable(config: ModelConfig, stage: Stage, which: str) -> list[str]:
+def trainable(config: ModelConfig, stage: Stage, which: str, *, mtp: bool = False) -> list[str]:
     """Names of the parameters a warm-up changes, as regular expressions.
 
     linear-warmup: W_qkv and the QK-norms of Lightning layers (as published); `best` adds gate and group norm.
-    mla-warmup: all attention parameters of the MLA layers. `attention`, in both: those of every layer.
+    mla-warmup: all attention parameters of the MLA layers; `mtp`, where the MTP loss has a weight, those of the MTP layers too.
+    `attention`, in both: those of every layer.
     """
     kind = "lightning" if stage == "linear-warmup" else "mla"
     layers = [i for i, k in enumerate(config.layer_kinds) if k == kind]
+    heads = config.num_nextn_predict_layers
+    if mtp and not heads:
+        raise UserError("the model has no MTP layer to train", where=f"stage {stage}: train.mtp", expected="0")
+    if layers and mtp and config.mtp_layer_kind == kind:
+        layers += range(config.num_hidden_layers, config.num_hidden_layers + heads)
     if not layers:
         raise UserError(
             f"there is no {kind} layer to warm up", where=f"stage {stage}", value=kinds_of(config), next=next_stage(config)
