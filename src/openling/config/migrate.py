@@ -48,7 +48,7 @@ class Conversion(Strict):
     qk_norm_removal: Literal["pooled", "scalar", "ridge", "best"] = Field("best", description="best: least held-out error")
     query_weighted_rope: bool = Field(True, description="choose the shared rotated key by key and query energy")
     rope_fold: Literal["auto"] | int = Field(
-        1, description="neighbouring frequencies that share the rotated key's components (FreqFold); auto: measured by layer"
+        "auto", description="neighbouring frequencies that share the rotated key's components (FreqFold); auto: measured by layer"
     )
     balance: Literal["ratio", "weighted"] = Field("weighted", description="metric in which K and V share the latent")
     kv_rank_budget: int | None = Field(
@@ -166,6 +166,7 @@ def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConf
             match_heads=False,
             refit_output=False,
             qk_norm_removal="pooled",
+            rope_fold=1,
             query_weighted_rope=False,
             balance="ratio",
             latent_norm="rms",

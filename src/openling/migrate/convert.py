@@ -81,6 +81,7 @@ def to_mla(
     return student, found
 
 
+@torch.no_grad()
 def _ranks(source: Ling, config: ModelConfig, windows: Sequence[Tensor], options: Conversion, bf16: bool) -> dict[int, int]:
     """Latent ranks of the layers that become MLA, from a walk of the source alone."""
     spectra: dict[int, Tensor] = {}

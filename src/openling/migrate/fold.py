@@ -1,8 +1,8 @@
 """How many neighbouring RoPE frequencies are taken as one (FreqFold, TransMLA, arXiv 2502.07864, section 4.3).
 
 Folding lets the shared rotated key draw on the heads' pairs of several frequencies, so that it keeps more of their energy, but
-turns parts of it at a neighbour's frequency. Where the trade pays depends on the layer; TransMLA doubles the fold until
-perplexity stops falling, here each layer is measured by itself, before its keys are compressed.
+turns parts of it at a neighbour's frequency. Where the trade pays depends on the layer: TransMLA doubles one fold for all until
+perplexity stops falling, here each layer's is doubled until the error of its attention outputs rises.
 
 Legend: B windows, T tokens, H query heads, K key/value heads, D head dim, r rotated dims of MLA, M1 hidden size + 1.
 """
@@ -44,18 +44,20 @@ def check_fold(fold: int | Literal["auto"], rotary: int, rope: int) -> None:
 def best_fold(
     w: Projections, inputs: Sequence[Tensor], tables: RopeTables, *, rotary: int, rope: int, query_weighted: bool
 ) -> tuple[int, dict[int, float]]:
-    """The fold with the least error of the heads' attention outputs, fitted on the first batch, measured on the last; all errors.
+    """The fold with the least error of the heads' attention outputs, fitted on the first batch, measured on the last; the errors.
 
     inputs: batches of layer inputs [B * T, M1] in FP64. tables: of windows of T tokens, `latent` of MLA's rotated dims.
     """
     gram, held_out = Gram(), inputs[-1]
     gram.add(inputs[0])
     exact = attention_outputs(w, held_out, tables, rotary)
-    errors = {}
+    errors: dict[int, float] = {}
     for fold in folds(rotary, rope):
         basis = concentrate(w, gram.moment, rotary, fold, keep=fold * rope // rotary, query_weighted=query_weighted)
         found = partly_rotated_outputs(w, held_out, tables, *split_rope(w, basis, rotary, fold))
         errors[fold] = float((found - exact).square().sum() / exact.square().sum())
+        if errors[fold] > min(errors.values()):
+            break
     return min(errors, key=lambda fold: errors[fold]), errors
 
 
