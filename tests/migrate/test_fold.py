@@ -116,7 +116,7 @@ def test_a_conversion_takes_the_fold_it_is_told():
     for fold in (1, 2, 4, "auto"):
         options = Conversion(**{**preset("best").conversion.model_dump(), "rope_fold": fold})
         _, found = to_mla(teacher, full, ids, options, on_layer=lambda i: None, bf16=False)
-        rows[fold] = [a for a in found if a.layer == 0]
+        rows[fold] = [a for a in found.approximations if a.layer == 0]
     kept = {fold: next(a.value for a in found if a.measure == "rope energy kept") for fold, found in rows.items()}
     assert kept[1] < kept[2] < kept[4]
     measured = {a.measure.split()[-1]: a.value for a in rows["auto"] if a.step == "RoPE folding"}

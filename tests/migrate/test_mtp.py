@@ -40,7 +40,7 @@ def test_a_converted_head_predicts_the_same_at_full_rank():
     options = Conversion(**{**preset("best").conversion.model_dump(), "latent_norm": "rms", "refit_output": False})
     ids = [tokens(3), tokens(2)]
     hybrid, found = to_mla(teacher, full, ids, options, **QUIET)
-    assert {a.layer for a in found} == {HEAD}
+    assert {a.layer for a in found.approximations} == {HEAD}
     hybrid.model.layers[HEAD].attention.kv_a_layernorm = nn.Identity()
     unseen = tokens(4)
     assert torch.allclose(mtp_logits(hybrid, unseen), mtp_logits(teacher, unseen), rtol=0, atol=1e-8)

@@ -49,7 +49,7 @@ def test_unused_dims_are_zero_and_change_nothing(latent_norm):
         spectrum = kv_spectrum(
             Projections.of(source), source.dense.weight, inputs, rotary=8, rope=8, balance="weighted", query_weighted=True
         )
-        assert kept["kv energy kept"] == pytest.approx(float(spectrum[:10].sum() / spectrum.sum()))
+        assert kept.energy["kv energy kept"] == pytest.approx(float(spectrum[:10].sum() / spectrum.sum()))
     assert not target.kv_a_proj_with_mqa.weight[10:16].any()
     assert not target.kv_b_proj.weight[:, 10:].any()
     assert relative(outputs[1], outputs[0]) < (1e-4 if latent_norm == "refit" else 1e-10)  # refit: damped by the mean over dims
@@ -65,7 +65,7 @@ def test_layers_share_what_a_conversion_may_use():
     options = Conversion(**{**preset("best").conversion.model_dump(), "kv_rank_budget": 14})
     ids = [torch.randint(50, (3, T), generator=torch.Generator().manual_seed(s)) for s in (0, 1)]
     hybrid, found = to_mla(teacher, full, ids, options, on_layer=lambda i: None, bf16=False)
-    used = [int(a.value) for a in found if a.step == "latent rank"]
+    used = [int(a.value) for a in found.approximations if a.step == "latent rank"]
     assert sum(used) == 28
     assert used[0] < used[1]
     for layer, rank in zip(hybrid.model.layers, used, strict=True):

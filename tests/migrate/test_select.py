@@ -15,7 +15,7 @@ from openling.config.migrate import Conversion, Layout
 from openling.errors import UserError
 from openling.migrate.convert import to_lightning
 from openling.migrate.layout import lightning_stage, mla_stage, target_config
-from openling.migrate.measure import layer_errors
+from openling.migrate.measure import layer_measures
 from openling.migrate.select import select_layers
 from openling.migrate.stack import FolderStack
 from openling.model.config import read_ling, write_ling
@@ -100,18 +100,18 @@ def test_kl_scores_are_those_of_models_with_one_layer_converted():
         assert score == pytest.approx(float(kl), rel=1e-6)
     order = sorted(range(4), key=lambda i: found.scores[i])
     assert found.layers == tuple(sorted(order[2:]))
-    assert [a.value for a in found.approximations("kl")] == list(found.scores)
+    assert [a.value for a in found.findings("kl").approximations] == list(found.scores)
 
 
 @torch.no_grad()
 def test_local_scores_are_local_errors():
-    """On a single batch, which is then the one of the fit too, against `layer_errors` of the first layer."""
+    """On a single batch, which is then the one of the fit too, against `layer_measures` of the first layer."""
     teacher, ids = build(source(4)), [tokens(6)]
     target = target_config(teacher.config, group_size=2)
     found = select_layers(teacher, target, ids, Conversion(layer_score="local"), seed=0, bf16=False)
     first = ("lightning", "gqa", "gqa", "gqa")
     half, _ = to_lightning(teacher, target.replace(layer_kinds=first), ids, OPTIONS, seed=0, **QUIET)
-    assert found.scores[0] == pytest.approx(layer_errors(half, teacher, ids[0])[0]["local"], rel=1e-6)
+    assert found.scores[0] == pytest.approx(layer_measures(half, teacher, ids[0]).errors[0]["local"], rel=1e-6)
 
 
 @pytest.mark.parametrize("score", ["kl", "local"])

@@ -28,6 +28,7 @@ from openling.data.pack import Batches, cut_windows, tokenise
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
 from openling.migrate.convert import check_mla, to_lightning, to_mla
+from openling.migrate.findings import Findings
 from openling.migrate.gates import Gatekeeper
 from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
 from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, target_config
@@ -380,9 +381,8 @@ class _Migration:
     def _stage(self, stage: Stage, current: Checkpoint) -> tuple[Ling, dict[str, Any]]:
         """The model after a stage, and what to note of it."""
         if stage == "lightning":
-            scores = self._select(current) if self.layout.mla_layers == "selected" else []
-            student, about = self._converted(stage, current, self._half(current.config))
-            return student, about | {"approximations": [*scores, *about["approximations"]]}
+            scores = self._select(current) if self.layout.mla_layers == "selected" else None
+            return self._converted(stage, current, self._half(current.config), scores)
         if stage == "mla":
             if "lightning" not in current.config.layer_kinds:
                 self.events.say("  no layer is Lightning: all become MLA; for the hybrid, stage lightning comes first")
@@ -401,7 +401,7 @@ class _Migration:
     def _full(self, config: ModelConfig) -> ModelConfig:
         return mla_stage(config, self.layout.model_dump())
 
-    def _select(self, current: Checkpoint) -> list[dict[str, Any]]:
+    def _select(self, current: Checkpoint) -> Findings:
         """Choose the MLA layers; every layer's score, as the report has it."""
         options, count = self.config.conversion, current.config.num_hidden_layers
         chosen = select_layers(
@@ -415,9 +415,12 @@ class _Migration:
         )
         self.layout = self.layout.model_copy(update={"mla_layers": chosen.layers})
         self.events.say(f"  MLA in layers {', '.join(map(str, chosen.layers))}")
-        return [asdict(found) for found in chosen.approximations(options.layer_score)]
+        return chosen.findings(options.layer_score)
 
-    def _converted(self, stage: Stage, current: Checkpoint, config: ModelConfig) -> tuple[Ling, dict[str, Any]]:
+    def _converted(
+        self, stage: Stage, current: Checkpoint, config: ModelConfig, before: Findings | None = None
+    ) -> tuple[Ling, dict[str, Any]]:
+        """The student of a conversion; `before`: what was found out to prepare it."""
         layers = len(current.model.model.layers)
         options = self.config.conversion
         shared: dict[str, Any] = {"on_layer": lambda i: self.events.layer(stage, i, layers), "bf16": self.bf16}
@@ -427,7 +430,9 @@ class _Migration:
             student, found = to_mla(current.model, config, self.calibration, options, **shared)
         tokens = sum(w.numel() for w in self.calibration)
         changed = values(student, converted(current.config, config))
-        return student, {"tokens": tokens, **found.as_dict(), "changed": changed, "metrics": None}
+        everything = before or Findings()
+        everything.add(found)
+        return student, {"tokens": tokens, **everything.as_dict(), "changed": changed, "metrics": None}
 
     def _starts(self, teacher: Checkpoint, measured: dict[str, Any]) -> list[dict[str, Any]]:
         """Loss right after the Lightning conversion, by preset and domain: this run's, and the other preset's."""
@@ -435,7 +440,8 @@ class _Migration:
         self.events.say(f"  where preset {other} would start")
         config, options = self._half(teacher.config), preset(other).conversion
         ignore: dict[str, Any] = {"on_layer": lambda i: None, "bf16": self.bf16}
-        blind = not (options.refit_output or options.match_heads)  # nothing is fitted: one batch does for the walk
+        fitted = (options.match_heads, options.refit_norm, options.refit_gate, options.refit_output)
+        blind = not any(fitted)  # nothing is fitted: one batch does for the walk
         windows = self.calibration[:1] if blind else self.calibration
         student, _ = to_lightning(teacher.model, config, windows, options, seed=self.config.seed, **ignore)
         rows = {self.config.preset: measured["domains"], other: self.measurer.domains(student)}

@@ -24,7 +24,7 @@ from openling.config.migrate import Conversion
 from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.convert import fit_lightning
-from openling.migrate.findings import Approximation
+from openling.migrate.findings import Approximation, Findings
 from openling.migrate.stack import ModelStack, Stack, derive_layer, stack_of
 from openling.model.config import LayerKind, ModelConfig
 from openling.model.ling import Layer, Ling
@@ -40,10 +40,10 @@ class Selection:
     layers: tuple[int, ...]
     scores: tuple[float, ...]
 
-    def approximations(self, score: LayerScore) -> list[Approximation]:
+    def findings(self, score: LayerScore) -> Findings:
         """The scores as the report has them."""
         what = {"kl": "KL with this layer alone as Lightning", "local": "relative error of its Lightning mixer"}[score]
-        return [Approximation("layer selection", i, what, value) for i, value in enumerate(self.scores)]
+        return Findings([Approximation("layer selection", i, what, value) for i, value in enumerate(self.scores)])
 
 
 @torch.no_grad()
