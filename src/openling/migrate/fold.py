@@ -1,4 +1,4 @@
-"""How many neighbouring RoPE frequencies are taken as one (FreqFold, TransMLA, arXiv 2502.07864, section 4.3).
+"""How many neighbouring RoPE frequencies are taken as one (FreqFold of TransMLA, arXiv 2502.07864).
 
 Folding lets the shared rotated key draw on the heads' pairs of several frequencies, so that it keeps more of their energy, but
 turns parts of it at a neighbour's frequency. Where the trade pays depends on the layer: TransMLA doubles one fold for all until

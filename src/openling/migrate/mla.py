@@ -84,8 +84,8 @@ def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query
     """The `keep` best components per group of frequencies: of key energy (published), or of key energy times query energy.
 
     The kept frequencies of a group are every (fold / keep)-th, and the components take them in the order of their own mean
-    frequency. With fold = 1 nothing but dropped components is lost; a larger fold (FreqFold of TransMLA, arXiv 2502.07864,
-    section 4.3) keeps more energy and turns some of it at a neighbour's frequency.
+    frequency. With fold = 1 nothing but dropped components is lost; a larger fold (FreqFold of TransMLA, arXiv 2502.07864)
+    keeps more energy and turns some of it at a neighbour's frequency.
     """
     key = pairs(w.k, rotary, fold)
     weight = key.new_ones(key.shape[2], key.shape[1] * fold)  # [p, K*f]
