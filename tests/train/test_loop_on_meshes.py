@@ -39,11 +39,12 @@ CASES = {
         "tensor": (Axes(tensor=2), {}),
         "taught": (Axes(tensor=2), {"kl": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
         "taught shard": (Axes(), {"kl": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
+        "muon": (Axes(expert=2), {"optimizer": "muon"}),
     },
     4: {
         "replicate x shard x expert": (Axes(data_replicate=2, expert=2), {}),
         "context x expert": (Axes(context=2, expert=4), {"kl": 0.5}),
-        "tensor x shard": (Axes(tensor=2), {}),
+        "tensor x shard": (Axes(tensor=2), {"optimizer": "muon"}),
         "tensor x context": (Axes(tensor=2, context=2), {}),
     },
 }

@@ -83,7 +83,7 @@ class Parallel:
         named = dict(self.model.named_parameters())
         for name, mine in held.items():
             if isinstance(p := named[name], DTensor) and p.grad is not None:
-                mine.grad, p.grad = (_local(p.grad) if mine.numel() else None), None  # a rank may hold no row of a small matrix
+                mine.grad, p.grad = _local(p.grad), None
         gradients = {name: p.grad for name, p in held.items() if p.grad is not None}
         if self.tensor_group is not None:
             _add_up([g for name, g in gradients.items() if self.parts[name].partial], self.tensor_group)
@@ -91,7 +91,8 @@ class Parallel:
             whole = [g for name, g in gradients.items() if not isinstance(named[name], DTensor)]
             _add_up(whole, self.mesh.group("data"))
         norm = self._norm(gradients, named)
-        torch._foreach_mul_(list(gradients.values()), (limit / (norm + 1e-6)).clamp(max=1.0))
+        some = [g for g in gradients.values() if g.numel()]  # a rank may hold no row of a small matrix
+        torch._foreach_mul_(some, (limit / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     @property
@@ -104,7 +105,8 @@ class Parallel:
         by_copies: dict[int, list[Tensor]] = {}
         for name, gradient in gradients.items():
             replicas = self.mesh.axes.data_replicate if isinstance(named[name], DTensor) else self._data_ranks
-            by_copies.setdefault(replicas * self.parts[name].copies, []).append(gradient)
+            if gradient.numel():
+                by_copies.setdefault(replicas * self.parts[name].copies, []).append(gradient)
         device = next(iter(named.values())).device
         wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
         total = torch.zeros((), dtype=wide, device=device)

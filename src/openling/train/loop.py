@@ -34,6 +34,7 @@ from openling.errors import UserError
 from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.parallel.apply import Parallel
+from openling.parallel.matrices import matrices
 from openling.train.balance import Balance, imbalance
 from openling.train.checkpoint import (
     Saver,
@@ -106,10 +107,6 @@ def train(
             "the rows of a part cannot be shared evenly", where="batch_size / accumulation", value=config.part_size,
             expected=f"a multiple of {ranks.data_ranks} data ranks",
         )  # fmt: skip
-    if config.optimizer == "muon" and ranks.mesh is not None:
-        raise UserError(
-            "Muon orthogonalises whole matrices, of which a rank holds parts", where="optimizer", value="muon", expected="adamw"
-        )
     chosen = select_parameters(model, parameters)
     with ExitStack() as stack:
         ranks.told(lambda: stack.enter_context(sole_writer(run)))
@@ -235,7 +232,7 @@ class _Run:
         self.held = ranks.parallel.held(chosen)
         self.teacher = teacher if config.kl else None
         self.heads = self._frozen_heads([model] if self.teacher is None else [model, self.teacher])
-        self.optimizers = Optimizers(self.held, config)
+        self.optimizers = Optimizers(self.held, config, matrices(ranks.parallel, self.held))
         self.balance, self.guard = Balance(model, config.bias_rate, ranks.summed), Guard(run, config, ranks.number)
         self.saver = Saver(run, ranks, keep_last=config.keep_last, keep_every=config.keep_every)
         self.mtp, self.peak = mtp_steps(model, config), peak_flops(self.device)

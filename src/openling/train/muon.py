@@ -6,6 +6,9 @@
 Numbers and order are those of `torch.optim.Muon` with `adjust_lr_fn="match_rms_adamw"`, which takes single matrices only: a test
 holds the two equal. The factor gives updates the size of AdamW's, so one learning rate serves both. The Gram matrix is always
 that of the shorter side. Ling names Muon as future work; Ling-2.6 was trained with AdamW.
+
+On a mesh a matrix's update is gathered in the dtype in which it is orthogonalised, every rank does the same work and takes its
+part.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
+
+from openling.parallel.matrices import Matrix
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -47,7 +52,10 @@ class Muon(torch.optim.Optimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         dtype: torch.dtype = torch.bfloat16,
+        matrices: dict[nn.Parameter, Matrix] | None = None,
     ) -> None:
+        """matrices: how to gather those that ranks hold in parts; all of these ranks step together."""
+        self.matrices = matrices or {}
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "dtype": dtype})
 
     @torch.no_grad()
@@ -62,7 +70,10 @@ class Muon(torch.optim.Optimizer):
                     state["momentum_buffer"] = torch.zeros_like(p.grad)
                 buffer = state["momentum_buffer"]
                 buffer.lerp_(p.grad, 1 - group["momentum"])
-                update = orthogonalised(p.grad.lerp(buffer, group["momentum"]), group["dtype"])
+                matrix = self.matrices.get(p)
+                update = p.grad.lerp(buffer, group["momentum"]).to(group["dtype"])
+                update = orthogonalised(update if matrix is None else matrix.whole(update), group["dtype"])
+                size = 0.2 * math.sqrt(max(update.shape[-2:]))
+                update = update if matrix is None else matrix.mine(update)
                 p.mul_(1 - group["lr"] * group["weight_decay"])
-                size = 0.2 * math.sqrt(max(p.shape[-2:]))
                 p.add_(update.to(p.dtype), alpha=-group["lr"] * size)

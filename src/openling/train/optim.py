@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
+from openling.parallel.matrices import Matrix
 from openling.train.muon import Muon
 
 # Regular expressions, any of which is found in the name; or a function of the name.
@@ -45,14 +46,18 @@ def in_muon(name: str, parameter: nn.Parameter) -> bool:
 class Optimizers:
     """AdamW, or Muon with AdamW on the rest, over named parameters; all of them at one learning rate."""
 
-    def __init__(self, parameters: dict[str, nn.Parameter], config: TrainConfig) -> None:
+    def __init__(
+        self, parameters: dict[str, nn.Parameter], config: TrainConfig, matrices: dict[nn.Parameter, Matrix] | None = None
+    ) -> None:
+        """matrices: of parameters that ranks hold in parts, for Muon. A part may be empty; AdamW does not see those."""
         self.parameters = parameters
         muon = {name for name, p in parameters.items() if config.optimizer == "muon" and in_muon(name, p)}
-        rest = [p for name, p in parameters.items() if name not in muon]
+        rest = [p for name, p in parameters.items() if name not in muon and p.numel()]
         self.each: list[torch.optim.Optimizer] = [adamw(rest, config)] if rest else []
         if muon:
             chosen = [parameters[name] for name in parameters if name in muon]
-            self.each.append(Muon(chosen, config.lr, momentum=config.momentum, weight_decay=config.weight_decay))
+            decay, momentum = config.weight_decay, config.momentum
+            self.each.append(Muon(chosen, config.lr, momentum=momentum, weight_decay=decay, matrices=matrices))
 
     def step(self, lr: float) -> None:
         """One update at this rate; gradients are gone afterwards."""
@@ -71,7 +76,10 @@ class Optimizers:
         """The state as SLOT/NAME: exp_avg, exp_avg_sq and step of AdamW, momentum_buffer of Muon."""
         owners = {p: optimizer for optimizer in self.each for group in optimizer.param_groups for p in group["params"]}
         return {
-            f"{slot}/{name}": value for name, p in self.parameters.items() for slot, value in owners[p].state.get(p, {}).items()
+            f"{slot}/{name}": value
+            for name, p in self.parameters.items()
+            if p.numel()
+            for slot, value in owners[p].state.get(p, {}).items()
         }
 
     def adopt(self, names: Container[str]) -> dict[str, Tensor]:
