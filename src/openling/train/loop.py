@@ -245,6 +245,8 @@ class _Run:
             self._restore(checkpoint)
         elif start is not None:
             load_start(start, model, self.optimizers, ranks)
+        if ranks.mesh is not None and self.device.type == "cpu" and checkpoint is None:
+            settle_bf16_matmuls(ranks.told(bf16_matmuls_pay))  # all ranks round alike
         self.log = MetricsLog(run / "metrics.jsonl", step=self.step) if ranks.main else None
         self.last: dict[str, Any] = self.log.last if self.log else {}
         self.trackers = trackers if ranks.main else ()
