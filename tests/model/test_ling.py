@@ -6,6 +6,8 @@ FP64 models: their RoPE tables stay FP32, but equal positions read equal tables,
 """
 
 import math
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -470,3 +472,9 @@ def test_published_layer_rule(layers, group, full):
     assert {i for i, kind in enumerate(read_ling(hf).layer_kinds) if kind == "mla"} == full
     gqa = read_ling(hf | {"full_attention_type": "gqa"}).layer_kinds
     assert {i for i, kind in enumerate(gqa) if kind == "gqa"} == full
+
+
+def test_a_model_on_meta_needs_no_compiler():
+    """Importing torch's compiler was a third of a server's start."""
+    code = "import sys, torch; from openling.bench.nano import NANO, Ling; torch.device('meta').__enter__(); Ling(NANO)"
+    subprocess.run([sys.executable, "-c", f"{code}; assert 'torch._dynamo' not in sys.modules"], check=True)

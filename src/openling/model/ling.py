@@ -100,7 +100,10 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        weight = torch.empty(config.vocab_size, config.hidden_size)
+        if not weight.is_meta:  # there it would import torch's compiler, to draw nothing: a third of a server's start
+            nn.init.normal_(weight)
+        self.word_embeddings = nn.Embedding.from_pretrained(weight, freeze=False)
         hidden = [Layer(config, i) for i in range(config.num_hidden_layers)]
         mtp = [MtpLayer(config, config.num_hidden_layers + k) for k in range(config.num_nextn_predict_layers)]
         self.layers = nn.ModuleList([*hidden, *mtp])
