@@ -227,7 +227,7 @@ def moments(place: Place, migrated: Migrated, tmp_path_factory: pytest.TempPathF
 
 
 # Spread over the run; OPENLING_ALL_KILLS=1 tries every moment.
-@pytest.mark.parametrize("share", [(i + 0.5) / 12 for i in range(12)])
+@pytest.mark.parametrize("share", [(i + 0.5) / 8 for i in range(8)])
 def test_killed_at_any_moment(share: float, moments: int, migrated: Migrated, place: Place, tmp_path: Path, quick: None) -> None:
     check_kill(max(1, round(share * moments)), migrated, place, tmp_path)
 
