@@ -84,7 +84,7 @@ SHAPES = {
 SEARCH = {"deadline": None, "suppress_health_check": [HealthCheck.function_scoped_fixture]}
 
 
-@settings(max_examples=6 if GPU else 12, **SEARCH)
+@settings(max_examples=6, **SEARCH)
 @given(**SHAPES)
 def test_kernel_steps_are_the_plain_steps(kernels, batch, heads_groups, dim_pairs, norm, silu, seed):
     """Two tokens in a row, one row of padding, of a pool of which most is poison."""

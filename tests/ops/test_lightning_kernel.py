@@ -73,7 +73,7 @@ def close(name, got, wanted, terms):
     batch=st.integers(1, 2), tokens=st.integers(1, 140), heads=st.integers(1, 3), key_dim=st.sampled_from([16, 24, 64]),
     value_dim=st.sampled_from([16, 40, 64]), initial=st.booleans(), seed=st.integers(0, 99),
 )  # fmt: skip
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15 if CUDA else 8, deadline=None)
 def test_random_shapes(batch, tokens, heads, key_dim, value_dim, initial, seed):
     check(batch, tokens, heads, key_dim, value_dim, initial=initial, seed=seed)
 
@@ -85,7 +85,7 @@ def test_lengths_around_a_chunk(tokens, dim):
 
 
 @given(cuts=st.lists(st.integers(0, 150), max_size=6), seed=st.integers(0, 99))
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10 if CUDA else 6, deadline=None)
 def test_packed_documents(cuts, seed):
     check(1, 150, 2, 64, 64, cu_seqlens=sorted([0, 150, *cuts]), initial=True, seed=seed)
 
