@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Protocol
@@ -46,11 +47,14 @@ class _Runs:
 
     def __init__(self, package: str, run: Path, name: str, config: dict[str, Any]) -> None:
         self._module = _module(package, package)
-        where = {"dir": str(run)} if package == "wandb" else {}
-        self._module.init(project="openling", name=name, config=config, **where)
+        # A run that resumes goes on under its name (trackio) or under the id of its folder (wandb).
+        folder = sha256(str(run.absolute()).encode()).hexdigest()[:12]
+        where = {"dir": str(run), "id": folder} if package == "wandb" else {}
+        self._module.init(project="openling", name=name, config=config, resume="allow", **where)
 
     def log(self, row: dict[str, Any]) -> None:
-        self._module.log(numbers(row), step=row["step"])
+        values = numbers(row)
+        self._module.log(values, step=values.pop("step"))
 
     def finish(self) -> None:
         self._module.finish()
