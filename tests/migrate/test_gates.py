@@ -27,12 +27,15 @@ pytestmark = pytest.mark.xdist_group("gates")  # the teacher is trained in one p
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A teacher that knows its held-out text by heart: whatever is done to its attention shows at once."""
-    folder = tmp_path_factory.mktemp("learnt")
+    return learn(tmp_path_factory.mktemp("learnt"))
+
+
+def learn(folder: Path, **changes: int) -> Place:
     text = (subprocess.__doc__ or "")[:600]
     for name in ("cal.txt", "eval.txt"):
         (folder / name).write_text(text)
     torch.manual_seed(0)
-    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **SHAPE, **COMMON))
+    model = LlamaForCausalLM(LlamaConfig(num_hidden_layers=4, **SHAPE | changes, **COMMON))
     model.save_pretrained(folder / "teacher")
     byte_tokenizer(folder / "teacher")
     tokens = AutoTokenizer.from_pretrained(folder / "teacher")(text)["input_ids"]
@@ -153,6 +156,42 @@ def test_an_mla_conversion_that_costs_too_much(learnt: Place, tmp_path: Path) ->
     tripped(result, "final_gap", "against")
 
 
+@pytest.fixture(scope="module")
+def one_head(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The same with one K/V head, whose conversions cost little: what a tiny model knows by heart hangs on every head it has."""
+    return learn(tmp_path_factory.mktemp("one_head"), num_key_value_heads=1)
+
+
+def test_right_conversions_pass(one_head: Place, tmp_path: Path) -> None:
+    rooms = {"lightning": {"lightning_loss": 0.8, "layer_error": 0.9}, "mla": {"mla_step": 0.3, "layer_error": 0.2}}
+    for stage, room in rooms.items():
+        assert migrate(one_head, tmp_path / stage, "--stage", stage).code == 0
+        found = verdicts(tmp_path / stage, stage)
+        for gate, most in room.items():
+            assert found[gate]["outcome"] == "passed"
+            assert found[gate]["value"] < most
+
+
+@pytest.mark.parametrize(("stage", "damage"), [("mla", "turned"), ("mla", "shuffled"), ("lightning", "turned")])
+def test_one_damaged_layer_stops(stage: str, damage: str, one_head: Place, tmp_path: Path) -> None:
+    """Whatever the loss says, the layer itself is seen and named."""
+    function = f"to_{stage}"
+    right = getattr(pipeline, function)
+
+    @torch.no_grad()
+    def wrong(*args: Any, **how: Any) -> Any:
+        student, found = right(*args, **how)
+        output = student.model.layers[2].attention.dense.weight
+        output.copy_({"turned": -output, "shuffled": output.roll(1, 0)}[damage])
+        return student, found
+
+    loss = {"gates.mla_step": "null", "gates.lightning_loss": "null"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, function, wrong)
+        result = migrate(one_head, tmp_path / "out", "--stage", stage, **loss)
+    tripped(result, "layer_error", "layer 2", "at most 1.5 x the teacher's squared output")
+
+
 def test_numbers_that_overflow_stop_before_any_work(learnt: Place, tmp_path: Path) -> None:
     """Finite weights (others are refused when they are read), and logits that are not."""
     model = LlamaForCausalLM.from_pretrained(learnt.teacher)
@@ -193,7 +232,7 @@ def stage(name: str, **losses: float) -> dict[str, Any]:
 
 def outcomes(one: dict[str, Any], before: dict[str, Any] | None, gates: Gates, *, last: bool = False) -> dict[str, str]:
     found = judge(one, before, gates, preset("best").gates, vocabulary=100, last=last)
-    return {v.gate: v.outcome for v in found if v.gate != "finite"}
+    return {v.gate: v.outcome for v in found if v.gate not in ("finite", "layer_error")}
 
 
 @pytest.mark.parametrize(
@@ -217,7 +256,8 @@ def test_limits(settings: dict[str, Any], loss: float, expected: str) -> None:
 def test_a_gate_judges_the_worst_text_and_says_when_it_cannot() -> None:
     before, limits = stage("lightning", a=3.0, b=3.0), Gates(final_gap=1.0)
     found = judge(stage("mla", a=3.6, b=3.1), before, limits, limits, vocabulary=100, last=True)
-    assert [(v.gate, v.outcome, v.text) for v in found[1:]] == [("mla_step", "stopped", "a"), ("final_gap", "stopped", "a")]
+    stopped = [(v.gate, v.text) for v in found if v.outcome == "stopped"]
+    assert stopped == [("mla_step", "a"), ("final_gap", "a")]
     assert found[1].value == pytest.approx(0.6)
     assert outcomes(stage("mla-warmup", a=3.01), before, Gates()) == {"warmup_rise": "passed"}
     assert outcomes(stage("mla-warmup", a=3.03), before, Gates()) == {"warmup_rise": "stopped"}
@@ -232,14 +272,27 @@ def test_a_gate_judges_the_worst_text_and_says_when_it_cannot() -> None:
     assert outcomes(stage("teacher", a=2.0), None, Gates()) == {}
 
 
+def test_the_worst_new_layer_counts_and_no_other() -> None:
+    one = stage("mla", a=2.5)
+    errors = (("gqa", 7.0), ("mla", 0.5), ("lightning", 9.0), ("mla", 1.6))
+    one["layers"] = [{"layer": i, "kind": kind, "local": error} for i, (kind, error) in enumerate(errors)]
+    found = {v.gate: v for v in judge(one, stage("x", a=2.5), Gates(), Gates(), vocabulary=100, last=False)}
+    verdict = found["layer_error"]
+    assert (verdict.outcome, verdict.text, verdict.value) == ("stopped", "layer 3", 1.6)
+    one["domains"]["a"]["teacher_loss"] = 5.0
+    found = {v.gate: v for v in judge(one, stage("x", a=2.5), Gates(), Gates(), vocabulary=100, last=False)}
+    assert found["layer_error"].why == "the teacher itself is no better than guessing"
+
+
 def test_paper_starts_where_the_paper_starts() -> None:
     limits = preset("paper").gates
     found = judge(stage("lightning", a=14.0), None, limits, limits, vocabulary=100, last=False)
-    assert [v.outcome for v in found] == ["passed", "off"]
+    assert {v.gate: v.outcome for v in found} == {"finite": "passed", "lightning_loss": "off", "layer_error": "not judged"}
 
 
 def test_every_number_is_looked_at() -> None:
-    measured = {"domains": {"a": {"loss": math.nan, "perplexity": math.inf}}, "layers": [{"local": 1.0}, {"local": -math.inf}]}
+    rows = [{"layer": i, "kind": "mla", "local": error} for i, error in enumerate((1.0, -math.inf))]
+    measured = {"domains": {"a": {"loss": math.nan, "perplexity": math.inf, "teacher_loss": 1.0}}, "layers": rows}
     assert broken_numbers(measured) == ["domains.a.loss", "layers.1.local"]
     found = judge({"name": "mla", "nonfinite": ["w"], **measured}, None, Gates(), Gates(), vocabulary=9, last=False)[0]
     assert (found.outcome, found.value) == ("stopped", 3.0)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from openling.config.load import override
-from openling.config.migrate import GATE_AFTER, STAGES, MigrateConfig, preset
+from openling.config.migrate import GATES_AFTER, STAGES, MigrateConfig, preset
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -70,7 +70,7 @@ def outline(config: MigrateConfig, out: Path) -> list[str]:
             train = (config.linear_warmup if stage == "linear-warmup" else config.mla_warmup).train
             tokens = train.tokens or train.total_steps * train.batch_size * train.sequence_length
             work = f"trained on {tokens:,} tokens in {train.total_steps:,} steps, learning rate {train.lr:g}"
-        names = [GATE_AFTER[stage], *(["final_gap"] if stage == config.stages[-1] else [])]
+        names = [*GATES_AFTER[stage], *(["final_gap"] if stage == config.stages[-1] else [])]
         limits = [f"{name} {limit:g}" for name in names if (limit := getattr(config.gates, name)) is not None]
         lines.append(f"  {stage:<14} {work}; stops outside: {', '.join([*limits, *(['finite'] if config.gates.finite else [])])}")
     if not config.gates.stop:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from openling.config.migrate import GATE_AFTER, Gates, MigrateConfig, preset
+from openling.config.migrate import Gates, MigrateConfig, preset
 from openling.errors import Failure
 from openling.model.ling import Ling
 from openling.train.checkpoint import write_json
@@ -24,7 +24,7 @@ Outcome = Literal["passed", "stopped", "let through", "off", "not judged"]
 
 @dataclass(frozen=True)
 class Verdict:
-    """One gate after one stage. `value` and `limit` are in `unit`; `standard` is the preset's limit.
+    """One gate after one stage. `value` and `limit` are in `unit`; `standard` is the preset's limit; `text`: or layer.
 
     passed: within the limit. stopped: outside it. let through: outside the preset's limit, and a setting said to go on.
     off: there is no limit. not judged: `why` says what was missing; else it says what the value was computed from.
@@ -64,25 +64,30 @@ def judge(
     stage: dict[str, Any], before: dict[str, Any] | None, gates: Gates, standard: Gates, *, vocabulary: int, last: bool
 ) -> list[Verdict]:
     """Every gate of one measured stage of a report; `before` is the measurement it started from; `last`: it ends the run."""
-    name = stage["name"]
+    name, domains = stage["name"], stage["domains"]
     found = [_finite(stage, gates, standard)]
     guess = math.log(vocabulary)
+    better = {text: a for text, a in domains.items() if a["teacher_loss"] < guess}
+    clueless = "the teacher itself is no better than guessing" if domains and not better else ""
     if name == "lightning":
-        better = {text: a for text, a in stage["domains"].items() if a["teacher_loss"] < guess}
-        why = "the teacher itself is no better than guessing" if stage["domains"] and not better else ""
         values = {text: (a["loss"] / guess, f"{a['loss']:.3f} nats") for text, a in better.items()}
-        found.append(_verdict("lightning_loss", "x the loss of guessing", values, gates, standard, why))
+        found.append(_verdict("lightning_loss", "x the loss of guessing", values, gates, standard, clueless))
     if name in ("mla", "linear-warmup", "mla-warmup"):
         start = before["domains"] if before else {}
         values = {
             text: (a["loss"] - start[text]["loss"], f"from {start[text]['loss']:.3f} to {a['loss']:.3f}")
-            for text, a in stage["domains"].items()
+            for text, a in domains.items()
             if text in start
         }
-        why = "the loss before it was not measured" if stage["domains"] and not values else ""
-        found.append(_verdict(GATE_AFTER[name], "nats", values, gates, standard, why))
+        why = "the loss before it was not measured" if domains and not values else ""
+        found.append(_verdict("mla_step" if name == "mla" else "warmup_rise", "nats", values, gates, standard, why))
+    if name in ("lightning", "mla"):
+        rows = [] if clueless else [row for row in stage.get("layers", ()) if row["kind"] == name]
+        values = {f"layer {row['layer']}": (row["local"], "local") for row in rows}
+        why = clueless or "no layer was measured"
+        found.append(_verdict("layer_error", "x the teacher's squared output", values, gates, standard, why))
     if last:
-        values = {text: (a["gap"], f"{a['loss']:.3f} against {a['teacher_loss']:.3f}") for text, a in stage["domains"].items()}
+        values = {text: (a["gap"], f"{a['loss']:.3f} against {a['teacher_loss']:.3f}") for text, a in domains.items()}
         found.append(_verdict("final_gap", "nats", values, gates, standard, ""))
     return found
 
@@ -96,13 +101,13 @@ def _finite(stage: dict[str, Any], gates: Gates, standard: Gates) -> Verdict:
 
 
 def _verdict(gate: str, unit: str, values: dict[str, tuple[float, str]], gates: Gates, standard: Gates, why: str) -> Verdict:
-    """The verdict on the worst text; `values` are numbers by text, and what each was computed from."""
+    """The verdict where it is worst; `values` are numbers by text or layer, and what each was computed from."""
     limit, usual = getattr(gates, gate), getattr(standard, gate)
     if not values:
         return Verdict(gate, "not judged", unit, None, limit, usual, why=why or "no loss was measured")
-    text = max(values, key=lambda t: math.inf if math.isnan(values[t][0]) else values[t][0])
-    value, why = values[text]
-    return Verdict(gate, _outcome(value, limit, usual, gates.stop), unit, value, limit, usual, text, why)
+    worst = max(values, key=lambda where: math.inf if math.isnan(values[where][0]) else values[where][0])
+    value, why = values[worst]
+    return Verdict(gate, _outcome(value, limit, usual, gates.stop), unit, value, limit, usual, worst, why)
 
 
 def _outcome(value: float, limit: float | None, usual: float | None, stop: bool) -> Outcome:
@@ -153,7 +158,7 @@ class Gatekeeper:
 
 
 def _said(verdict: Verdict) -> str:
-    return verdict.why if verdict.gate == "finite" else f"{_number(verdict.value)} {verdict.unit} ({verdict.why})"
+    return verdict.why if verdict.gate == "finite" else f"{_number(verdict.value)} {verdict.unit} ({verdict.why}, {verdict.text})"
 
 
 def _number(value: float | None) -> str:

@@ -14,6 +14,7 @@ KINDS = {"lightning": "Lightning", "mla": "MLA", "gqa": "GQA"}
 GATES = {
     "finite": "NaN and infinite values",
     "lightning_loss": "loss after the Lightning conversion",
+    "layer_error": "squared error of the worst new layer",
     "mla_step": "loss that the MLA conversion adds",
     "warmup_rise": "loss at the end of the warm-up over its start",
     "final_gap": "loss above the teacher's in the end",
