@@ -41,6 +41,7 @@ from transformers import (
 import openling
 from openling.config.migrate import STAGES
 from openling.migrate import pipeline
+from openling.migrate.verify import verify
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a migration yields
@@ -78,6 +79,19 @@ def test_the_source_is_untouched_and_the_folders_are_complete(migrated: Migrated
     assert report["command"].startswith("openling ")
     check_bytes_and_seconds(migrated, place, report["stages"][1:])
     assert "<html" in (migrated.run / "report.html").read_text()
+
+
+def test_a_finished_folder_can_be_checked_again(migrated: Migrated, place: Place, tmp_path: Path) -> None:
+    outcomes = {check.name: check.outcome for check in verify(place.teacher, migrated.out)}
+    assert outcomes.pop("Lightning heads are the source's") == "not run"  # they were trained since
+    assert len(outcomes) > 4
+    assert set(outcomes.values()) == {"ok"}
+    shutil.copytree(migrated.out, tmp_path / "out")
+    data = bytearray((tmp_path / "out" / "model.safetensors").read_bytes())
+    data[-1] ^= 1
+    (tmp_path / "out" / "model.safetensors").write_bytes(data)
+    wrong = [check for check in verify(place.teacher, tmp_path / "out") if check.outcome == "wrong"]
+    assert wrong[0].name == "files as they were written"
 
 
 def check_bytes_and_seconds(migrated: Migrated, place: Place, stages: list[dict[str, Any]]) -> None:

@@ -43,6 +43,7 @@ from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
 from openling.weights.export import save
+from openling.weights.files import MANIFEST, manifest
 from openling.weights.folder import load, load_tokenizer
 from openling.weights.io import CheckpointReader, read_hf_config
 
@@ -327,6 +328,7 @@ class _Migration:
             raise UserError("this run was finished, and its result moved away", where=self.out, next=f"remove {self.run}")
         if os.path.lexists(self.out):
             raise UserError("the output has appeared meanwhile", where=self.out, next="move it away, then add --resume")
+        write_json(last / MANIFEST, manifest(last, CheckpointReader(self.model)))
         last.rename(self.out)
         sweep(self.run)
 

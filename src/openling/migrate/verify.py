@@ -6,10 +6,7 @@ the same and not read. A check that cannot be made says why (`not run`), and nev
 
 from __future__ import annotations
 
-import hashlib
 import json
-import os
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -20,7 +17,7 @@ from torch import Tensor
 from openling.migrate.lightning import replicate
 from openling.model.config import LING_ARCHITECTURE
 from openling.weights.delta import kept_tensors
-from openling.weights.files import MANIFEST, PIECE, Kept, identity
+from openling.weights.files import MANIFEST, file_hash, first_difference, identity
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder, read_binding
 from openling.weights.fp8 import Dequantised
 from openling.weights.io import TensorFiles, read_json
@@ -80,14 +77,9 @@ def _files(source: Path, out: Path, manifest: dict[str, Any] | None) -> Check:
             return Check(name, "wrong", f"{file}: {path.stat().st_size if path.is_file() else 'no'} bytes, not {about['bytes']}")
         if about["sha256"] is None:
             linked += 1
-        elif _sha256(path) != about["sha256"]:
+        elif file_hash(path) != about["sha256"]:
             return Check(name, "wrong", f"{file}: its sha256 is no longer {about['sha256'][:16]}...")
     return Check(name, "ok", f"{len(manifest['files']) - linked} hashes, {linked} links")
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _changed(old: Opened, new: Opened) -> list[int]:
@@ -105,39 +97,11 @@ def _untouched(old: Opened, new: Opened) -> Check:
     ours, theirs = _raw(new), _raw(old)
     total = 0
     for tensor in kept:
-        wrong = _difference(tensor, ours, theirs)
+        wrong = first_difference(tensor, ours, theirs)
         if wrong:
             return Check(name, "wrong", f"{tensor.name}: {wrong}")
         total += ours.nbytes(tensor.name)
     return Check(name, "ok", f"{len(kept):,} tensors, {total / 1e9:.3f} GB")
-
-
-def _difference(kept: Kept, ours: TensorFiles, theirs: TensorFiles) -> str | None:
-    """What differs between a tensor and its source pieces, or None."""
-    if kept.name not in ours:
-        return "absent"
-    span, pieces = ours.spans[kept.name], [theirs.spans[p] for p in kept.pieces]
-    if (span.dtype, span.nbytes) != (pieces[0].dtype, sum(p.nbytes for p in pieces)):
-        return f"{span.dtype} of {span.nbytes} bytes, not {pieces[0].dtype}"
-    path = ours.folder / span.shard
-    start = span.start
-    for piece in pieces:
-        other = theirs.folder / piece.shard
-        if not (path.samefile(other) and start == piece.start):
-            pairs = zip(_blocks(path, start, piece.nbytes), _blocks(other, piece.start, piece.nbytes), strict=True)
-            if any(a != b for a, b in pairs):
-                return "its bytes differ"
-        start += piece.nbytes
-    return None
-
-
-def _blocks(path: Path, start: int, count: int) -> Iterator[bytes]:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        for at in range(0, count, PIECE):
-            yield os.pread(handle, min(PIECE, count - at), start + at)
-    finally:
-        os.close(handle)
 
 
 def _rewritten(old: Opened, new: Opened) -> Check:

@@ -158,6 +158,34 @@ def _copy_piece(source: int, out: int, start: int, count: int, buffer: memoryvie
     return got
 
 
+def first_difference(kept: Kept, ours: TensorFiles, theirs: TensorFiles) -> str | None:
+    """What differs between a tensor and its source pieces, or None."""
+    if kept.name not in ours:
+        return "absent"
+    span, pieces = ours.spans[kept.name], [theirs.spans[p] for p in kept.pieces]
+    if (span.dtype, span.nbytes) != (pieces[0].dtype, sum(p.nbytes for p in pieces)):
+        return f"{span.dtype} of {span.nbytes} bytes, not {pieces[0].dtype}"
+    path = ours.folder / span.shard
+    start = span.start
+    for piece in pieces:
+        other = theirs.folder / piece.shard
+        if not (path.samefile(other) and start == piece.start):
+            pairs = zip(_blocks(path, start, piece.nbytes), _blocks(other, piece.start, piece.nbytes), strict=True)
+            if any(a != b for a, b in pairs):
+                return "its bytes differ"
+        start += piece.nbytes
+    return None
+
+
+def _blocks(path: Path, start: int, count: int) -> Iterator[bytes]:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        for at in range(0, count, PIECE):
+            yield os.pread(handle, min(PIECE, count - at), start + at)
+    finally:
+        os.close(handle)
+
+
 def read_ahead(reader: TensorFiles, names: list[str]) -> None:
     """Ask the system to load these tensors into its cache meanwhile; they cost this process no memory."""
     for shard, start, end in _runs(reader, [Kept(name, (name,)) for name in names]):
@@ -182,6 +210,22 @@ def identity(path: Path) -> dict[str, object]:
             file.seek(start)
             digest.update(file.read(BLOCK))
     return {"bytes": about.st_size, "changed_ns": about.st_mtime_ns, "samples": digest.hexdigest()}
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a whole file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def manifest(folder: Path, source: TensorFiles) -> dict[str, object]:
+    """What `MANIFEST` says of a folder whose weight files are all new: their hashes, and of what it was made."""
+    shards = sorted({span.shard for span in source.spans.values()})
+    files = {
+        path.name: {"action": "new", "bytes": path.stat().st_size, "sha256": file_hash(path)}
+        for path in sorted(folder.glob("*.safetensors"))
+    }
+    return {"shards": {shard: identity(source.folder / shard) for shard in shards}, "files": files}
 
 
 def check_unchanged(path: Path, before: dict[str, object], *, thorough: bool) -> None:
