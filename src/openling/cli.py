@@ -23,6 +23,7 @@ VERBS = {
     "migrate": ("openling.commands.migrate", "turn a GQA checkpoint into a Lightning + MLA hybrid"),
     "convert": ("openling.commands.convert", "the same conversions from disk to disk, at any size; checkpoint formats"),
     "verify": ("openling.commands.verify", "re-check a finished conversion against its source"),
+    "delta": ("openling.commands.delta", "a hybrid as what it adds to its teacher, and back"),
     "generate": ("openling.commands.complete", "one completion from any checkpoint folder"),
     "chat": ("openling.commands.chat", "talk to any checkpoint folder"),
     "serve": ("openling.commands.serve", "an OpenAI-compatible server with a chat page"),

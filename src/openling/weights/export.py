@@ -172,7 +172,7 @@ def add_launch_scripts(
 
 def model_card(name: str, config: dict[str, Any], source: Path | None, record: dict[str, Any]) -> str:
     """A short model card: what this is, what it was made from, how to load it."""
-    licence = _licence_of(source)
+    licence = licence_of(source)
     matter = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [openling]"]
     matter += [f"license: {licence}"] if licence else []
     remote = "auto_map" in config
@@ -194,7 +194,7 @@ def _cell(value: object) -> str:
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def _licence_of(source: Path | None) -> str | None:
+def licence_of(source: Path | None) -> str | None:
     """The `license:` line of the source's model card."""
     if source is None or not (source / "README.md").is_file():
         return None
