@@ -23,6 +23,7 @@ from openling.plan.memory import memory
 from openling.plan.mesh import Mesh, check, meshes, parse_mesh
 from openling.plan.placement import inventory, is_muon
 from openling.plan.setup import Setup
+from openling.plan.stages import layer_costs
 
 
 def preset(name: str, **changes) -> ModelConfig:
@@ -163,7 +164,7 @@ def test_stages_are_runs_of_layers_that_cost_alike(name, stages):
     runs = inv.stages(stages, 4096)
     assert [i for run in runs for i in run] == list(range(inv.layers))
     assert len(runs) == stages and all(runs)
-    costs = inv._costs(4096)
+    costs = layer_costs(inv.config, 4096)
     sums = [sum(costs[i] for i in run if i < len(costs)) for run in runs]
     # No worse than one layer above the mean, or one layer that is dearer by itself (the last, with head and MTP).
     assert max(sums) <= max(sum(costs) / stages + max(costs[:-1]), costs[-1]) * 1.0001

@@ -16,9 +16,9 @@ import torch
 
 from openling.errors import Failure
 from openling.model.config import ModelConfig
-from openling.model.count import forward_flops
 from openling.model.ling import Ling
 from openling.plan.mesh import Mesh
+from openling.plan.stages import stage_layers
 
 
 @dataclass(frozen=True)
@@ -141,30 +141,10 @@ class Inventory:
         return self._blocks[key]
 
     def stages(self, count: int, seq_len: int) -> list[list[int]]:
-        """Runs of layers for each pipeline stage, balanced by forward FLOPs; the last one has head and MTP layers besides."""
+        """`stage_layers` of the model."""
         if (count, seq_len) not in self._stages:
-            self._stages[count, seq_len] = _balanced(self._costs(seq_len), count)
-        runs = self._stages[count, seq_len]
-        mtp = list(range(self.config.num_hidden_layers, self.layers))
-        return [*runs[:-1], runs[-1] + mtp]
-
-    def _costs(self, seq_len: int) -> list[float]:
-        """Forward FLOPs per token of every hidden layer; the last carries head and MTP."""
-        c = self.config
-        head = 2 * c.vocab_size * c.hidden_size
-
-        def alone(layer: int) -> float:
-            one = c.replace(
-                num_hidden_layers=1, layer_kinds=(c.layer_kind(layer),), moe_layers=(0,) if c.is_moe(layer) else (),
-                num_nextn_predict_layers=0,
-            )  # fmt: skip
-            return float(forward_flops(one, seq_len // 2).total - head)
-
-        known = {self.kinds[i]: alone(i) for i in range(self.layers)}
-        costs = [known[self.kinds[i]] for i in range(c.num_hidden_layers)]
-        mtp = [known[self.kinds[i]] + head for i in range(c.num_hidden_layers, self.layers)]
-        costs[-1] += head + sum(mtp)
-        return costs
+            self._stages[count, seq_len] = stage_layers(self.config, count, seq_len)
+        return self._stages[count, seq_len]
 
 
 def block(tensors: Iterable[TensorInfo], mesh: Mesh) -> Block:
@@ -192,27 +172,6 @@ def block(tensors: Iterable[TensorInfo], mesh: Mesh) -> Block:
 def is_muon(tensor: TensorInfo) -> bool:
     """Whether Muon would update it: matrices of layers but the router; AdamW keeps embeddings, head, norms, router, biases."""
     return tensor.layer is not None and len(tensor.shape) > 1 and ".gate.weight" not in tensor.name and not tensor.buffer
-
-
-def _balanced(costs: list[float], count: int) -> list[list[int]]:
-    """`count` contiguous runs, none empty, of costs as equal as can be: the least sum of fourth powers."""
-    total = [0.0]
-    for cost in costs:
-        total.append(total[-1] + cost / sum(costs))
-    best = [x**4 for x in total]  # best[end]: of one run up to there
-    starts: list[list[int]] = []
-    for run in range(1, count):
-        found = [
-            min(((best[a] + (total[b] - total[a]) ** 4, a) for a in range(run, b)), default=(math.inf, 0))
-            for b in range(len(total))
-        ]
-        best = [value for value, _ in found]
-        starts.append([start for _, start in found])
-    bounds = [len(costs)]
-    for row in reversed(starts):
-        bounds.append(row[bounds[-1]])
-    bounds = [*bounds, 0][::-1]
-    return [list(range(a, b)) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
 
 
 def inventory(c: ModelConfig) -> Inventory:
