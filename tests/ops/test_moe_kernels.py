@@ -4,9 +4,12 @@ FP32 tolerances: a sum of K products is off by at most K 2^-24 of the sum of mag
 with K <= 64 and a chain of four products 2e-6 of the largest value covers it tenfold.
 """
 
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 pytest.importorskip("triton")
 
@@ -211,6 +214,19 @@ def test_runs_are_bitwise_equal():
         leaves = [t.clone().requires_grad_() for t in (x, router, *weights)]
         out, _ = moe_ops.mixture(leaves[0], leaves[1], bias, *leaves[2:], *SPEC)
         runs.append([out, *torch.autograd.grad(out, leaves, x)])
+    assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
+
+
+@interpreted
+def test_a_checkpointed_layer_gives_equal_bits():
+    """Its backward may read what forward saved only once."""
+    x, router, bias, *weights = layer(4)
+    runs = []
+    for call in (lambda f, *a: f(*a), partial(checkpoint, use_reentrant=False)):
+        leaves = [t.clone().requires_grad_() for t in (x, router, *weights)]
+        out, _ = call(moe_ops.mixture, leaves[0], leaves[1], bias, *leaves[2:], *SPEC)
+        out.backward(x)
+        runs.append([out, *(leaf.grad for leaf in leaves)])
     assert all(torch.equal(a, b) for a, b in zip(*runs, strict=True))
 
 

@@ -227,7 +227,8 @@ def _experts_setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> N
 def _experts_back(ctx: Any, grads: list[Tensor | None]) -> tuple[Tensor | None, ...]:
     if grads[0] is None:
         return (None,) * 12
-    tensors, saved = ctx.saved_tensors[:-6], list(ctx.saved_tensors[-6:])
+    everything = ctx.saved_tensors  # read once: under activation checkpointing they can be had only once
+    tensors, saved = everything[:-6], list(everything[-6:])
     needs = ctx.needs_input_grad
     dx, dweight, dgate, dup, ddown, drouter = moe_experts_backward(
         grads[0], *tensors, saved, ctx.dtype, ctx.score_function, ctx.norm, ctx.scaling,
