@@ -51,7 +51,7 @@ def test_what_is_left_is_sharded() -> None:
         (Axes(data_shard=3, expert=3), CONFIG, "expert", "8 experts", 2),
         (Axes(data_shard=2, expert=4), CONFIG, "expert", "data_shard x context", 2),
         (Axes(data_shard=2, expert=2), DENSE, "expert", "no experts", 1),
-        (Axes(data_shard=1, pipeline=2), CONFIG, "pipeline", "not built", None),
+        (Axes(data_shard=1, pipeline=5), CONFIG, "pipeline", "no layer", 4),
     ],
 )
 def test_models_that_cannot_be_cut_so(axes: Axes, config: ModelConfig, where: str, why: str, nearest: int | None) -> None:

@@ -1,4 +1,4 @@
-"""A model of one device onto a mesh, always in the same order: tensor, expert, context, recompute, compile, FSDP.
+"""A model of one device onto a mesh, always in the same order: tensor, expert, context, recompute, compile, pipeline, FSDP.
 
 A world of one rank leaves the model as it is. Otherwise parameters become this rank's parts (`table`), modules that must talk to
 other ranks change their class, and FSDP2 shards what is left. The training loop deals with one object:
@@ -7,6 +7,8 @@ other ranks change their class, and FSDP2 shards what is left. The training loop
     held = parallel.held(dict(model.named_parameters()))    for the optimiser: plain tensors
     parallel.run(compute).backward()
     norm = parallel.clip(held, 1.0)                         also completes gradients: call it before every step
+
+A pipeline has `parallel.pipeline.step` in place of `run`: forward and backward of all parts of a step at once.
 
 How FP32 weights under BF16 autocast meet FSDP. Left alone, each rank would gather FP32 and autocast would keep a BF16 copy of
 every gathered matrix until backward, whatever FSDP frees. So with `model_dtype` the matrices of layers are cast before they are
@@ -30,11 +32,13 @@ from torch.distributed.tensor import DTensor
 from openling.model.ling import Layer, Ling, SparseMoE
 from openling.parallel.expert import shard_experts
 from openling.parallel.mesh import Mesh
+from openling.parallel.pipeline import Pipeline, cut
 from openling.parallel.recompute import Recompute, recompute
 from openling.parallel.table import Held, holdings, take_parts
 from openling.parallel.tensor import split_over
 
 T = TypeVar("T")
+EMBEDDINGS = "model.word_embeddings.weight"
 
 
 def inside(model: Ling, compute: Callable[[], T]) -> T:
@@ -50,13 +54,15 @@ def inside(model: Ling, compute: Callable[[], T]) -> T:
 class Parallel:
     """A model on a mesh, and what a training loop asks of it. Without a mesh everything is local and the model plain."""
 
-    def __init__(self, model: Ling, mesh: Mesh | None, parts: dict[str, Held]) -> None:
-        self.model, self.mesh, self.parts = model, mesh, parts
+    def __init__(self, model: Ling, mesh: Mesh | None, parts: dict[str, Held], pipeline: Pipeline | None = None) -> None:
+        """parts: of all parameters of the whole model."""
+        self.model, self.mesh, self.parts, self.pipeline = model, mesh, parts, pipeline
         self.tensor_group = None if mesh is None or mesh.axes.tensor == 1 else mesh.group("tensor")
         self.context_group = None if mesh is None or mesh.axes.context == 1 else mesh.group("context")
 
     def run(self, compute: Callable[[], T]) -> T:
-        """`inside` of the model."""
+        """`inside` of the model, which must be here as a whole."""
+        assert self.pipeline is None, "a pipeline runs by Pipeline.step"
         return inside(self.model, compute)
 
     def summed(self, x: Tensor) -> Tensor:
@@ -80,6 +86,8 @@ class Parallel:
         """Complete the gradients and leave them in `held`, scaled to a norm of at most `limit`; returns the norm before."""
         if self.mesh is None:
             return nn.utils.clip_grad_norm_(list(held.values()), limit)
+        if self.pipeline is not None:
+            self.pipeline.add_shared()
         named = dict(self.model.named_parameters())
         for name, mine in held.items():
             if isinstance(p := named[name], DTensor) and p.grad is not None:
@@ -105,8 +113,9 @@ class Parallel:
         by_copies: dict[int, list[Tensor]] = {}
         for name, gradient in gradients.items():
             replicas = self.mesh.axes.data_replicate if isinstance(named[name], DTensor) else self._data_ranks
+            ends = 2 if name == EMBEDDINGS and self.pipeline is not None and self.pipeline.shared is not None else 1
             if gradient.numel():
-                by_copies.setdefault(replicas * self.parts[name].copies, []).append(gradient)
+                by_copies.setdefault(replicas * self.parts[name].copies * ends, []).append(gradient)
         device = next(iter(named.values())).device
         wide = torch.float64 if any(g.dtype == torch.float64 for g in gradients.values()) else torch.float32
         total = torch.zeros((), dtype=wide, device=device)
@@ -133,10 +142,13 @@ def apply(
     recomputing: Recompute = "none",
     compiled: bool = False,
     model_dtype: torch.dtype | None = None,
+    stages_per_rank: int = 1,
+    seq_len: int = 4096,
 ) -> Parallel:
-    """Put a whole model (on its device, or on "meta") onto the mesh, in place.
+    """Put a whole model (on its device, or on "meta") onto the mesh, in place; what other stages hold leaves it.
 
     model_dtype: what the layers' matrices are cast to before they are gathered (see above); None keeps their own dtype.
+    stages_per_rank: of a pipeline; more than one are interleaved. seq_len: of rows, by which its layers are dealt.
     """
     config = model.config
     alone = mesh is None or mesh.axes.world == 1
@@ -158,20 +170,28 @@ def apply(
             )
     recompute(model, recomputing)
     _compile(model, compiled)
-    if axes.data_replicate * axes.shards > 1:
-        _shard(model, mesh, model_dtype)
-    return Parallel(model, mesh, parts)
+    sharded = axes.data_replicate * axes.shards > 1
+    if axes.pipeline == 1:
+        if sharded:
+            _shard(model, list(model.model.layers), mesh, model_dtype)
+            model.run = lambda compute: compute()  # type: ignore[assignment]
+            register_fsdp_forward_method(model, "run")
+        return Parallel(model, mesh, parts)
+    stages = cut(model, mesh, per_rank=stages_per_rank, seq_len=seq_len)
+    for stage in stages if sharded else ():
+        _shard(stage, [*stage.layers, *stage.mtp], mesh, model_dtype)
+    return Parallel(model, mesh, parts, Pipeline(model, stages, mesh))
 
 
-def _shard(model: Ling, mesh: Mesh, model_dtype: torch.dtype | None) -> None:
+def _shard(root: nn.Module, layers: list[nn.Module], mesh: Mesh, model_dtype: torch.dtype | None) -> None:
     """FSDP2: a group per layer, one for its experts where these are split already, and the rest in the root's."""
     axes = mesh.axes
     dims = ("data_replicate", "shard") if axes.data_replicate > 1 else ("shard",)
-    apart = {p for name, p in model.named_parameters() if p.dim() == 1 or name.endswith("mlp.gate.weight")}
-    own = next(model.parameters()).dtype
+    apart = {p for name, p in root.named_parameters() if p.dim() == 1 or name.endswith("mlp.gate.weight")}
+    own = next(root.parameters()).dtype
     cast = MixedPrecisionPolicy(param_dtype=model_dtype, reduce_dtype=own if model_dtype else None, cast_forward_inputs=False)
     sharded: list[Any] = []
-    for layer in model.model.layers:
+    for layer in layers:
         assert isinstance(layer, Layer)
         if axes.expert > 1 and isinstance(layer.mlp, SparseMoE):
             sharded.append(fully_shard(layer.mlp.experts, mesh=mesh.experts[dims], mp_policy=cast, ignored_params=apart))
@@ -179,13 +199,11 @@ def _shard(model: Ling, mesh: Mesh, model_dtype: torch.dtype | None) -> None:
     # A norm's output may be a view; nothing here changes one in place, which is what this warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
-    sharded.append(fully_shard(model, mesh=mesh.dense[dims], mp_policy=plain, ignored_params=apart))
+    sharded.append(fully_shard(root, mesh=mesh.dense[dims], mp_policy=plain, ignored_params=apart))
     for module in sharded:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # losses are shares of a mean over all ranks' tokens: gradients add up
         module.set_force_sum_reduction_for_comms(True)
-    model.run = lambda compute: compute()  # type: ignore[assignment]
-    register_fsdp_forward_method(model, "run")
 
 
 def _sparse(model: Ling) -> list[SparseMoE]:

@@ -89,8 +89,10 @@ def check(axes: Axes, config: ModelConfig) -> None:
             refuse("expert", f"it has {config.num_experts} experts", config.num_experts)
         if axes.shards % axes.expert:
             refuse("expert", "expert ranks are taken from data_shard x context", axes.shards)
-    if axes.pipeline > 1:
-        raise UserError("pipeline parallelism is not built yet", where="pipeline", value=axes.pipeline, expected=1)
+    layers = config.num_hidden_layers
+    if axes.pipeline > layers:
+        expected = f"at most num_hidden_layers = {layers}"
+        raise UserError("a stage would have no layer", where="pipeline", value=axes.pipeline, expected=expected, nearest=layers)
 
 
 def _tensor_limits(c: ModelConfig) -> list[tuple[str, int]]:

@@ -148,14 +148,32 @@ def objective(
 
     tensor: the ranks that hold the other words of both heads. On a mesh it is called through `Parallel.run`.
     """
-    denominators = [max(1, int(n)) for n in counts]
     h = model.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens)
     followed = None
     if teacher is not None:
         with torch.no_grad():
             followed = inside(teacher, lambda: _followed(teacher, part, head))
+    return objective_of(h, model, part, counts, config, head=head, followed=followed, tensor=tensor)
+
+
+def objective_of(
+    h_BTM: Tensor,
+    model: Ling,
+    part: Part,
+    counts: Tensor,
+    config: TrainConfig,
+    *,
+    head: Head = own_head,
+    followed: tuple[Tensor, Tensor] | None = None,
+    tensor: dist.ProcessGroup | None = None,
+) -> Loss:
+    """The same from the output of the final norm: of the model it needs embeddings, head and MTP layers.
+
+    followed: the teacher's hidden states where a next token is predicted, and its head.
+    """
+    denominators = [max(1, int(n)) for n in counts]
     main = target_loss(
-        _rows(h, part.next.place_K, tensor),
+        _rows(h_BTM, part.next.place_K, tensor),
         head(model),
         part.next.target_K,
         teacher=followed,
@@ -167,7 +185,7 @@ def objective(
     )
     if not part.mtp:
         return Loss(main.loss, main.ce, main.kl, main.z, None)
-    shares = mtp_losses(model, part, h, head(model), denominators[1:], config.mtp_detach, tensor)
+    shares = mtp_losses(model, part, h_BTM, head(model), denominators[1:], config.mtp_detach, tensor)
     mtp = torch.stack(shares).mean()
     return Loss(main.loss + config.mtp * mtp, main.ce, main.kl, main.z, mtp.detach())
 
