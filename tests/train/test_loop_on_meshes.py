@@ -37,6 +37,7 @@ CASES = {
         "context": (Axes(context=2), {}),
         "expert": (Axes(expert=2), {}),
         "tensor": (Axes(tensor=2), {}),
+        "pipeline": (Axes(pipeline=2), {"mtp_steps": 3, "mtp_detach": "later"}),
         "taught": (Axes(tensor=2), {"kl": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
         "muon": (Axes(expert=2), {"optimizer": "muon"}),
     },
@@ -45,6 +46,8 @@ CASES = {
         "context x expert": (Axes(context=2, expert=4), {"kl": 0.5}),
         "tensor x shard": (Axes(tensor=2), {"optimizer": "muon"}),
         "tensor x context": (Axes(tensor=2, context=2), {}),
+        "pipeline x shard": (Axes(pipeline=2), {"optimizer": "muon"}),
+        "pipeline x expert": (Axes(pipeline=2, expert=2, context=2), {}),
     },
 }
 TOLD = ("loss", "ce", "kl", "z", "mtp", "grad_norm", "imbalance", "tokens", "tokens_by_source")
@@ -58,7 +61,7 @@ def model(seed=0):
     return hybrid(seed, **SHAPE).double()
 
 
-def go(run, axes=None, source=None, **changes):
+def go(run, axes=None, source=None, start=None, **changes):
     """Train on a mesh, or alone; returns the result and the ranks."""
     config = settings(**changes)
     student, teacher = model(), model(seed=1) if config.kl else None
@@ -69,7 +72,7 @@ def go(run, axes=None, source=None, **changes):
     rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_ranks)
     batches = (source or MemoryBatches)(documents(), length=24, rows=8, rank=rank, world=world)
     resume = (run / "train.json").exists()
-    options = {"parameters": [""], "run": run, "resume": resume, "progress": False}
+    options = {"parameters": [""], "run": run, "resume": resume, "progress": False, "start": start}
     return train(student, config, batches, teacher=teacher, ranks=ranks, **options), ranks
 
 
@@ -124,10 +127,12 @@ def resume(folder):
     """Stopped after a step by the clock, gone on with on the same mesh: the same bits; on another: the same training."""
     result, ranks = go(folder / "same", Axes(), max_seconds=1e-9)
     assert (result.stopped, result.steps) == ("time", 1)
-    for name in ("other", "alone"):
+    for name in ("other", "alone", "stages"):
         ranks.told(lambda name=name: shutil.copytree(folder / "same", folder / name) and None)
     go(folder / "same", Axes())
     go(folder / "other", Axes(tensor=2))
+    go(folder / "stages", Axes(pipeline=2))
+    go(folder / "next", Axes(pipeline=2), start=latest_checkpoint(folder / "shard"))
 
 
 def refusals(folder):
@@ -136,6 +141,8 @@ def refusals(folder):
         go(folder / "shard", Axes(), lr=1.0)
     with pytest.raises(UserError, match="cannot be shared evenly"):
         go(folder / "new", Axes(), accumulation=8)
+    with pytest.raises(UserError, match="not cut into pipeline stages"):
+        go(folder / "new", Axes(pipeline=2), kl=0.5)
     assert not (folder / "new").exists()
 
 
@@ -171,5 +178,7 @@ def test_every_mesh_trains_as_one_rank(world, tmp_path):
     if world == 2:
         assert_same_bits(tmp_path / "same", tmp_path / "shard")
         go(tmp_path / "alone")
-        for name in ("other", "alone"):
+        for name in ("other", "alone", "stages"):
             assert_close(tmp_path / name, alone["{}"])
+        go(tmp_path / "next alone", start=latest_checkpoint(tmp_path / "shard"))
+        assert_close(tmp_path / "next", tmp_path / "next alone")

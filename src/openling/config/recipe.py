@@ -75,7 +75,8 @@ class MergeConfig(_Section):
 class ParallelConfig(_Section):
     """How many ranks share what, as `openling plan --mesh` has it; for `torchrun`. One rank needs none of it."""
 
-    pipeline: int = Field(1, gt=0)
+    pipeline: int = Field(1, gt=0, description="ranks that each hold a run of layers; parts of a step are at least as many")
+    stages_per_rank: int = Field(1, gt=0, description="runs of layers of a pipeline rank; more than one are interleaved")
     replicate: int = Field(1, gt=0, description="copies of the sharded model, each with other rows")
     shard: int | None = Field(None, gt=0, description="ranks that share weights, each with other rows; null: all that are left")
     context: int = Field(1, gt=0, description="ranks that share every row")

@@ -32,6 +32,7 @@ from openling.model.ling import Ling
 from openling.parallel.apply import Parallel
 from openling.parallel.pieces import pieces
 from openling.parallel.pieces import save as save_pieces
+from openling.parallel.pipeline import is_elsewhere
 from openling.train.optim import Optimizers
 from openling.train.ranks import Ranks, told
 from openling.train.reading import METADATA, open_checkpoint
@@ -269,6 +270,7 @@ def load_start(checkpoint: Path, model: Ling, optimizers: Optimizers | None = No
     found = open_checkpoint(checkpoint)
     mine: dict[str, Tensor] = {**ranks.parallel.held(dict(model.named_parameters())), **dict(model.named_buffers())}
     names = [key.removeprefix("model/") for key in found.shapes if key.startswith("model/")]
+    names = [name for name in names if not is_elsewhere(model, name)]
     wanted = pieces(ranks.parallel, {f"model/{name}": mine[name].detach() for name in names if name in mine})
     for key in (f"model/{name}" for name in names):
         shape = wanted[key].shape if key in wanted else None

@@ -35,6 +35,7 @@ from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
 from openling.parallel.apply import Parallel
 from openling.parallel.matrices import matrices
+from openling.parallel.pipeline import Pipeline
 from openling.train.balance import Balance, imbalance
 from openling.train.checkpoint import (
     Saver,
@@ -48,8 +49,8 @@ from openling.train.checkpoint import (
 from openling.train.flops import mean_keys, peak_flops, training_flops
 from openling.train.guard import Guard
 from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memory_bytes
-from openling.train.objective import Loss, Part, counts, mtp_steps, objective, prepare, to_device
-from openling.train.optim import Optimizers, ParameterChoice, select_parameters
+from openling.train.objective import Loss, Part, counts, mtp_steps, objective, objective_of, prepare, to_device
+from openling.train.optim import Optimizers, ParameterChoice, select_names
 from openling.train.ranks import Ranks
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
@@ -95,7 +96,7 @@ def train(
         raise UserError("the batches are not of the configured shape", value=batches.tokens_per_step, expected=expected)
     if config.kl and teacher is None:
         raise UserError("a KL loss needs a teacher", where="kl", value=config.kl, expected="a teacher, or kl = 0")
-    if config.mtp and not model.model.mtp_layers():
+    if config.mtp and not model.config.num_nextn_predict_layers:
         raise UserError("the model has no MTP layer", where="mtp", value=config.mtp, expected=0)
     if config.mtp_steps and config.mtp_steps < model.config.num_nextn_predict_layers:
         least = model.config.num_nextn_predict_layers
@@ -107,12 +108,19 @@ def train(
             "the rows of a part cannot be shared evenly", where="batch_size / accumulation", value=config.part_size,
             expected=f"a multiple of {ranks.data_ranks} data ranks",
         )  # fmt: skip
-    chosen = select_parameters(model, parameters)
+    if config.kl and ranks.parallel.pipeline is not None:
+        raise UserError("teachers are not cut into pipeline stages", where="kl", value=config.kl, expected="0, or no pipeline")
+    here = dict(model.named_parameters())
+    names = select_names(list(ranks.parallel.parts) or list(here), parameters)
+    chosen = {name: here[name] for name in names if name in here}
+    if ranks.agreed(not chosen):
+        some = f"of {len(names)} chosen tensors some in every stage"
+        raise UserError("a pipeline stage has nothing to train", where="trainable parameters", expected=some)
     with ExitStack() as stack:
         ranks.told(lambda: stack.enter_context(sole_writer(run)))
         stack.enter_context(_only_gradients_of(model, chosen))
         stack.enter_context(_in_training(model))
-        ranks.told(lambda: _enter_run(run, config, list(chosen), resume))
+        ranks.told(lambda: _enter_run(run, config, names, resume))
         stack.enter_context(_cast_once(models, set(chosen.values()), config))
         every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
         display = (progress is not False, every)
@@ -348,13 +356,17 @@ class _Run:
         pieces = batch.split(max(1, batch.ids.shape[0] * ranks.data_ranks // c.part_size))
         parts = [prepare(piece, self.mtp, ranks.parallel.context_group) for piece in pieces]
         targets = ranks.summed(counts(parts))
-        losses = [self._backward(part, targets, last=part is parts[-1]) for part in parts]
+        if ranks.parallel.pipeline is not None:
+            losses = [self._pipelined(ranks.parallel.pipeline, parts, targets)]
+        else:
+            losses = [self._backward(part, targets, last=part is parts[-1]) for part in parts]
         norm = float(ranks.parallel.clip(self.held, c.clip))
         tokens = int(ranks.summed(torch.tensor(sum(part.ids_BT.numel() for part in parts))))
         row: dict[str, Any] = {"step": self.step + 1, "tokens": self.tokens + tokens} | self._means(losses)
         row |= {"grad_norm": norm, "lr": learning_rate(self.step, c)}
         loads = self.balance.take()
-        row["imbalance"] = None if loads is None else imbalance(loads)
+        mean, layers = (None, 0) if loads is None else (imbalance(loads), len(loads))
+        row["imbalance"] = ranks.mean_over_stages(mean, layers)
         self._update(row, batch, loads)
         for name, count in ranks.merged(batch.tokens_by_source).items():
             self.by_source[name] = self.by_source.get(name, 0) + count
@@ -379,6 +391,20 @@ class _Run:
             loss = parallel.run(compute)
         loss.loss.backward()
         return loss
+
+    def _pipelined(self, pipeline: Pipeline, parts: list[Part], targets: Tensor) -> Loss:
+        """The same for all parts of the batch; the sums of their shares, detached."""
+        here, group = [to_device(part, self.device) for part in parts], self.ranks.parallel.tensor_group
+        present = [name for name, is_in in (("ce", True), ("z", self.config.z), ("mtp", self.mtp)) if is_in]
+
+        def finish(number: int, h: Tensor) -> tuple[Tensor, Tensor]:
+            loss = objective_of(h, self.model, here[number], targets, self.config, head=self._head, tensor=group)
+            return loss.loss, torch.stack([getattr(loss, name) for name in present]).detach()
+
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+            total, terms = pipeline.step(here, finish, len(present))
+        found = dict(zip(present, terms, strict=True))
+        return Loss(total, found["ce"], None, found.get("z"), found.get("mtp"))
 
     def _means(self, losses: list[Loss]) -> dict[str, float | None]:
         """The batch's losses: sums of the parts' and ranks' shares."""
@@ -405,6 +431,8 @@ class _Run:
         """Heads that do not change, cast once; not those that FSDP gathers."""
         found = {}
         for model in models:
+            if not isinstance(model.lm_head, nn.Linear):  # on another rank of a pipeline
+                continue
             weight = model.lm_head.weight
             frozen = model is not self.model or not weight.requires_grad
             if frozen and self.config.precision == "bf16" and not isinstance(weight, DTensor):

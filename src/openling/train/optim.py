@@ -17,25 +17,30 @@ from openling.train.muon import Muon
 ParameterChoice = Sequence[str] | Callable[[str], bool]
 
 
-def select_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn.Parameter]:
-    """The chosen parameters by name, in the model's order; an expression that finds none is a `UserError`."""
-    named = dict(model.named_parameters())
+def select_names(names: Sequence[str], choice: ParameterChoice) -> list[str]:
+    """Those chosen, in their order; an expression that finds none is a `UserError`."""
     if callable(choice):
-        chosen = {name: p for name, p in named.items() if choice(name)}
+        chosen = [name for name in names if choice(name)]
     else:
         for pattern in choice:
-            if not any(re.search(pattern, name) for name in named):
+            if not any(re.search(pattern, name) for name in names):
                 raise UserError(
                     "no parameter has this name",
                     where="trainable parameters",
                     value=pattern,
                     expected="an expression found in a parameter's name",
-                    nearest=nearest(pattern, named),
+                    nearest=nearest(pattern, names),
                 )
-        chosen = {name: p for name, p in named.items() if any(re.search(pattern, name) for pattern in choice)}
+        chosen = [name for name in names if any(re.search(pattern, name) for pattern in choice)]
     if not chosen:
         raise UserError("no parameter is chosen for training", where="trainable parameters", expected="at least one")
     return chosen
+
+
+def select_parameters(model: nn.Module, choice: ParameterChoice) -> dict[str, nn.Parameter]:
+    """The chosen parameters of a model by name."""
+    named = dict(model.named_parameters())
+    return {name: named[name] for name in select_names(list(named), choice)}
 
 
 def in_muon(name: str, parameter: nn.Parameter) -> bool:

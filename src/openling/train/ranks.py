@@ -57,8 +57,8 @@ class Ranks:
 
     @property
     def sharers(self) -> int:
-        """How many ranks work on the same rows: those along context and tensor."""
-        return 1 if self.mesh is None else self.mesh.axes.context * self.mesh.axes.tensor
+        """How many ranks work on the same rows: those along pipeline, context and tensor."""
+        return 1 if self.mesh is None else self.mesh.axes.pipeline * self.mesh.axes.context * self.mesh.axes.tensor
 
     def summed(self, x: Tensor) -> Tensor:
         """The sum over all ranks that see other tokens: counts, shares of losses, tokens per expert. Every rank."""
@@ -68,10 +68,18 @@ class Ranks:
         """Counts by name, each data rank's once. Every rank."""
         if self.mesh is None:
             return dict(counts)
-        lead = self.mesh.rank("context") == self.mesh.rank("tensor") == 0
+        lead = all(self.mesh.rank(axis) == 0 for axis in ("pipeline", "context", "tensor"))
         found: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(found, dict(counts) if lead else {})
         return {name: sum(one.get(name, 0) for one in found) for name in sorted({n for one in found for n in one})}
+
+    def mean_over_stages(self, mean: float | None, count: int) -> float | None:
+        """The mean over all of a pipeline's layers, from that of the `count` here. Every rank."""
+        if self.parallel.pipeline is None:
+            return mean
+        found = torch.tensor([(mean or 0.0) * count, count], dtype=torch.float64)
+        dist.all_reduce(found, group=self.parallel.pipeline.group)
+        return float(found[0] / found[1]) if found[1] else None
 
     def agreed(self, flag: bool) -> bool:
         """Whether any rank says so: the clock must stop all ranks at the same step. Every rank."""

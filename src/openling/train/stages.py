@@ -243,8 +243,11 @@ class Pipeline:
             f"stage {stage.name}: {total:,} steps, {tokens * stage.sequence_length:,} tokens, rows of {stage.sequence_length}"
         )
         dtype = torch.bfloat16 if stage.precision == "bf16" else None
-        recomputing = self.recipe.parallel.recompute
-        parallel = apply(self._model(config, before, self.device), self.mesh, recomputing=recomputing, model_dtype=dtype)
+        c = self.recipe.parallel
+        parallel = apply(
+            self._model(config, before, self.device), self.mesh, recomputing=c.recompute, model_dtype=dtype,
+            stages_per_rank=c.stages_per_rank, seq_len=stage.sequence_length,
+        )  # fmt: skip
         ranks = Ranks(parallel)
 
         def begin() -> bool:
