@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "apply":
         print(apply_delta(args.teacher, args.delta, args.out))
         return 0
-    about = {"command": args.command, **history(args.hybrid)}
+    about = history(args.hybrid)
     form: Form = "exact" if args.exact else "int8"
     delta = make_delta(args.teacher, args.hybrid, args.out, form=form, about=about, licence=licence_of(args.hybrid))
     size = sum(path.stat().st_size for path in args.out.iterdir())

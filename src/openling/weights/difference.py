@@ -359,12 +359,13 @@ def card(name: str, delta: Delta, licence: str | None) -> str:
         "teacher": delta.teacher.name,
         "hash of its tensors": delta.teacher.sha256,
         "changed": f"{len(delta.changed):,} tensors, {values:,} values, {how}: {size / 1e6:.1f} MB in {len(delta.parts)} parts",
-        **{key: value for key, value in delta.about.items() if isinstance(value, (str, int, float))},
+        **{key: value for key, value in delta.about.items() if isinstance(value, str)},
     }
-    table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
-    rounded = ""
     if delta.form == "int8":
-        rounded = "\nLosses were measured before the changed matrices were rounded to 8 bits.\n"
+        rows["rounding error"] = f"{delta.about['rounding error']:.2e} of the squares of what was rounded"
+    table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
+    measured = delta.form == "int8" and "losses" in delta.about
+    rounded = "\nLosses were measured before the changed matrices were rounded to 8 bits.\n" if measured else ""
     return (
         "---\n" + "\n".join(matter) + f"\n---\n\n# {name}\n\nNo model by itself: what one has that its teacher "
         f"lacks. Both together are a checkpoint folder:\n\n```\nopenling delta apply {delta.teacher.name} {name} OUT\n```\n\n"
