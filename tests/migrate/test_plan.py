@@ -141,6 +141,18 @@ def test_a_gqa_model_is_the_source_of_its_plan(capsys):
         assert out[key] == published[key]
 
 
+@pytest.mark.parametrize(
+    ("layout", "mla", "said"),
+    [("none", 0, "pure linear"), ("selected", 5, "lose most as Lightning"), ("3,7", 2, "MLA in layers 3, 7, as asked")],
+)
+def test_layouts_are_planned(layout, mla, said, capsys):
+    """A pure linear model has no cache that grows."""
+    plan = as_json(capsys, "smollm2-135m", "--layout", layout)
+    assert plan["layout"]["layers"]["mla"] == mla
+    assert said in plan["layout"]["why"]
+    assert plan["kv_bytes_per_token"] == mla * 2 * (192 + 64)
+
+
 def test_folder_file_and_preset_agree(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(PRESETS["smollm2-135m"]()))
     plans = [as_json(capsys, model) for model in (str(tmp_path), str(tmp_path / "config.json"), "SmolLM2-135M")]
@@ -182,6 +194,7 @@ def test_gpu_memory_decides_what_fits(capsys):
         ["ling-1t", "--source", "ling-1t"],
         ["ling-2.6-1t", "--source", "ling-2.6-flash"],
         ["ling-2.6-1t", "--group-size", "8"],
+        ["ling-2.6-1t", "--layout", "none"],
         ["smollm2-135m", "--group-size", "8"],
         ["smollm2-135m", "--tp", "2"],
         ["smollm2-135m", "--gpu-memory", "nan"],

@@ -104,6 +104,17 @@ def test_kl_pulls_the_student_to_its_teacher(tmp_path):
     assert rows[-1]["loss"] == rows[-1]["kl"]
 
 
+def test_alignment_alone_pulls_every_layer_to_the_teachers(tmp_path):
+    """Without CE and KL: a layer that was spoilt comes back, by its hidden states alone."""
+    teacher, student = tiny_model(seed=1), tiny_model(seed=1)
+    torch.nn.init.normal_(student.model.layers[0].attention.dense.weight, std=0.5)
+    config = tiny_config(steps=40, ce=0.0, align=1.0, lr=3e-2, precision="fp32", weight_decay=0.0)
+    run_training(tmp_path, config, model=student, parameters=["layers.0.attention.dense"], teacher=teacher)
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[-1]["align"] < 0.2 * rows[0]["align"]
+    assert all(row["loss"] == row["align"] and row["kl"] is None for row in rows)
+
+
 def test_accumulation_equals_the_big_batch(tmp_path):
     models = []
     for parts in (1, 4):
@@ -209,6 +220,7 @@ def test_mistakes_are_told(tmp_path):
         ("where: +lr", done, tiny_config(steps=2, lr=1.0), {"resume": True}),
         ("other parameters", done, tiny_config(steps=2), {"resume": True, "parameters": ["g_proj"]}),
         ("needs a teacher", tmp_path / "x", tiny_config(kl=1.0), {}),
+        ("where: +align", tmp_path / "x", tiny_config(align=1.0), {}),
         ("nearest", tmp_path / "x", tiny_config(), {"parameters": ["model.norms.weight"]}),
         (
             "configured shape",

@@ -99,6 +99,36 @@ def test_shared_mtp_steps_equal_the_definition():
     torch.testing.assert_close(found.loss, found.ce + 0.1 * found.mtp, atol=1e-12, rtol=1e-12)
 
 
+def test_alignment_is_the_plain_formula_and_shares_add_up():
+    """Document by document, against hooks on the layers: the mean over layers and tokens of the relative squared distance."""
+    student, teacher = hybrid().double(), hybrid(seed=1).double()
+    batch = Ramped(documents(), length=24, rows=4).batch(0)
+    config = MIXED(steps=1, batch_size=4, sequence_length=24, align=2.0, kl=1.0, z=0.0, mtp=0.0)
+    parts = [prepare(piece, 0) for piece in batch.split(2)]
+    losses = [objective(student, part, counts(parts), config, teacher=teacher) for part in parts]
+
+    def streams(model, ids):
+        kept: list[torch.Tensor] = []
+        hooks = [m.register_forward_hook(lambda m, i, out: kept.append(out)) for m in [*model.model.layers[:2], model.model.norm]]
+        model(ids)
+        for hook in hooks:
+            hook.remove()
+        return [x[0] for x in kept if x.dim() == 3][-3:]
+
+    shares = []
+    flat, target, bounds = batch.flat_ids[0], batch.flat_targets[0], batch.cu_seqlens.tolist()
+    for start, stop in zip(bounds, bounds[1:], strict=False):
+        known = target[start:stop] != NO_TARGET
+        own, theirs = (streams(m, flat[None, start:stop]) for m in (student, teacher))
+        pairs = [(a[known], b[known]) for a, b in zip(own, theirs, strict=True)]
+        shares.append(torch.stack([(a - b).square().sum(-1) / b.square().sum(-1) for a, b in pairs]))
+    expected = torch.cat(shares, dim=1).mean()
+    torch.testing.assert_close(sum(one.align for one in losses), expected.detach(), atol=1e-12, rtol=1e-12)
+    for one in losses:
+        torch.testing.assert_close(one.loss, one.ce + one.kl + 2 * one.align, atol=1e-12, rtol=1e-12)
+    assert float(objective(teacher, parts[0], counts(parts), config, teacher=teacher).align) == 0
+
+
 @pytest.mark.parametrize(("form", "reaching"), [("none", [1, 1, 1]), ("later", [1, 0, 0]), ("all", [0, 0, 0])])
 def test_mtp_steps_send_gradients_only_where_said(form, reaching):
     model = hybrid()

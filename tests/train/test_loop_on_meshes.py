@@ -38,19 +38,19 @@ CASES = {
         "expert": (Axes(expert=2), {}),
         "tensor": (Axes(tensor=2), {}),
         "pipeline": (Axes(pipeline=2), {"mtp_steps": 3, "mtp_detach": "later"}),
-        "taught": (Axes(tensor=2), {"kl": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
+        "taught": (Axes(tensor=2), {"kl": 0.5, "align": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
         "muon": (Axes(expert=2), {"optimizer": "muon"}),
     },
     4: {
         "replicate x shard x expert": (Axes(data_replicate=2, expert=2), {}),
-        "context x expert": (Axes(context=2, expert=4), {"kl": 0.5}),
+        "context x expert": (Axes(context=2, expert=4), {"kl": 0.5, "align": 0.5}),
         "tensor x shard": (Axes(tensor=2), {"optimizer": "muon"}),
         "tensor x context": (Axes(tensor=2, context=2), {}),
         "pipeline x shard": (Axes(pipeline=2), {"optimizer": "muon"}),
         "pipeline x expert": (Axes(pipeline=2, expert=2, context=2), {}),
     },
 }
-TOLD = ("loss", "ce", "kl", "z", "mtp", "grad_norm", "imbalance", "tokens", "tokens_by_source")
+TOLD = ("loss", "ce", "kl", "align", "z", "mtp", "grad_norm", "imbalance", "tokens", "tokens_by_source")
 
 
 def settings(**changes):

@@ -46,6 +46,7 @@ class TrainConfig(BaseModel):
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")
     ce: float = Field(1.0, ge=0, description="weight of the next-token cross-entropy")
     kl: float = Field(0.0, ge=0, description="weight of KL(teacher || student)")
+    align: float = Field(0.0, ge=0, description="weight of the relative squared error of the residual streams, over layers")
     z: float = Field(0.0, ge=0, description="weight of the squared log-sum-exp of the logits")
     mtp: float = Field(0.0, ge=0, description="weight of the mean loss of the multi-token prediction steps")
     mtp_steps: int | None = Field(None, gt=0, description="null: one per MTP layer; more: the layers are shared in turn")
@@ -70,8 +71,8 @@ class TrainConfig(BaseModel):
             raise ValueError("give exactly one of steps and tokens")
         if self.batch_size % self.accumulation:
             raise ValueError(f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}")
-        if self.ce == self.kl == 0:
-            raise ValueError("ce and kl are both 0: there is no loss")
+        if self.ce == self.kl == self.align == 0:
+            raise ValueError("ce, kl and align are all 0: there is no loss")
         if (self.schedule == "wsd") != bool(self.decay_steps):
             raise ValueError("the schedule wsd and decay_steps go together")
         if self.decay_steps and self.decay_steps + self.warmup_steps > self.total_steps:
@@ -81,6 +82,11 @@ class TrainConfig(BaseModel):
         if self.ramp and self.ramp.start > self.batch_size:
             raise ValueError(f"ramp.start must be at most batch_size = {self.batch_size}")
         return self
+
+    @property
+    def follows(self) -> bool:
+        """Whether the loss needs a teacher."""
+        return self.kl > 0 or self.align > 0
 
     @property
     def part_size(self) -> int:

@@ -179,11 +179,11 @@ class _Migration:
             raise UserError(
                 "the teacher is converted itself", where=self.teacher_folder, value=kinds, expected="GQA in all layers"
             )
-        kl = any(w.train.kl for w in (self.config.linear_warmup, self.config.mla_warmup))
+        follows = any(w.train.follows for w in (self.config.linear_warmup, self.config.mla_warmup))
         warm = {"linear-warmup", "mla-warmup"} & set(self.config.stages)
-        if kl and warm and not self.has_teacher:
+        if follows and warm and not self.has_teacher:
             raise UserError(
-                "this warm-up follows a teacher (KL), and the model itself is already converted",
+                "this warm-up follows a teacher (KL, alignment), and the model itself is already converted",
                 where="--teacher",
                 expected="the folder of the GQA model it came from",
                 next="add --teacher FOLDER, or --preset paper, which needs none",
@@ -465,7 +465,7 @@ class _Migration:
             batches,
             parameters=names,
             run=run,
-            teacher=self.teacher.model if c.kl else None,
+            teacher=self.teacher.model if c.follows else None,
             resume=(run / "train.json").exists(),
         )
         if result.stopped == "signal":

@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from openling.config.load import override
-from openling.config.migrate import Layout, MlaLayers
+from openling.config.migrate import MlaLayers, preset
 from openling.config.presets import PRESETS
 from openling.errors import UserError, nearest
 from openling.migrate.layout import layout_reason, target_config
@@ -213,7 +213,7 @@ def run(args: argparse.Namespace) -> int:
         load_config(args.model),
         load_config(args.source) if args.source else None,
         training=Training(mesh, args.seq_len, args.micro_batch, int(args.gpu_memory * 1e9)),
-        mla_layers=override(Layout(), [f"--mla_layers={args.layout}"]).mla_layers,
+        mla_layers=override(preset("best", stages=("lightning",)), [f"--layout.mla_layers={args.layout}"]).layout.mla_layers,
         group_size=args.group_size,
         kv_lora_rank=args.kv_lora_rank,
         q_lora_rank=args.q_lora_rank,

@@ -55,6 +55,9 @@ from openling.train.ranks import Ranks
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
 
+# The loss and its terms, as the metrics have them.
+TERMS = ("loss", "ce", "kl", "align", "z", "mtp")
+
 
 @dataclass(frozen=True)
 class TrainResult:
@@ -85,7 +88,7 @@ def train(
     """Train the chosen parameters of `model` in place on `batches`.
 
     parameters: regular expressions for names, or a function of the name; all others are frozen and get no gradient.
-    teacher: needed when `config.kl` > 0. run: the folder for metrics and checkpoints. resume: continue it; when it holds no
+    teacher: needed when `config.follows`. run: the folder for metrics and checkpoints. resume: continue it; when it holds no
     run that is a `UserError`, and so is a run of another configuration. progress: False for silence, or seconds between lines.
     start: a checkpoint of an earlier stage, whose weights and optimiser state a new run begins with. ranks: those over which
     `parallel.apply` spread `model` (and the teacher); `batches` give the rows of `ranks.mesh.data_rank`, and every rank calls.
@@ -94,22 +97,28 @@ def train(
     """
     if batches.tokens_per_step != (expected := config.batch_size * config.sequence_length):
         raise UserError("the batches are not of the configured shape", value=batches.tokens_per_step, expected=expected)
-    if config.kl and teacher is None:
-        raise UserError("a KL loss needs a teacher", where="kl", value=config.kl, expected="a teacher, or kl = 0")
+    if config.follows and teacher is None:
+        name = "kl" if config.kl else "align"
+        raise UserError(
+            "this loss needs a teacher", where=name, value=getattr(config, name), expected=f"a teacher, or {name} = 0"
+        )
     if config.mtp and not model.config.num_nextn_predict_layers:
         raise UserError("the model has no MTP layer", where="mtp", value=config.mtp, expected=0)
     if config.mtp_steps and config.mtp_steps < model.config.num_nextn_predict_layers:
         least = model.config.num_nextn_predict_layers
         raise UserError("there are fewer MTP steps than MTP layers", where="mtp_steps", value=config.mtp_steps, expected=least)
-    models = [model, teacher] if teacher is not None and config.kl else [model]
+    models = [model, teacher] if teacher is not None and config.follows else [model]
     ranks = ranks or Ranks(Parallel(model, None, {}))
     if config.part_size % ranks.data_ranks:
         raise UserError(
             "the rows of a part cannot be shared evenly", where="batch_size / accumulation", value=config.part_size,
             expected=f"a multiple of {ranks.data_ranks} data ranks",
         )  # fmt: skip
-    if config.kl and ranks.parallel.pipeline is not None:
-        raise UserError("teachers are not cut into pipeline stages", where="kl", value=config.kl, expected="0, or no pipeline")
+    if config.follows and ranks.parallel.pipeline is not None:
+        name = "kl" if config.kl else "align"
+        raise UserError(
+            "teachers are not cut into pipeline stages", where=name, value=getattr(config, name), expected="0, or no pipeline"
+        )
     here = dict(model.named_parameters())
     names = select_names(list(ranks.parallel.parts) or list(here), parameters)
     chosen = {name: here[name] for name in names if name in here}
@@ -238,7 +247,7 @@ class _Run:
         self.device = next(model.parameters()).device
         self.all_train = len(chosen) == sum(1 for _ in model.parameters())
         self.held = ranks.parallel.held(chosen)
-        self.teacher = teacher if config.kl else None
+        self.teacher = teacher if config.follows else None
         self.heads = self._frozen_heads([model] if self.teacher is None else [model, self.teacher])
         self.optimizers = Optimizers(self.held, config, matrices(ranks.parallel, self.held))
         self.balance, self.guard = Balance(model, config.bias_rate, ranks.summed), Guard(run, config, ranks.number)
@@ -408,10 +417,10 @@ class _Run:
 
     def _means(self, losses: list[Loss]) -> dict[str, float | None]:
         """The batch's losses: sums of the parts' and ranks' shares."""
-        names = [name for name in ("loss", "ce", "kl", "z", "mtp") if getattr(losses[0], name) is not None]
+        names = [name for name in TERMS if getattr(losses[0], name) is not None]
         sums = torch.stack([torch.stack([getattr(one, name).detach() for one in losses]).sum() for name in names])
         found = dict(zip(names, self.ranks.summed(sums).tolist(), strict=True))
-        return {name: found.get(name) for name in ("loss", "ce", "kl", "z", "mtp")}
+        return {name: found.get(name) for name in TERMS}
 
     def _update(self, row: dict[str, Any], batch: PackedBatch, loads: Tensor | None) -> None:
         """Weights and router biases, unless the step is bad."""

@@ -1,10 +1,14 @@
 """The loss of a part of a batch, as its share of means over the tokens of the whole batch.
 
-    loss = ce_weight ce + kl_weight kl + z_weight z + mtp_weight mean_k mtp_k
+    loss = ce_weight ce + kl_weight kl + align_weight mean_l align_l + z_weight z + mtp_weight mean_k mtp_k
 
 Each term is a sum over the tokens that have a target, divided by how many the global batch has: parts, and ranks, add up to the
 same step however the batch is cut. MTP step k reads the hidden state at a token and the embedding of the one k places later, and
 predicts the next (Ling-2.6 report, section 2); targets never lie in another document.
+
+align_l is the squared distance of student's and teacher's residual streams behind layer l (the last: behind the final norm) over
+the square of the teacher's, at a token: hidden-state alignment as in RADLADS (arXiv 2505.03005), all layers at once,
+relative so that no layer's scale decides.
 
 With more steps than MTP layers, the layers take turns (one layer: all steps share it). `later` detaches what every step but the
 first reads, embeddings and head included: our reading of "gradients of every layer but the first are detached" (table 8).
@@ -69,6 +73,7 @@ class Loss(NamedTuple):
     kl: Tensor | None
     z: Tensor | None
     mtp: Tensor | None
+    align: Tensor | None = None
 
 
 def mtp_steps(model: Ling, config: TrainConfig) -> int:
@@ -148,12 +153,18 @@ def objective(
 
     tensor: the ranks that hold the other words of both heads. On a mesh it is called through `Parallel.run`.
     """
-    h = model.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens)
+    streams: tuple[list[Tensor], list[Tensor]] | None = ([], []) if teacher is not None and config.align else None
+    own, theirs = streams or (None, None)
+    h = model.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens, hidden_states=own)
     followed = None
     if teacher is not None:
         with torch.no_grad():
-            followed = inside(teacher, lambda: _followed(teacher, part, head))
-    return objective_of(h, model, part, counts, config, head=head, followed=followed, tensor=tensor)
+            followed = inside(teacher, lambda: _followed(teacher, part, head, theirs))
+    loss = objective_of(h, model, part, counts, config, head=head, followed=followed, tensor=tensor)
+    if streams is None:
+        return loss
+    align = alignment(*streams, part.next.place_K, max(1, int(counts[0])))
+    return loss._replace(loss=loss.loss + config.align * align, align=align.detach())
 
 
 def objective_of(
@@ -167,7 +178,7 @@ def objective_of(
     followed: tuple[Tensor, Tensor] | None = None,
     tensor: dist.ProcessGroup | None = None,
 ) -> Loss:
-    """The same from the output of the final norm: of the model it needs embeddings, head and MTP layers.
+    """The same from the output of the final norm, but for alignment: of the model it needs embeddings, head and MTP layers.
 
     followed: the teacher's hidden states where a next token is predicted, and its head.
     """
@@ -176,7 +187,7 @@ def objective_of(
         _rows(h_BTM, part.next.place_K, tensor),
         head(model),
         part.next.target_K,
-        teacher=followed,
+        teacher=followed if config.kl else None,
         ce_weight=config.ce,
         kl_weight=config.kl if followed is not None else 0.0,
         z_weight=config.z,
@@ -190,9 +201,22 @@ def objective_of(
     return Loss(main.loss + config.mtp * mtp, main.ce, main.kl, main.z, mtp.detach())
 
 
-def _followed(teacher: Ling, part: Part, head: Head) -> tuple[Tensor, Tensor]:
-    """The teacher's hidden states where a next token is predicted, and its head."""
-    h = teacher.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens)
+def alignment(student: list[Tensor], teacher: list[Tensor], place_K: Tensor, denominator: int) -> Tensor:
+    """The share of the mean over layers of |student - teacher|^2 / |teacher|^2 by token; streams [B, T, M], the embeddings first.
+
+    Every tensor rank holds whole streams and forms their whole gradient: nothing is added up over them.
+    """
+    shares = []
+    for own, theirs in zip(student[1:], teacher[1:], strict=True):
+        wide = torch.promote_types(own.dtype, torch.float32)
+        a, b = _rows(own, place_K).to(wide), _rows(theirs, place_K).to(wide)
+        shares.append(((a - b).square().sum(-1) / b.square().sum(-1).clamp(min=1e-12)).sum() / denominator)
+    return torch.stack(shares).mean()
+
+
+def _followed(teacher: Ling, part: Part, head: Head, streams: list[Tensor] | None) -> tuple[Tensor, Tensor]:
+    """The teacher's hidden states where a next token is predicted, and its head; `streams` receives the streams behind layers."""
+    h = teacher.model(part.ids_BT, cache=part.memory, cu_seqlens=part.cu_seqlens, hidden_states=streams)
     return _rows(h, part.next.place_K), head(teacher)
 
 
