@@ -198,7 +198,7 @@ MOMENTS = (
     (os, "fsync"),
     (shutil, "rmtree"),
     (torch.optim.AdamW, "step"),
-    (pipeline, "_round"),
+    (pipeline, "round_to"),
     (pipeline.CheckpointReader, "read"),
 )
 

@@ -14,8 +14,8 @@ from openling.errors import UserError
 from openling.migrate.convert import to_lightning, to_mla
 from openling.migrate.estimate import estimate
 from openling.migrate.layout import lightning_stage, mla_stage
-from openling.migrate.pipeline import _round
 from openling.migrate.stream import convert_folder
+from openling.migrate.touched import round_to
 from openling.migrate.verify import verify
 from openling.weights.cluster import ENGINES, Launch, command, launch_script, read_checkpoint
 from openling.weights.delta import copy_folder
@@ -38,10 +38,10 @@ def in_memory(source, out, config):
     if "lightning" in config.stages:
         half = lightning_stage(loaded.config, layout)
         model, _ = to_lightning(model, half, windows(), config.conversion, seed=config.seed, **quiet)
-        _round(model, stored)
+        round_to(model, stored)
     if "mla" in config.stages:
         model, _ = to_mla(model, mla_stage(model.config, layout), windows(), config.conversion, **quiet)
-        _round(model, stored)
+        round_to(model, stored)
     return save(model, out, dtype=stored, source=source)
 
 

@@ -35,7 +35,7 @@ from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, t
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
 from openling.migrate.select import select_layers
-from openling.migrate.touched import converted, stored_bytes, trainable, values
+from openling.migrate.touched import converted, round_to, stored_bytes, trainable, values
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
@@ -291,7 +291,7 @@ class _Migration:
         except torch.linalg.LinAlgError as error:
             why = str(error).splitlines()[0]
             raise Failure("the algebra of this stage has no solution", where=f"stage {stage}", value=why) from error
-        _round(student, self._dtype())
+        round_to(student, self._dtype())
         worked = time.monotonic()
         measured = self.measurer.stage(student) | notes | {"name": stage}
         known = time.monotonic()
@@ -494,15 +494,3 @@ class _Migration:
             "stages": ", ".join(done),
             "teacher": self.teacher.folder.name,
         }
-
-
-@torch.no_grad()
-def _round(model: Ling, dtype: torch.dtype) -> None:
-    """Give every weight the value that its file will hold, so that a resumed run goes on from the same model.
-
-    A tensor that changes gets storage of its own: unchanged ones stay shared with the teacher.
-    """
-    for tensor in model.parameters():
-        rounded = tensor.to(dtype).float()
-        if not torch.equal(rounded, tensor):
-            tensor.data = rounded

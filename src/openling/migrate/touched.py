@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 from openling.config.migrate import Stage
 from openling.errors import UserError
 from openling.migrate.layout import kinds_of, next_stage
@@ -55,3 +57,15 @@ def values(model: Ling, patterns: list[str]) -> int:
 def stored_bytes(folder: Path) -> int:
     """Bytes of a folder's weight files."""
     return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+
+
+@torch.no_grad()
+def round_to(model: Ling, dtype: torch.dtype) -> None:
+    """Give every weight the value that its file will hold, so that a resumed run goes on from the same model.
+
+    A tensor that changes gets storage of its own: unchanged ones stay shared with the teacher.
+    """
+    for tensor in model.parameters():
+        rounded = tensor.to(dtype).float()
+        if not torch.equal(rounded, tensor):
+            tensor.data = rounded

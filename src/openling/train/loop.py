@@ -97,11 +97,9 @@ def train(
     """
     if batches.tokens_per_step != (expected := config.batch_size * config.sequence_length):
         raise UserError("the batches are not of the configured shape", value=batches.tokens_per_step, expected=expected)
-    if config.follows and teacher is None:
-        name = "kl" if config.kl else "align"
-        raise UserError(
-            "this loss needs a teacher", where=name, value=getattr(config, name), expected=f"a teacher, or {name} = 0"
-        )
+    term, weight = ("kl", config.kl) if config.kl else ("align", config.align)  # of the teacher, where there is one
+    if weight and teacher is None:
+        raise UserError("this loss needs a teacher", where=term, value=weight, expected=f"a teacher, or {term} = 0")
     if config.mtp and not model.config.num_nextn_predict_layers:
         raise UserError("the model has no MTP layer", where="mtp", value=config.mtp, expected=0)
     if config.mtp_steps and config.mtp_steps < model.config.num_nextn_predict_layers:
@@ -114,11 +112,8 @@ def train(
             "the rows of a part cannot be shared evenly", where="batch_size / accumulation", value=config.part_size,
             expected=f"a multiple of {ranks.data_ranks} data ranks",
         )  # fmt: skip
-    if config.follows and ranks.parallel.pipeline is not None:
-        name = "kl" if config.kl else "align"
-        raise UserError(
-            "teachers are not cut into pipeline stages", where=name, value=getattr(config, name), expected="0, or no pipeline"
-        )
+    if weight and ranks.parallel.pipeline is not None:
+        raise UserError("teachers are not cut into pipeline stages", where=term, value=weight, expected="0, or no pipeline")
     here = dict(model.named_parameters())
     names = select_names(list(ranks.parallel.parts) or list(here), parameters)
     chosen = {name: here[name] for name in names if name in here}
