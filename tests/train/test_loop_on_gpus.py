@@ -4,8 +4,8 @@ BF16 rounds each product to 2^-8; sums over ranks are FP32, in another order. So
 partial products alone, and later ones by what an optimiser makes of it: 1 % of the loss is some ten times what comes of it on one
 GPU with other kernels, and far below what any missing or doubled term would change.
 
-The norms' eps is 1e-2. A document's first token leaves the recurrence as (q k) v, which may be next to nothing, and the output norm
-divides its gradient by that: at eps 1e-6 one such token, where BF16 leaves no digit of q k, decided a norm of 7.7 or 11.4.
+The norms' eps is 1e-2. A document's first token leaves the recurrence as (q k) v, which may be next to nothing, and the output
+norm divides its gradient by that: at eps 1e-6 one such token, where BF16 leaves no digit of q k, decided a norm of 7.7 or 11.4.
 """
 
 import json
@@ -26,7 +26,8 @@ from openling.train.ranks import Ranks
 SHAPE = {
     "vocab_size": 512, "hidden_size": 512, "intermediate_size": 1024, "num_attention_heads": 4, "num_key_value_heads": 4,
     "head_dim": 128, "group_norm_size": 4, "kv_lora_rank": 128, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-    "v_head_dim": 128, "rms_norm_eps": 1e-2, "num_experts": 8, "moe_intermediate_size": 256, "moe_shared_expert_intermediate_size": 256,
+    "v_head_dim": 128, "rms_norm_eps": 1e-2, "num_experts": 8, "moe_intermediate_size": 256,
+    "moe_shared_expert_intermediate_size": 256,
 }  # fmt: skip
 AXES = {
     "shard": Axes(),
