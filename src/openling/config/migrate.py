@@ -114,7 +114,7 @@ class Gates(Strict):
     stop: bool = Field(True, description="false: say and record what is outside its limit, and go on regardless")
     finite: bool = Field(True, description="no weight and no measured number is NaN or infinite")
     lightning_loss: float | None = Field(1.0, gt=0, description="after lightning: loss over ln(vocabulary), that of guessing")
-    layer_error: float | None = Field(1.5, gt=0, description="after a conversion: a new layer's local error; zeros have 1")
+    layer_error: float | None = Field(None, gt=0, description="after a conversion: a new layer's propagated error; zeros: 1")
     mla_step: float | None = Field(0.515, description="after mla: nats that the conversion adds to the loss")
     warmup_rise: float | None = Field(0.02, description="after a warm-up: nats by which its loss ends above its start")
     final_gap: float | None = Field(None, description="after the last stage: nats above the teacher")
@@ -173,7 +173,7 @@ def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConf
             latent_norm="rms",
         )
         # The published start is worse than guessing, and the published MLA conversions add up to 1.44 nats to QK-norm's 0.515.
-        gates = Gates(lightning_loss=None, layer_error=None, mla_step=2.0)
+        gates = Gates(lightning_loss=None, mla_step=2.0)
         fields = {"preset": "paper", "conversion": conversion, "linear_warmup": warmup, "mla_warmup": warmup, "gates": gates}
         return MigrateConfig(**fields | changes)
     raise UserError(

@@ -83,7 +83,7 @@ def judge(
         found.append(_verdict("mla_step" if name == "mla" else "warmup_rise", "nats", values, gates, standard, why))
     if name in ("lightning", "mla"):
         rows = [] if clueless else [row for row in stage.get("layers", ()) if row["kind"] == name]
-        values = {f"layer {row['layer']}": (row["local"], "local") for row in rows}
+        values = {f"layer {row['layer']}": (row["propagated"], "propagated") for row in rows}
         why = clueless or "no layer was measured"
         found.append(_verdict("layer_error", "x the teacher's squared output", values, gates, standard, why))
     if last:
