@@ -23,6 +23,7 @@ from world_cases import CONFIG, DENSE, LOSSES, Batch, batches, model_of, referen
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.parallel.apply import Parallel, apply
+from openling.parallel.fill import fill, give_memory
 from openling.parallel.mesh import Axes, build
 from openling.parallel.pieces import load, pieces, save
 from openling.parallel.recompute import Recompute
@@ -131,6 +132,24 @@ def checkpoints(world: int, folder: Path) -> None:
         assert worst(held, found, wanted) == 0
 
 
+def from_meta(world: int) -> None:
+    """Put on the mesh without memory, then filled: the same parts, uneven and empty ones too, and the same first step."""
+    for config in (CONFIG.replace(q_lora_rank=9, kv_lora_rank=10), DENSE):
+        with torch.device("meta"):
+            model = Ling(config).double()
+        parallel = apply(model.train(), build(Axes(), config, "cpu"))
+        give_memory(parallel, torch.device("cpu"))
+        state = model_of(config).state_dict()
+        fill(parallel, lambda name, shape, state=state: state[name])
+        held = parallel.held(dict(model.named_parameters()))
+        assert worst(parallel, {name: p.detach() for name, p in held.items()}, state) == 0
+        expected, everything = reference(config, world, False), batches(world, packed=False, seed=world)
+        loss, norm = step(parallel, held, everything[dist.get_rank()])
+        assert loss == pytest.approx(expected.losses[0], rel=1e-12)
+        assert norm == pytest.approx(expected.norms[0], rel=1e-10)
+        worst(parallel, {name: p.grad for name, p in held.items() if p.grad is not None}, expected.gradients[0])
+
+
 def held_pieces(parallel: Parallel) -> dict[str, torch.Tensor]:
     held = parallel.held(dict(parallel.model.named_parameters()))
     return pieces(parallel, {f"model/{name}": p.detach() for name, p in held.items()})
@@ -159,6 +178,7 @@ def all_cases(rank: int, world: int, folder: str) -> None:
             except Exception as failed:
                 raise AssertionError(f"{case[0]}, {'packed' if case[2] else 'rows'}, recomputing {case[3]}: {failed}") from failed
         checkpoints(world, Path(folder))
+        from_meta(world)
         dist.barrier()  # nobody leaves while another still talks
     finally:
         dist.destroy_process_group()

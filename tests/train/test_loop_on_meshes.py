@@ -61,10 +61,12 @@ def model(seed=0):
     return hybrid(seed, **SHAPE).double()
 
 
-def go(run, axes=None, source=None, start=None, **changes):
-    """Train on a mesh, or alone; returns the result and the ranks."""
+def go(run, axes=None, source=None, start=None, nan_word=None, **changes):
+    """Train on a mesh, or alone; returns the result and the ranks. nan_word: whose embedding is not finite."""
     config = settings(**changes)
     student, teacher = model(), model(seed=1) if config.kl else None
+    if nan_word is not None:
+        student.model.word_embeddings.weight.data[nan_word] = float("nan")
     mesh = None if axes is None else build(axes, student.config, "cpu")
     ranks = Ranks(apply(student, mesh))
     if teacher is not None:
@@ -114,6 +116,25 @@ class Interrupting(MemoryBatches):
         return super().batch(step)
 
 
+class Poisoned(MemoryBatches):
+    """Its second batch has, on the last rank, a word that no other has: its embedding is not finite."""
+
+    def batch(self, step):
+        found = super().batch(step)
+        if step == 1 and dist.get_rank() == dist.get_world_size() - 1:
+            found.ids[0, 3] = 61
+        return found
+
+
+def skip(folder):
+    """What one rank cannot use is left out by all, evidence kept by each."""
+    _, ranks = go(folder / "poisoned", Axes(), Poisoned, nan_word=61, max_skips=1)
+    ranks.told(lambda: None)
+    written = [json.loads(line) for line in (folder / "poisoned" / "metrics.jsonl").read_text().splitlines()]
+    assert [row.get("skipped") for row in written] == [None, "the loss or a gradient is not finite", None]
+    assert sorted(p.name for p in (folder / "poisoned" / "evidence").iterdir()) == ["step_2.json", "step_2_rank_1.json"]
+
+
 def agree(folder):
     """A signal to one rank stops all at one step, which is in a checkpoint."""
     result, ranks = go(folder / "signal", Axes(), Interrupting, steps=200)
@@ -155,6 +176,7 @@ def everything(rank, world, folder):
     for name, (axes, changes) in CASES[world].items():
         go(folder / name, axes, **changes)
     if world == 2:
+        skip(folder)
         agree(folder)
         resume(folder)
         refusals(folder)

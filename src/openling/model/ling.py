@@ -85,13 +85,15 @@ class Ling(nn.Module):
     def init_weights(self, generator: torch.Generator | None = None) -> None:
         """Normal(0, initializer_range) matrices, unit norms, zero biases."""
         for name, parameter in self.named_parameters():
-            with torch.no_grad():
-                if name.endswith("bias"):
-                    parameter.zero_()
-                elif parameter.dim() == 1:
-                    parameter.fill_(1.0)
-                else:
-                    parameter.normal_(0.0, self.config.initializer_range, generator=generator)
+            first_values(name, parameter, self.config.initializer_range, generator)
+
+
+@torch.no_grad()
+def first_values(name: str, tensor: Tensor, std: float, generator: torch.Generator | None = None) -> Tensor:
+    """Put the values in with which training of a parameter, or a router's bias, begins."""
+    if name.endswith("bias"):
+        return tensor.zero_()
+    return tensor.fill_(1.0) if tensor.dim() == 1 else tensor.normal_(0.0, std, generator=generator)
 
 
 class Backbone(nn.Module):

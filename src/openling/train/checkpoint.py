@@ -207,11 +207,11 @@ def hashed(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with the files of a checkpoint, or None; every byte is read."""
+def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
+    """What is wrong with the files of a checkpoint, or None; every byte is read. share: (part, of parts) of the files."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
-        for name, line in manifest.items():
+        for name, line in list(manifest.items())[share[0] :: share[1]]:
             path = checkpoint / name
             if not path.exists():
                 return f"{name} is missing"
@@ -224,21 +224,33 @@ def damage(checkpoint: Path) -> str | None:
     return None
 
 
-def whole_checkpoint(run: Path, say: Callable[[str], None]) -> Path | None:
-    """The newest checkpoint that is whole, damaged ones told; None where there are none, a `UserError` where none is whole."""
-    told: list[str] = []
-    for path in reversed(checkpoints(run).values()):
-        wrong = damage(path)
+def whole_checkpoint(run: Path, say: Callable[[str], None], group: dist.ProcessGroup | None = None) -> Path | None:
+    """The newest checkpoint that is whole, damaged ones told; None where there are none, a `UserError` where none is whole.
+
+    group: ranks that share the reading; all of them call it.
+    """
+    left_out: list[str] = []
+    for path in told(lambda: list(reversed(checkpoints(run).values())), group):
+        wrong = _damage(path, group)
         if wrong is None:
             return path
-        told.append(f"{path.name}: {wrong}")
-        say(f"this checkpoint is damaged and left out: {told[-1]}")
-    if told:
+        left_out.append(f"{path.name}: {wrong}")
+        say(f"this checkpoint is damaged and left out: {left_out[-1]}")
+    if left_out:
         raise UserError(
-            "the checkpoint is damaged, and there is no other", where=run / "checkpoints", value="; ".join(told),
+            "the checkpoint is damaged, and there is no other", where=run / "checkpoints", value="; ".join(left_out),
             next=f"remove {run} and train again",
         )  # fmt: skip
     return None
+
+
+def _damage(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:
+    """`damage`, each rank of the group looking at some of the files."""
+    if group is None:
+        return damage(checkpoint)
+    found: list[str | None] = [None] * dist.get_world_size(group)
+    dist.all_gather_object(found, damage(checkpoint, (dist.get_rank(group), len(found))), group)
+    return next(filter(None, found), None)
 
 
 def load_checkpoint(checkpoint: Path, ranks: Ranks, trained: dict[str, Tensor], optimizers: Optimizers) -> dict[str, Any]:

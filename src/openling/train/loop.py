@@ -252,7 +252,7 @@ class _Run:
         self.by_source: dict[str, int] = {}
         torch.manual_seed(config.seed)
         notes: list[str] = []
-        checkpoint = ranks.told(lambda: whole_checkpoint(run, notes.append))
+        checkpoint = whole_checkpoint(run, notes.append, ranks.saving)
         if checkpoint is not None:
             self._restore(checkpoint)
         elif start is not None:

@@ -35,8 +35,9 @@ from openling.environment import commit, hardware, now, versions
 from openling.errors import UserError
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
-from openling.model.ling import Ling
-from openling.parallel.apply import apply
+from openling.model.ling import Ling, first_values
+from openling.parallel.apply import Parallel, apply
+from openling.parallel.fill import fill, give_memory
 from openling.parallel.mesh import Axes, build, fit
 from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint, write_json
 from openling.train.loop import TrainResult, train
@@ -45,7 +46,7 @@ from openling.train.reading import open_checkpoint
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
-from openling.weights.folder import load, load_tokenizer
+from openling.weights.folder import check_tied, load_tokenizer, open_folder, read_binding
 from openling.weights.io import read_hf_config
 
 # Changes of these do not change what was trained so far.
@@ -130,7 +131,7 @@ class Pipeline:
                         return Outcome(models, result)
                     if result.stopped == "time":
                         self.say(f"  stopped by the clock ({stage.max_seconds:.0f} s) after step {result.steps}")
-                last = told(partial(whole_checkpoint, folder, self.say), self.group)
+                last = whole_checkpoint(folder, self.say, self.group)
                 assert last is not None
                 before.append(last)
                 if not done:
@@ -210,29 +211,29 @@ class Pipeline:
         return bool(trained.get("steps") == stage.total_steps or stage.max_seconds is not None)
 
     def _model(self, config: ModelConfig, before: list[Path], device: torch.device) -> Ling:
-        """The model in FP32 as the stage before left it, with this stage's configuration."""
+        """The whole model in FP32 as the stage before left it, with this stage's configuration."""
         with torch.device("meta"):
-            model = Ling(config)
+            parallel = Parallel(Ling(config), None, {})
+        self._fill(parallel, before, device)
+        return parallel.model
+
+    def _fill(self, parallel: Parallel, before: list[Path], device: torch.device) -> None:
+        """Weights of the stages before, or those that training starts with, for a model on "meta"."""
+        model, start = parallel.model, self.recipe.model
+        give_memory(parallel, device)
         trained = open_checkpoint(before[-1]).shapes if before else {}
         if all(f"model/{name}" in trained for name, _ in model.named_parameters()):
-            model = model.to_empty(device=device)
             before = before[-1:]
+        elif start.folder is not None:
+            opened = open_folder(start.folder)
+            check_tied(opened)
+            fill(parallel, lambda name, shape: read_binding(opened, name, shape, device, torch.float32))
         else:
-            model.load_state_dict(self._first_model(config).state_dict(), assign=True)
-        if config.tie_word_embeddings:
-            model.lm_head.weight = model.model.word_embeddings.weight
+            # Drawn where training runs, whatever is filled: devices draw differently.
+            generator, std = torch.Generator(self.device).manual_seed(self.recipe.seed), model.config.initializer_range
+            fill(parallel, lambda name, shape: first_values(name, torch.empty(shape, device=self.device), std, generator))
         for checkpoint in before:
-            load_start(checkpoint, model)
-        return model
-
-    def _first_model(self, config: ModelConfig) -> Ling:
-        """The weights that training starts with: given, or random."""
-        if self.recipe.model.folder is not None:
-            return load(self.recipe.model.folder, dtype=torch.float32, device=self.device).model
-        with torch.device(self.device):
-            model = Ling(config)
-        model.init_weights(torch.Generator(self.device).manual_seed(self.recipe.seed))
-        return model
+            load_start(checkpoint, model, ranks=Ranks(parallel))
 
     def _train(
         self, config: ModelConfig, stage: StageConfig, batches: MixtureBatches, folder: Path, before: list[Path]
@@ -244,10 +245,16 @@ class Pipeline:
         )
         dtype = torch.bfloat16 if stage.precision == "bf16" else None
         c = self.recipe.parallel
+        with torch.device("meta"):
+            model = Ling(config)
+        if c.pipeline > 1:  # whose stages are no part of the model, so that memory must be there before they are cut
+            model = self._model(config, before, self.device)
         parallel = apply(
-            self._model(config, before, self.device), self.mesh, recomputing=c.recompute, model_dtype=dtype,
-            stages_per_rank=c.stages_per_rank, seq_len=stage.sequence_length,
+            model, self.mesh, recomputing=c.recompute, model_dtype=dtype, stages_per_rank=c.stages_per_rank,
+            seq_len=stage.sequence_length,
         )  # fmt: skip
+        if c.pipeline == 1:
+            self._fill(parallel, before, self.device)
         ranks = Ranks(parallel)
 
         def begin() -> bool:

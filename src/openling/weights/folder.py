@@ -227,6 +227,12 @@ def read_binding(opened: Opened, name: str, shape: torch.Size, device: torch.dev
     return out
 
 
+def check_tied(opened: Opened) -> None:
+    """A `UserError` where embeddings are tied and another head is stored; for who reads tensors one by one."""
+    names = [name for name in (LM_HEAD, EMBEDDINGS) if opened.config.tie_word_embeddings and name in opened.bindings]
+    _check_tied({n: read_binding(opened, n, opened.shapes[n], torch.device("cpu")) for n in names}, opened.folder)
+
+
 def _check_tied(state: dict[str, Tensor], folder: Path) -> None:
     if LM_HEAD in state and not torch.equal(state[LM_HEAD], state[EMBEDDINGS]):
         raise UserError(
