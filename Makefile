@@ -26,7 +26,7 @@ test: setup
 	$(BIN)/ruff format --check src tests benchmarks
 	$(BIN)/lint-imports
 	$(BIN)/mypy
-	$(BIN)/pytest -n 2
+	$(BIN)/pytest -n 3
 
 # Heavy clients (lm-eval, guidellm, schemathesis) against a live server. What they need would change .venv, so they stand beside it:
 # they see its packages (torch among them) and none of theirs is seen from there.

@@ -238,7 +238,7 @@ def test_a_call_that_max_tokens_cuts_is_a_call_so_far_or_nothing(nano):
     same = {"tools": TOOLS, "tool_choice": "required", "seed": 0, "logit_bias": COMPACT, "parallel_tool_calls": False}
     whole = ask(nano, **same, max_tokens=200)["choices"][0]["message"]["tool_calls"][0]["function"]
     seen = set()
-    for count in range(1, 40):
+    for count in (1, 2, 3, 5, 8, 12, 17, 23, 30, 38):
         choice = ask(nano, **same, max_tokens=count)["choices"][0]
         if choice["finish_reason"] != "length":
             break
