@@ -209,7 +209,7 @@ def cases_for(gpu: bool, steps: int) -> dict[str, Case]:
         return found
     world = dist.get_world_size() if dist.is_initialized() else 1
     large = TrainConfig(
-        **shared, batch_size=32, accumulation=8 // world, sequence_length=4096, lr=3e-4, bias_rate=1e-3
+        **shared, batch_size=32, accumulation=max(1, 8 // world), sequence_length=4096, lr=3e-4, bias_rate=1e-3
     )  # rows per rank and part do not depend on how many ranks there are
     row_of_128k = TrainConfig(
         **shared | {"checkpoint_steps": None}, batch_size=world, accumulation=1, sequence_length=131072, lr=3e-4
@@ -242,6 +242,8 @@ def main() -> None:
     parser.add_argument("--alone", type=Path, help="results of one rank, to compare several with")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    if args.steps <= WARM:
+        parser.error(f"--steps: more than {WARM}, which are left out")
     gpu = torch.cuda.is_available()
     device = torch.device("cuda" if gpu else "cpu")
     if not gpu:

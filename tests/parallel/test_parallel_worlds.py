@@ -18,14 +18,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import nn
-from world_cases import CONFIG, DENSE, LOSSES, Batch, batches, model_of, reference_loss, worst
+from world_cases import CONFIG, DENSE, LOSSES, Batch, altered, batches, held_pieces, model_of, reference_loss, worst
 
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.parallel.apply import Parallel, apply
 from openling.parallel.fill import fill, give_memory
 from openling.parallel.mesh import Axes, build
-from openling.parallel.pieces import load, pieces, save
+from openling.parallel.pieces import load, save
 from openling.parallel.recompute import Recompute
 from openling.train.objective import counts, objective, prepare, to_device
 
@@ -148,18 +148,6 @@ def from_meta(world: int) -> None:
         assert loss == pytest.approx(expected.losses[0], rel=1e-12)
         assert norm == pytest.approx(expected.norms[0], rel=1e-10)
         worst(parallel, {name: p.grad for name, p in held.items() if p.grad is not None}, expected.gradients[0])
-
-
-def held_pieces(parallel: Parallel) -> dict[str, torch.Tensor]:
-    held = parallel.held(dict(parallel.model.named_parameters()))
-    return pieces(parallel, {f"model/{name}": p.detach() for name, p in held.items()})
-
-
-def altered() -> Ling:
-    model = model_of(CONFIG)
-    for p in model.parameters():
-        p.data.add_(1)
-    return model
 
 
 def applied(axes: Axes, model: Ling | None = None) -> Parallel:

@@ -19,14 +19,14 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
-from world_cases import CONFIG, DENSE, LOSSES, Batch, model_of, reference_loss, worst
+from world_cases import CONFIG, DENSE, LOSSES, Batch, altered, held_pieces, model_of, reference_loss, worst
 
 from openling.errors import UserError
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling, SparseMoE
 from openling.parallel.apply import Parallel, apply
 from openling.parallel.mesh import Axes, build
-from openling.parallel.pieces import load, pieces, save
+from openling.parallel.pieces import load, save
 from openling.parallel.recompute import Recompute
 from openling.plan.stages import stage_layers
 from openling.train.objective import counts, objective_of, prepare, to_device
@@ -206,18 +206,6 @@ def checkpoints(first: Axes, second: Axes, folder: Path) -> None:
     assert all(torch.equal(p, wanted[name]) for name, p in whole.model.named_parameters())
     found = {name: p.detach() for name, p in other.held(dict(other.model.named_parameters())).items()}
     assert worst(other, found, wanted) == 0
-
-
-def held_pieces(parallel: Parallel) -> dict[str, Tensor]:
-    held = parallel.held(dict(parallel.model.named_parameters()))
-    return pieces(parallel, {f"model/{name}": p.detach() for name, p in held.items()})
-
-
-def altered() -> Ling:
-    model = model_of(CONFIG)
-    for p in model.parameters():
-        p.data.add_(1)
-    return model
 
 
 def all_cases(rank: int, world: int, folder: str) -> None:

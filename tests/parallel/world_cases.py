@@ -80,6 +80,20 @@ def model_of(config: ModelConfig) -> Ling:
     return model.train()
 
 
+def altered() -> Ling:
+    """The model with other weights, for checkpoints to be read into."""
+    model = model_of(CONFIG)
+    for p in model.parameters():
+        p.data.add_(1)
+    return model
+
+
+def held_pieces(parallel: Parallel) -> dict[str, Tensor]:
+    """This rank's parameters as a checkpoint has them."""
+    held = parallel.held(dict(parallel.model.named_parameters()))
+    return pieces(parallel, {f"model/{name}": p.detach() for name, p in held.items()})
+
+
 @dataclass(frozen=True)
 class Batch:
     """Rows of one data rank, [B, S], and their documents where they are packed."""
