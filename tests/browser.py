@@ -67,7 +67,7 @@ class Page:
     def click(self, css: str) -> None:
         self.one(css).click()
 
-    def until(self, ready: Callable[[], object], seconds: float = 10) -> None:
+    def until(self, ready: Callable[[], object], seconds: float = 60) -> None:
         """Wait for something to become true."""
         wait = WebDriverWait(self.browser, seconds, 0.03, ignored_exceptions=[StaleElementReferenceException])
         wait.until(lambda _: ready())
@@ -76,11 +76,11 @@ class Page:
         """Type a message and press Enter."""
         self.one("#prompt").send_keys(text, Keys.ENTER)
 
-    def done(self, seconds: float = 10) -> None:
+    def done(self, seconds: float = 60) -> None:
         """Wait for the end of a reply."""
         self.until(lambda: self.all(".message.reply") and not self.all(".message.running"), seconds)
 
-    def ask(self, text: str, seconds: float = 10) -> str:
+    def ask(self, text: str, seconds: float = 60) -> str:
         """Send, wait, and return the last reply's text."""
         before = len(self.all(".message"))
         self.send(text)

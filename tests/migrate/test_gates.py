@@ -27,10 +27,11 @@ pytestmark = pytest.mark.xdist_group("gates")  # the teacher is trained in one p
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Place:
     """A teacher that knows its held-out text by heart: whatever is done to its attention shows at once."""
-    return learn(tmp_path_factory.mktemp("learnt"))
+    return learn(tmp_path_factory.mktemp("learnt"), sure=4.0)
 
 
-def learn(folder: Path, **changes: int) -> Place:
+def learn(folder: Path, sure: float = 1.0, **changes: int) -> Place:
+    """sure: what its logits are multiplied by, so that it stays sure of itself once damaged, on any machine."""
     text = (subprocess.__doc__ or "")[:600]
     for name in ("cal.txt", "eval.txt"):
         (folder / name).write_text(text)
@@ -45,6 +46,7 @@ def learn(folder: Path, **changes: int) -> Place:
         optimizer.zero_grad()
         model(input_ids=ids, labels=ids).loss.backward()
         optimizer.step()
+    model.lm_head.weight.data *= sure
     model.to(torch.bfloat16).save_pretrained(folder / "teacher")
     return Place(folder / "teacher", folder / "cal.txt", folder / "eval.txt")
 

@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.bias import causal_lower_right
 from torch.utils.flop_counter import FlopCounterMode
 
 from openling.ops import attention
@@ -85,7 +84,7 @@ def test_two_parts_on_a_gpu(new, total):
     shapes = (new, 192), (total, 192), (total, 128)
     q, k, v = (randn(1, n, 4, d, seed=i, dtype=torch.bfloat16).cuda() for i, (n, d) in enumerate(shapes))
     with torch.no_grad():
-        used = attention.attention_backend(*(x.transpose(1, 2) for x in (q, k, v)), causal_lower_right(new, total))
+        used = attention.attention_backend(*(x.transpose(1, 2) for x in (q, k, v)), attention.LOWER_RIGHT)
         found = softmax_attention(q, k, v, scale=192**-0.5).double()
     assert used == "cudnn, two parts" or torch.cuda.get_device_capability() < (9, 0)
     score = torch.einsum("bthd,bshd->bhts", q.double(), k.double()) * 192**-0.5

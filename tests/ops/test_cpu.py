@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.nn.attention.bias import causal_lower_right
 
 from openling.ops import cpu
-from openling.ops.attention import attention_backend, softmax_attention
+from openling.ops.attention import LOWER_RIGHT, attention_backend, softmax_attention
 from openling.ops.cpu import blockwise_attention, matmul_dtype, packed_linears, root_mean_square_norm, rotate
 from openling.ops.lightning import lightning_chunk, lightning_recurrent, log_decay
 from openling.ops.norm import rms_norm
@@ -108,7 +107,7 @@ def test_flash_attention_only_in_bf16_with_amx(monkeypatch, dtype, amx, form):
     monkeypatch.setattr("openling.ops.attention.has_amx", lambda: amx)
     q, k, v = (torch.randn(1, 2, 128, d, generator=torch.Generator().manual_seed(d)).to(dtype) for d in (24, 24, 16))
     assert attention_backend(q, k, v) == form
-    assert attention_backend(q[:, :, 64:], k, v, causal_lower_right(64, 128)) == "blockwise"
+    assert attention_backend(q[:, :, 64:], k, v, LOWER_RIGHT) == "blockwise"
     found = softmax_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=0.2)
     score = 0.2 * q.double() @ k.double().transpose(-1, -2)
     score = score.masked_fill(torch.ones(128, 128, dtype=torch.bool).triu(1), float("-inf"))

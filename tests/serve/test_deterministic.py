@@ -4,7 +4,7 @@ import pytest
 import tiny_engine as tiny
 import torch
 
-from openling.ops.rows import fixed_bmm, fixed_linear
+from openling.ops.rows import exp_rows, fixed_bmm, fixed_linear, sigmoid_rows, silu_rows
 
 
 def exact(outputs):
@@ -44,3 +44,20 @@ def test_blocks_of_rows():
     heads = torch.randn(3, 8, 5, generator=g)
     assert torch.allclose(fixed_bmm(x, heads), x @ heads, atol=1e-5)
     assert torch.equal(fixed_bmm(x, heads)[:, 20], fixed_bmm(x[:, 20:21], heads)[:, 0])
+
+
+@pytest.mark.parametrize("function", [silu_rows, sigmoid_rows, exp_rows])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_numbers_do_not_depend_on_their_place(function, threads):
+    x = torch.randn(1, generator=torch.Generator().manual_seed(1)).expand(70_001).clone()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert len(function(x).unique()) == 1
+        assert torch.equal(function(x[:13]), function(x)[:13])
+        assert function(x[:0]).shape == (0,)
+        assert torch.allclose(function(x.view(1, -1, 1)), function(x.double()).float().view(1, -1, 1))
+    finally:
+        torch.use_deterministic_algorithms(False)
+        torch.set_num_threads(before)

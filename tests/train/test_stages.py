@@ -115,32 +115,38 @@ def test_nothing_to_resume_and_changed_recipes_are_told(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def _child(folder, run, resume):
+def _child(folder, run, resume, steps):
     torch.set_num_threads(1)
-    go(folder, run, resume=resume, steps=12)
+    go(folder, run, resume=resume, steps=steps)
+
+
+def logged(run):
+    """Steps in the logs of all stages."""
+    return sum(path.read_text().count("\n") for path in run.glob("stages/*/metrics.jsonl"))
+
+
+def kill_somewhere(child, run, rng):
+    """Before the first step or a few steps on, at any moment of one."""
+    ahead = rng.randrange(8)
+    wanted = logged(run) + ahead
+    while child.is_alive() and logged(run) < wanted:
+        time.sleep(0.005)
+    child.join(rng.uniform(0, 0.1 if ahead else 1.5))
+    assert child.exitcode is None, f"the child ended by itself with {child.exitcode}"
+    child.kill()
+    child.join()
 
 
 def test_a_run_killed_at_random_ends_with_the_same_weights(tmp_path):
-    run, rng = tmp_path / "killed", random.Random(1)
+    run, rng, steps = tmp_path / "killed", random.Random(1), 8 * KILLS
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["openling.train.stages", "torch._dynamo"])
-    seconds, kills = 1.0, 0
-    while kills < KILLS:
-        child = processes.Process(target=_child, args=(tmp_path, run, (run / "recipe.json").exists()))
-        began = time.monotonic()
+    for _ in range(KILLS):
+        child = processes.Process(target=_child, args=(tmp_path, run, (run / "recipe.json").exists(), steps))
         child.start()
-        child.join(rng.uniform(0.2, seconds))
-        if child.exitcode is None:
-            child.kill()
-            child.join()
-            kills += 1
-        elif child.exitcode == 0:  # faster than thought: this run is over, another begins
-            seconds = (time.monotonic() - began) * 0.8
-            run = tmp_path / f"killed-{kills}"
-        else:
-            raise AssertionError(f"the child failed with {child.exitcode}")
-    go(tmp_path, run, resume=(run / "recipe.json").exists(), steps=12)
-    go(tmp_path, tmp_path / "straight", steps=12)
+        kill_somewhere(child, run, rng)
+    go(tmp_path, run, resume=(run / "recipe.json").exists(), steps=steps)
+    go(tmp_path, tmp_path / "straight", steps=steps)
     for stage in ("short", "long"):
         assert rows(run, stage) == rows(tmp_path / "straight", stage)
         one, two = (load_file(r / "models" / stage / "model.safetensors") for r in (run, tmp_path / "straight"))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 from functools import cache
 from types import ModuleType
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -26,6 +27,10 @@ BLOCKWISE_TOKENS = 64
 BY_PREFERENCE = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 # More new tokens than this are no decoding or verifying step: expanding the latents is then cheaper, and kernels end here.
 DECODE_TOKENS = 4
+# The causal mask of fewer queries than keys, whose last tokens are the same; never in memory where a kernel can do without.
+LOWER_RIGHT: Literal["lower right"] = "lower right"
+# None is the causal mask of as many queries as keys.
+Mask = Tensor | Literal["lower right"] | None
 
 
 def causal_mask(new: int, total: int, key_mask_BS: Tensor | None, device: torch.device) -> Tensor:
@@ -60,17 +65,15 @@ def softmax_attention(
         # The queries of a group become rows over the same keys: as heads, each would read them again.
         out = F.scaled_dot_product_attention(q_BTHD[:, 0].unflatten(1, (kv_heads, -1)), k, v, scale=scale)
         return out.flatten(1, 2).unsqueeze(1)
-    mask: Tensor | None = None
+    mask: Mask = None
     if new != total and key_mask is None and (q.is_cuda or new >= BLOCKWISE_TOKENS):
-        from torch.nn.attention.bias import causal_lower_right  # not above: it imports torch._dynamo, which takes seconds
-
-        mask = causal_lower_right(new, total)  # stands for a [T, S] mask that is never in memory
+        mask = LOWER_RIGHT
     elif new != total or key_mask is not None:
         mask = causal_mask(new, total, key_mask, q.device)
     return _attend(q, k, v, mask, scale).transpose(1, 2)
 
 
-def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None, scale: float) -> Tensor:
+def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Mask, scale: float) -> Tensor:
     """Attention [B, H, T, V] in the form that `attention_backend` names; causal where there is no mask."""
     backend, width = attention_backend(q_BHTD, k_BKSD, v_BKSV, mask), v_BKSV.shape[-1]
     if backend == "blockwise":
@@ -83,8 +86,9 @@ def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None,
 
     def run() -> Tensor:
         gqa = q_BHTD.shape[1] != k_BKSD.shape[1]
+        bias = _lower_right(q_BHTD.shape[2], k_BKSD.shape[2]) if isinstance(mask, str) else mask
         return F.scaled_dot_product_attention(
-            q_BHTD, k_BKSD, v_BKSV, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=gqa
+            q_BHTD, k_BKSD, v_BKSV, attn_mask=bias, is_causal=bias is None, scale=scale, enable_gqa=gqa
         )
 
     if backend == "cudnn":
@@ -93,16 +97,23 @@ def _attend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None,
     return run()[..., :width]
 
 
-def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tensor | None = None) -> str:
+def _lower_right(new: int, total: int) -> Tensor:
+    """PyTorch's name for LOWER_RIGHT; importing it takes seconds, since it imports the compiler."""
+    from torch.nn.attention.bias import causal_lower_right
+
+    bias: Tensor = causal_lower_right(new, total)
+    return bias
+
+
+def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Mask = None) -> str:
     """How softmax attention over these runs: "cudnn", "flash" or "default" (torch chooses), with "padded values" or without.
 
-    "blockwise" is `ops.cpu.blockwise_attention`, "two parts" `_in_two_parts`. A mask of another type than Tensor stands for the
-    causal one of fewer queries than keys.
+    "blockwise" is `ops.cpu.blockwise_attention`, "two parts" `_in_two_parts`.
     """
     dim, width, new, keys = q_BHTD.shape[-1], v_BKSV.shape[-1], q_BHTD.shape[2], k_BKSD.shape[2]
     if q_BHTD.device.type == "cpu":
         flash = mask is None and autocast_dtype(q_BHTD) == torch.bfloat16 and has_amx()
-        if type(mask) is not Tensor and new >= BLOCKWISE_TOKENS and not flash:
+        if not isinstance(mask, Tensor) and new >= BLOCKWISE_TOKENS and not flash:
             return "blockwise"
         # Values narrower than keys leave torch's flash kernel on a CPU; zeros keep them in it.
         return "default, padded values" if width < dim and new >= BLOCKWISE_TOKENS else "default"
@@ -110,11 +121,11 @@ def attention_backend(q_BHTD: Tensor, k_BKSD: Tensor, v_BKSV: Tensor, mask: Tens
         return "default"
     if mask is None:
         return _cuda_backend(q_BHTD.device, dim, width)
-    parts = type(mask) is not Tensor and q_BHTD.shape[1] == k_BKSD.shape[1] and not _needs_gradient(q_BHTD, k_BKSD, v_BKSV)
+    parts = not isinstance(mask, Tensor) and q_BHTD.shape[1] == k_BKSD.shape[1] and not _needs_gradient(q_BHTD, k_BKSD, v_BKSV)
     if parts and _cuda_backend(q_BHTD.device, dim, width) == "cudnn":
         return "cudnn, two parts"
     # Of torch's kernels only flash does without a mask here, and it wants equal dims.
-    flash = width <= dim and type(mask) is not Tensor
+    flash = width <= dim and not isinstance(mask, Tensor)
     return ("flash, padded values" if width < dim else "flash") if flash else "default"
 
 

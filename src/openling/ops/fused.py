@@ -13,12 +13,12 @@ from __future__ import annotations
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from openling.ops.norm import group_rms_norm, rms_norm, stream_kernels
 from openling.ops.pick import kernels_for
 from openling.ops.rope import apply_rope
+from openling.ops.rows import sigmoid_rows, silu_rows
 
 
 def split_norm_rope(
@@ -39,7 +39,7 @@ def split_norm_rope(
     fast = kernels_for(qkv_BTC)
     if fast is not None:
         return fast.split_norm_rope(qkv_BTC, norms, tables, heads, kv_heads, eps, silu)
-    rows = (F.silu(qkv_BTC) if silu else qkv_BTC).unflatten(-1, (heads + 2 * kv_heads, -1))
+    rows = (silu_rows(qkv_BTC) if silu else qkv_BTC).unflatten(-1, (heads + 2 * kv_heads, -1))
     both, v = rows.split((heads + kv_heads, kv_heads), dim=2)
     if norms is not None:
         both = rms_norm(both, torch.cat([w.expand(n, -1) for w, n in zip(norms, (heads, kv_heads), strict=True)]), eps)
@@ -52,7 +52,7 @@ def gated_group_norm(x: Tensor, gate: Tensor, weight_C: Tensor, eps: float, grou
     fast = kernels_for(x)
     if fast is not None:
         return fast.gated_group_norm(x, gate, weight_C, eps, groups)
-    return group_rms_norm(x, weight_C, eps, groups) * torch.sigmoid(gate)
+    return group_rms_norm(x, weight_C, eps, groups) * sigmoid_rows(gate)
 
 
 def decode_kernels(x: Tensor, heads: int, dim: int, groups: int) -> ModuleType | None:
@@ -101,7 +101,7 @@ def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     fast = kernels_for(gate)
     if fast is not None:
         return fast.swiglu(gate, up)
-    return F.silu(gate) * up
+    return silu_rows(gate) * up
 
 
 def swiglu_packed(gate_up: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ def swiglu_packed(gate_up: Tensor) -> Tensor:
     if fast is not None:
         return fast.swiglu_packed(gate_up)
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return silu_rows(gate) * up
 
 
 def latent_qkv(

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from openling.ops.cpu import matmul_dtype
 from openling.ops.pick import kernels_for
+from openling.ops.rows import exp_rows
 
 CHUNK = 64
 
@@ -188,13 +189,13 @@ def _decays(log_decay_H: Tensor, layout: _ChunkLayout, scale: float, like: Tenso
     g_H = log_decay_H.to(device=like.device, dtype=like.dtype)
     position_C = torch.arange(layout.chunk, device=like.device, dtype=like.dtype)
     age_CC = position_C[:, None] - position_C[None, :]
-    within_HCC = scale * torch.exp(g_H[:, None, None] * age_CC.clamp(min=0)).tril()
-    carried_HC1 = scale * torch.exp(g_H[:, None] * (position_C + 1))[..., None]
+    within_HCC = scale * exp_rows(g_H[:, None, None] * age_CC.clamp(min=0)).tril()
+    carried_HC1 = scale * exp_rows(g_H[:, None] * (position_C + 1))[..., None]
     lengths_n1 = layout.lengths_n[: 1 if layout.dense else None, None].to(like.dtype)
     # Rows behind a shorter chunk's end are zero in k, so what their clamped exponent gives does not matter.
     remaining_nC = (lengths_n1 - 1 - position_C).clamp(min=0)
-    fading_nHC1 = torch.exp(g_H[:, None] * remaining_nC[:, None, :])[..., None]
-    return within_HCC, carried_HC1, fading_nHC1, torch.exp(g_H * lengths_n1)[..., None, None]
+    fading_nHC1 = exp_rows(g_H[:, None] * remaining_nC[:, None, :])[..., None]
+    return within_HCC, carried_HC1, fading_nHC1, exp_rows(g_H * lengths_n1)[..., None, None]
 
 
 class _ChunkLayout:

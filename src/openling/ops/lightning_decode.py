@@ -23,13 +23,13 @@ from dataclasses import dataclass
 from types import ModuleType
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from openling.ops.fused import decode_kernels
 from openling.ops.lightning import _step, lightning_chunk
 from openling.ops.norm import group_rms_norm, rms_norm
 from openling.ops.rope import apply_rope
+from openling.ops.rows import exp_rows, sigmoid_rows, silu_rows
 
 
 @dataclass
@@ -69,7 +69,7 @@ class DecodeLayer:
     def heads(self, qkv_BTX: Tensor, cos_BTR: Tensor, sin_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, T, H, D] as the recurrence takes them, from rows [Q | K | V], head-major."""
         count = self.log_decay.shape[0]
-        q, k, v = (F.silu(qkv_BTX) if self.silu else qkv_BTX).unflatten(-1, (3, count, -1)).unbind(2)
+        q, k, v = (silu_rows(qkv_BTX) if self.silu else qkv_BTX).unflatten(-1, (3, count, -1)).unbind(2)
         if self.q_weight is not None and self.k_weight is not None:
             q, k = rms_norm(q, self.q_weight, self.eps), rms_norm(k, self.k_weight, self.eps)
         cos, sin = cos_BTR.unsqueeze(2), sin_BTR.unsqueeze(2)
@@ -77,7 +77,7 @@ class DecodeLayer:
 
     def gated(self, o_BTHD: Tensor, gate_BTX: Tensor) -> Tensor:
         """The recurrence's output after group norm and gate, [B, T, X]."""
-        return group_rms_norm(o_BTHD.flatten(2), self.norm_weight, self.eps, self.groups) * torch.sigmoid(gate_BTX)
+        return group_rms_norm(o_BTHD.flatten(2), self.norm_weight, self.eps, self.groups) * sigmoid_rows(gate_BTX)
 
 
 @dataclass
@@ -263,7 +263,7 @@ def _folded(layer: DecodeLayer, pool: StatePool, slots_B: Tensor, pending: Pendi
     k, v = (x[at].to(wide).masked_fill(~waits_BM[..., None, None], 0) for x in (pending.keys, pending.values))
     g_H = layer.log_decay.to(device=k.device, dtype=wide)
     age_BM = (count_B[:, None] - 1 - token_M).clamp(min=0).to(wide)
-    faded_BMHD = k * torch.exp(g_H * age_BM[..., None])[..., None]
-    kept_BH = torch.exp(g_H * count_B[:, None].to(wide))
+    faded_BMHD = k * exp_rows(g_H * age_BM[..., None])[..., None]
+    kept_BH = exp_rows(g_H * count_B[:, None].to(wide))
     states = pool.states[slots_B].to(wide)
     return kept_BH[..., None, None] * states + torch.einsum("bmhd,bmhe->bhde", faded_BMHD, v)

@@ -12,11 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from openling.ops.norm import stream_kernels
-from openling.ops.rows import linear_rows
+from openling.ops.rows import linear_rows, sigmoid_rows, silu_rows
 
 
 def route(
@@ -44,7 +43,7 @@ def route(
     with torch.autocast(x_NM.device.type, enabled=False):
         dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
         logits = linear_rows(x_NM.to(dtype), weight_EM.to(dtype))
-        scores = logits.sigmoid() if score_function == "sigmoid" else logits.softmax(-1)
+        scores = sigmoid_rows(logits) if score_function == "sigmoid" else logits.softmax(-1)
         choice = scores if expert_bias_E is None else scores + expert_bias_E.to(dtype)
         if n_group > 1:
             grouped = choice.unflatten(-1, (n_group, -1))
@@ -94,7 +93,7 @@ def swiglu_experts(
     gates, ups, downs = (w.unbind() for w in (gate_EFM, up_EFM, down_EMF))
 
     def run(expert: int, x: Tensor) -> Tensor:
-        inner = F.silu(linear_rows(x, gates[expert])) * linear_rows(x, ups[expert])
+        inner = silu_rows(linear_rows(x, gates[expert])) * linear_rows(x, ups[expert])
         return linear_rows(inner, downs[expert])
 
     return combine_experts(x_NM, weight_Nk, index_Nk, gate_EFM.shape[0], run)
