@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := -m pip install --quiet --disable-pip-version-check --no-compile
+# Python keeps what it has compiled, whatever the surroundings say: compiling torch anew takes each of the tests' processes seconds.
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: setup demo test clients clean
 

@@ -23,18 +23,24 @@ signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell starts 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-# Files whose tests share something slow to make, by what that is. (xdist's own groups do nothing: xdist 3.8 writes them into a
-# field that pytest 9.2 does not read.)
+# Files whose tests share something slow to make, by what that is; and those of several processes, which wait for each other and
+# take four times as long where two such tests run at once. (xdist's own groups do nothing: xdist 3.8 writes them into a field
+# that pytest 9.2 does not read.)
 SHARED = {
     "tests/migrate/test_smollm2.py": "SmolLM2",
     "tests/migrate/test_pipeline.py": "whole migration",
     "tests/migrate/test_refusals.py": "whole migration",
     "tests/migrate/test_stream_trouble.py": "whole stream",
+    "tests/ops/test_context_parallel.py": "worlds",
+    "tests/parallel/test_parallel_worlds.py": "worlds",
+    "tests/parallel/test_pipelines.py": "worlds",
     "tests/report/test_report_in_browser.py": "browser and server",
     "tests/serve/test_against_transformers.py": "replies of transformers",
     "tests/serve/test_browser.py": "browser and server",
     "tests/serve/test_clients.py": "browser and server",
     "tests/serve/test_markdown.py": "browser and server",
+    "tests/train/test_loop_on_meshes.py": "worlds",
+    "tests/train/test_torchrun.py": "worlds",
 }
 
 

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -103,8 +103,23 @@ def save(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
     dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
-def load(folder: Path, tensors: dict[str, Tensor]) -> None:
+class Reader(dcp.FileSystemReader):
+    """A DCP folder whose metadata, which names every piece of every tensor, is read once."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder)
+        self._metadata: Metadata | None = None
+
+    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
+        """The folder's metadata."""
+        if self._metadata is None:
+            self._metadata = super().read_metadata(*args, **options)
+        return self._metadata
+
+
+def load(source: Path | Reader, tensors: dict[str, Tensor]) -> None:
     """Fill these pieces and tensors from a DCP folder of any mesh. Ranks need not call it together."""
+    reader = source if isinstance(source, Reader) else Reader(source)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)  # as is meant
-        dcp.load(dict(tensors), checkpoint_id=folder, no_dist=True)
+        dcp.load(dict(tensors), storage_reader=reader, no_dist=True)

@@ -11,12 +11,11 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-import torch.distributed.checkpoint as dcp
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from openling.parallel.pieces import Piece, load
+from openling.parallel.pieces import Piece, Reader, load
 
 METADATA = ".metadata"
 
@@ -44,18 +43,18 @@ class _Sharded:
     """A DCP folder."""
 
     def __init__(self, folder: Path) -> None:
-        self._folder = folder
-        described = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+        self._reader = Reader(folder)
+        described = self._reader.read_metadata().state_dict_metadata
         tensors = {name: d for name, d in described.items() if isinstance(d, TensorStorageMetadata)}
         self.shapes = {name: d.size for name, d in tensors.items()}
         self._dtypes = {name: d.properties.dtype for name, d in tensors.items()}
 
     def fill(self, wanted: dict[str, Tensor]) -> None:
-        load(self._folder, wanted)
+        load(self._reader, wanted)
 
     def whole(self, name: str) -> Tensor:
         tensor = torch.empty(self.shapes[name], dtype=self._dtypes[name])
-        load(self._folder, {name: tensor})
+        load(self._reader, {name: tensor})
         return tensor
 
 
