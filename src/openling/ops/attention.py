@@ -184,12 +184,10 @@ def _packed_attention(q_BTHD: Tensor, k_BTKD: Tensor, v_BTKV: Tensor, cu_seqlens
         out = varlen_attn(q, k, v, bounds, bounds, longest, longest, scale=scale, window_size=(-1, 0))
         assert isinstance(out, Tensor)
         return out[..., :width].unsqueeze(0)
-    starts = cu_seqlens.tolist()
-    parts = [
-        softmax_attention(q_BTHD[:, a:b], k_BTKD[:, a:b], v_BTKV[:, a:b], scale=scale)
-        for a, b in zip(starts[:-1], starts[1:], strict=True)
-    ]
-    return torch.cat(parts, dim=1)
+    # Split, not sliced: the gradient of every slice would be as large as the row.
+    lengths = cu_seqlens.diff().tolist()
+    documents = zip(*(x.split(lengths, dim=1) for x in (q_BTHD, k_BTKD, v_BTKV)), strict=True)
+    return torch.cat([softmax_attention(q, k, v, scale=scale) for q, k, v in documents], dim=1)
 
 
 def absorbed_attention(

@@ -208,6 +208,7 @@ class _ChunkLayout:
         offset_C = torch.arange(chunk, device=device)
         self.valid_nC = offset_C < self.lengths_n[:, None]
         self.token_nC = torch.where(self.valid_nC, starts_n[:, None] + offset_C, 0)
+        self.place_T = self.valid_nC.flatten().nonzero()[:, 0]  # documents and their chunks are in order
         self.dense = bool((self.lengths_n == chunk).all())
         self.chunk = chunk
         self.chunks_of = [-(-(end - start) // chunk) for start, end in documents]
@@ -227,13 +228,51 @@ class _ChunkLayout:
         if self.dense:
             n, chunk = self.token_nC.shape
             return x_THD.view(n, chunk, *x_THD.shape[1:]).transpose(1, 2)
-        gathered = x_THD[self.token_nC].masked_fill(~self.valid_nC[..., None, None], 0)
+        gathered: Tensor = _Cut.apply(x_THD, self)
         return gathered.transpose(1, 2)
 
     def join(self, x_nHCD: Tensor) -> Tensor:
         """Chunks back to tokens, padding dropped."""
         x_nCHD = x_nHCD.transpose(1, 2)
-        return x_nCHD.flatten(0, 1) if self.dense else x_nCHD[self.valid_nC]
+        if self.dense:
+            return x_nCHD.flatten(0, 1)
+        joined: Tensor = _Joined.apply(x_nCHD, self)
+        return joined
+
+
+def _cut(x_THD: Tensor, layout: _ChunkLayout) -> Tensor:
+    rows = x_THD.index_select(0, layout.token_nC.flatten()).unflatten(0, layout.token_nC.shape)
+    return rows.masked_fill_(~layout.valid_nC[..., None, None], 0)
+
+
+def _joined(x_nCHD: Tensor, layout: _ChunkLayout) -> Tensor:
+    return x_nCHD.flatten(0, 1).index_select(0, layout.place_T)
+
+
+class _Cut(torch.autograd.Function):
+    """Tokens to padded chunks. Its gradient gathers, as it does: PyTorch's gradient of an index adds row by row."""
+
+    @staticmethod
+    def forward(ctx: Any, x_THD: Tensor, layout: _ChunkLayout) -> Tensor:
+        ctx.layout = layout
+        return _cut(x_THD, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad_nCHD: Tensor) -> tuple[Tensor, None]:
+        return _joined(grad_nCHD, ctx.layout), None
+
+
+class _Joined(torch.autograd.Function):
+    """The way back."""
+
+    @staticmethod
+    def forward(ctx: Any, x_nCHD: Tensor, layout: _ChunkLayout) -> Tensor:
+        ctx.layout = layout
+        return _joined(x_nCHD, layout)
+
+    @staticmethod
+    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor, None]:
+        return _cut(grad_THD, ctx.layout), None
 
 
 def _scan(

@@ -10,6 +10,7 @@ Sources: Ling-V2 model code; group-limited "noaux_tc" selection as in DeepSeek-V
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -66,19 +67,49 @@ def combine_experts(
     Tokens are sorted by expert once, so that `run_expert(e, tokens)` sees each expert's tokens as one matrix.
     """
     dtype = torch.float64 if x_NM.dtype == torch.float64 else torch.float32
-    top_k = index_Nk.shape[-1]
     flat = index_Nk.flatten()
     order = flat.argsort(stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(len(order), device=order.device)
     counts = torch.bincount(flat, minlength=num_experts).tolist()
-    token = order // top_k
-    gate = weight_Nk.flatten()[order].to(dtype)
-    out = torch.zeros(x_NM.shape, dtype=dtype, device=x_NM.device)
-    # Gathered and added once: taken expert by expert, each would get its own gradient of the size of x.
-    pieces = x_NM[token].split(counts)
+    pieces = _Sent.apply(x_NM, order, places, index_Nk.shape[1]).split(counts)
     found = [run_expert(expert, piece) for expert, piece in enumerate(pieces) if counts[expert]]
-    if found:
-        out.index_add_(0, token, torch.cat(found).to(dtype) * gate[:, None])
-    return out.to(x_NM.dtype)
+    if not found:
+        return torch.zeros_like(x_NM)
+    rows_NkM = _Returned.apply(torch.cat(found), order, places).unflatten(0, index_Nk.shape)
+    return (rows_NkM.to(dtype) * weight_Nk.to(dtype)[..., None]).sum(1).to(x_NM.dtype)
+
+
+class _Sent(torch.autograd.Function):
+    """Rows [N, M] to [N k, M], sorted by expert: `order` holds the N k choices expert by expert, `places` where each of them is.
+
+    Both ways only gather: PyTorch's gradient of an index adds row by row.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x_NM: Tensor, order: Tensor, places: Tensor, top_k: int) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.top_k = top_k
+        return x_NM.index_select(0, order // top_k)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (places,) = ctx.saved_tensors
+        return grad.index_select(0, places).unflatten(0, (-1, ctx.top_k)).sum(1), None, None, None
+
+
+class _Returned(torch.autograd.Function):
+    """Rows of `_Sent`, each back at the place of its choice."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, order: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(order)
+        return rows.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        (order,) = ctx.saved_tensors
+        return grad.index_select(0, order), None, None
 
 
 def swiglu_experts(
