@@ -1,11 +1,13 @@
-"""A real server over a tiny random model, on loopback in a thread of its own, and a plain client for it."""
+"""A real server over a tiny random model, on loopback in a thread of its own, a plain client for it, and one that leaves."""
 
 from __future__ import annotations
 
 import asyncio
 import http.client
 import json
+import socket
 import threading
+import time
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -30,6 +32,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<role>ASSISTANT</role>{% endif %}"
 )
 SPECIAL = ["<|endoftext|>", "<|role_end|>"]
+ASK = {"prompt": "ab", "max_tokens": 4}
 
 
 def byte_tokenizer(template: str | None = TEMPLATE) -> PreTrainedTokenizerFast:
@@ -149,3 +152,49 @@ def live(service: Service | None = None, *, keys: Keys | None = None, local_only
     finally:
         if thread.is_alive():
             box[0].shut_down()
+
+
+def until(condition, seconds=10.0):
+    """Wait for it; an AssertionError where it does not happen in time."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def raw(port: int, data: bytes, *, wait: float = 10.0) -> bytes:
+    """What the server says to these bytes until it closes the connection."""
+    with socket.create_connection(("127.0.0.1", port), timeout=wait) as sock:
+        sock.sendall(data)
+        found = b""
+        while part := sock.recv(65536):
+            found += part
+        return found
+
+
+class Streams:
+    """Some open streams whose clients leave at the end."""
+
+    def __init__(self, client: Client, count: int, **changes) -> None:
+        self.client, self.count, self.body = client, count, ASK | {"stream": True} | changes
+        self.socks: list[socket.socket] = []
+
+    def __enter__(self):
+        for _ in range(self.count):
+            sock = open_stream(self.client, self.body)
+            self.socks.append(sock)
+            assert b"200 OK" in sock.recv(100)
+        return self
+
+    def __exit__(self, *_):
+        for sock in self.socks:
+            sock.close()
+
+
+def open_stream(client: Client, body: dict, *, path: str = "/v1/completions") -> socket.socket:
+    data = json.dumps(body).encode()
+    lines = [f"POST {path} HTTP/1.1", "Host: localhost", "Content-Type: application/json", f"Content-Length: {len(data)}"]
+    lines += [f"{name}: {value}" for name, value in client.headers.items()]
+    sock = socket.create_connection(("127.0.0.1", client.port), timeout=20)
+    sock.sendall("\r\n".join(lines).encode() + b"\r\n\r\n" + data)
+    return sock

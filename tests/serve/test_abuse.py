@@ -8,8 +8,7 @@ import random
 import socket
 import threading
 
-from live_server import live
-from test_safety import until
+from live_server import live, until
 
 from openling.config.serve import LimitsConfig, ServeConfig
 

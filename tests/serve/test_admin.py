@@ -6,10 +6,9 @@ import time
 
 import pytest
 import torch
-from live_server import Client, live, tiny_loaded
+from live_server import Client, live, open_stream, tiny_loaded, until
 from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
-from test_safety import open_stream, until
 
 from openling.config.serve import ServeConfig, TimeoutsConfig
 from openling.serve import admin_routes, control

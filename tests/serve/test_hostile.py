@@ -4,8 +4,7 @@ import json
 import socket
 
 import pytest
-from live_server import live
-from test_safety import raw
+from live_server import live, raw, until
 
 from openling.bench.nano import write_nano
 from openling.config.serve import LimitsConfig, ServeConfig
@@ -156,7 +155,5 @@ def test_a_pipelined_request_does_not_hide_that_the_client_left(nano):
 
 
 def until_idle(server):
-    from test_safety import until
-
     until(lambda: server.service.admission.total.replies == 0 and server.stats().running == 0, 30)
     server.call(server.service.engine.call(lambda engine: engine.check_integrity()))
