@@ -15,8 +15,8 @@ from small_runs import COMMON, GOLDEN, SHAPE, Migrated, Place, hashes, in_child,
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import openling
-from openling.weights import difference
-from openling.weights.difference import LARGEST, PART_BYTES, dequantise, quantise, read_delta
+from openling.weights import delta as deltas
+from openling.weights.delta import LARGEST, PART_BYTES, dequantise, quantise, read_delta
 
 pytestmark = pytest.mark.xdist_group("migrated")
 
@@ -108,7 +108,7 @@ def test_a_hybrid_that_has_lost_its_run_can_be_passed_on(migrated: Migrated, pla
 def test_large_tensors_are_split_over_parts(
     migrated: Migrated, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(difference, "PART_BYTES", 2000)
+    monkeypatch.setattr(deltas, "PART_BYTES", 2000)
     for form in ("--exact",), ():
         delta = tmp_path / f"delta{len(form)}"
         assert openling_command("delta", "make", place.teacher, migrated.out, delta, *form).code == 0
@@ -291,7 +291,7 @@ def test_a_kill_leaves_nothing_that_looks_finished(
 
     def die() -> int:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(difference.FolderWriter if where == "add_file" else difference, where, kill)
+            patch.setattr(deltas.FolderWriter if where == "add_file" else deltas, where, kill)
             return openling_command("delta", *words, tmp_path / "out").code
 
     assert in_child(die) == -signal.SIGKILL

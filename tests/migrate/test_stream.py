@@ -18,10 +18,10 @@ from openling.migrate.stream import convert_folder
 from openling.migrate.touched import round_to
 from openling.migrate.verify import verify
 from openling.weights.cluster import ENGINES, Launch, command, launch_script, read_checkpoint
-from openling.weights.delta import copy_folder
 from openling.weights.export import save
 from openling.weights.fp8 import Dequantised, Form
 from openling.weights.io import INDEX, CheckpointReader
+from openling.weights.linked import copy_folder
 
 FAMILIES = ("LlamaForCausalLM", "MixtralForCausalLM", "BailingMoeV2ForCausalLM")
 FORMS = {

@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
 def _format(args: argparse.Namespace) -> int:
     """The same tensors as safetensors or DCP; a safetensors folder to `hf` becomes a clean copy, with nothing stale."""
     from openling.weights.dcp import METADATA, from_dcp, to_dcp
-    from openling.weights.delta import copy_folder
+    from openling.weights.linked import copy_folder
 
     if args.to == "dcp":
         out = to_dcp(args.source, args.out)

@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do it; exit code 0."""
-    from openling.weights.difference import Form, apply_delta, make_delta
+    from openling.weights.delta import Form, apply_delta, make_delta
     from openling.weights.export import licence_of
 
     if args.what == "apply":

@@ -11,8 +11,8 @@ from typing import Any
 
 from openling.config.migrate import MigrateConfig
 from openling.migrate.stream import AHEAD_BYTES, MOVERS, Outline, outline
-from openling.weights.delta import Mode
 from openling.weights.files import PIECE
+from openling.weights.linked import Mode
 
 PROBE_BYTES = 64 << 20
 # Square FP64 matrices over a layer's heads that a fit holds at once: two sums of products, a factorisation and its work space.

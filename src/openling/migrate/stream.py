@@ -36,7 +36,6 @@ from openling.migrate.streams import DiskStreams, noise
 from openling.model.config import LING_ARCHITECTURE, ModelConfig
 from openling.model.ling import CallContext, Ling
 from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
-from openling.weights.delta import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.export import add_companions, add_launch_scripts, json_text, ling_config, model_card
 from openling.weights.files import (
     MANIFEST,
@@ -51,6 +50,7 @@ from openling.weights.files import (
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
 from openling.weights.fp8 import Dequantised, Form, opened_values
 from openling.weights.io import INDEX, CheckpointReader, TensorFiles, write_error
+from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
 from openling.weights.remote import REMOTE_FILE, remote_code
 from openling.weights.units import Units

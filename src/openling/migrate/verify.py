@@ -16,11 +16,11 @@ from torch import Tensor
 
 from openling.migrate.lightning import replicate
 from openling.model.config import LING_ARCHITECTURE
-from openling.weights.delta import kept_tensors
 from openling.weights.files import MANIFEST, file_hash, first_difference, identity
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder, read_binding
 from openling.weights.fp8 import Dequantised
 from openling.weights.io import TensorFiles, read_json
+from openling.weights.linked import kept_tensors
 from openling.weights.names import bind
 
 Outcome = Literal["ok", "wrong", "not run"]

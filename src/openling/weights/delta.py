@@ -1,133 +1,373 @@
-"""Which files a folder consists of that keeps most of another folder's bytes: shards linked, copied whole or in part.
+"""A delta folder: what a checkpoint folder has that its teacher lacks, and how the two make that folder again, to the bit.
 
-A shard whose tensors are all kept under their names is linked or copied whole. Of a mixed one `copy` writes a clean copy without
-what is no longer valid; `link` links it all the same and leaves stale tensors out of the index (`stale_in` names such shards), as
-long as most of its bytes are still valid. Tensors kept under another name never lie in a linked file.
+`delta.json` says whose delta it is (a hash of all tensors of the teacher), lists the tensors of the result file by file, and
+holds hashes of what lies here and of what must come out. A tensor that is the teacher's, perhaps renamed or rows of several
+joined, is only named. The others lie in parts of at most 25 MB: as they are (`exact`), or matrices as `int8`: integers, and one
+FP32 scale per row. The folder that an int8 delta stands for is *defined* as integers times scales, so both forms are exact.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shutil
-from collections import defaultdict
-from dataclasses import dataclass
+import hashlib
+import math
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Any, Literal
 
-from openling.errors import UserError
-from openling.weights.cluster import ENGINES, launch_script, read_checkpoint
-from openling.weights.files import Kept, companions, copy_file, copy_tensors
+import torch
+from pydantic import BaseModel, Field, ValidationError, field_validator
+from torch import Tensor
+
+from openling.errors import Failure, UserError
+from openling.weights.files import Kept, companions, file_hash, first_difference, write_shard
+from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
 from openling.weights.fp8 import Dequantised
-from openling.weights.io import INDEX, SINGLE, CheckpointReader, TensorFiles, write_error
+from openling.weights.headers import DTYPES, write_header
+from openling.weights.io import INDEX, CheckpointReader, FolderWriter, TensorFiles, checked_folder, raw_bytes, read_json
 from openling.weights.names import Binding
+from openling.weights.whole import new_file, write_all
 
-Mode = Literal["link", "copy"]
-# Sorts behind numbered shards: of two equal names readers that open every file take the last, which must be the new one.
-RENAMED = "model-kept-{:05d}.safetensors"
-RENAMED_BYTES = 4 << 30
+RECORD, README = "delta.json", "README.md"
+PART = "delta-{:05d}.safetensors"
+# Files of the result that the teacher has not, under this prefix: README.md and config.json are none of the delta's own.
+COMPANION = "hybrid."
+# A part's tensors; with its header it stays below 25 MB.
+PART_BYTES = 24_000_000
+LARGEST = 127
+ROUNDED = ("BF16", "F16", "F32")
+
+Form = Literal["int8", "exact"]
+# What a file may be called: a name from a record must not lead out of a folder.
+FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
 
 
-@dataclass(frozen=True)
-class FilePlan:
-    """One file of the new folder. `source`: the shard that is linked or copied whole; `stale`: not all of it counts."""
+class Content(BaseModel):
+    """What a file holds."""
+
+    bytes: int
+    sha256: str
+
+
+class Entry(BaseModel):
+    """A tensor of the result; `teacher`: the teacher's tensors it consists of, or nothing where it lies in the parts."""
 
     name: str
-    action: Literal["link", "copy", "filter"]
-    tensors: tuple[Kept, ...]
-    bytes: int
-    source: str | None = None
-    stale: bool = False
+    dtype: str
+    shape: tuple[int, ...]
+    teacher: tuple[str, ...] = ()
+
+    @field_validator("dtype")
+    @classmethod
+    def _known(cls, dtype: str) -> str:
+        if dtype not in DTYPES:
+            raise ValueError(f"{dtype} is none of {', '.join(DTYPES)}")
+        return dtype
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in the result."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
-def kept_tensors(old: dict[str, Binding], new: list[Binding], reader: TensorFiles) -> list[Kept]:
-    """Tensors of a new folder (`new`) whose values are the old one's, scales of FP8 matrices included."""
-    kept: list[Kept] = []
-    for binding in new:
-        theirs = old[binding.ours].theirs
-        sources = [theirs] if old[binding.ours].op == "rows" else [(piece,) for piece in theirs]
-        for name, pieces in zip(binding.theirs, sources, strict=True):
-            kept.append(Kept(name, pieces))
-            if isinstance(reader, Dequantised) and pieces[0] in reader.forms:
-                kept.append(_scales(name, pieces, reader))
-    return kept
+class Teacher(BaseModel):
+    """Whose delta it is; `sha256` is that of all its tensors, however they are split into files."""
+
+    name: str
+    sha256: str
 
 
-def _scales(name: str, pieces: tuple[str, ...], reader: Dequantised) -> Kept:
-    form = reader.forms[pieces[0]]
-    same = all(reader.forms.get(piece) == form for piece in pieces)
-    if not same or (form.kind == "block" and any(reader.shape(p)[0] % form.block[0] for p in pieces[:-1])):
-        raise UserError(
-            "FP8 matrices that are joined must end on whole blocks",
-            where=", ".join(pieces),
-            value=[reader.shape(p)[0] for p in pieces],
-            expected=f"multiples of {form.block[0]} rows",
-            next="convert both stages at once, so that no such layer is kept",
-        )
-    return Kept(name + form.suffix, tuple(piece + form.suffix for piece in pieces))
+class Delta(BaseModel):
+    """`delta.json`. about: how the hybrid came to be, in the maker's words."""
+
+    format: Literal["openling delta 1"] = "openling delta 1"
+    form: Form
+    teacher: Teacher
+    about: dict[str, Any]
+    parts: dict[FileName, Content]
+    copied: dict[FileName, Literal["teacher", "delta"]]
+    result: dict[FileName, Content]
+    shards: dict[FileName, list[Entry]]
+
+    @property
+    def changed(self) -> list[Entry]:
+        """Tensors that are not the teacher's."""
+        return [entry for entries in self.shards.values() for entry in entries if not entry.teacher]
 
 
-def plan_files(reader: CheckpointReader, kept: list[Kept], mode: Mode) -> list[FilePlan]:
-    """The files that hold `kept`, source shard by source shard."""
-    by_shard: dict[str, list[Kept]] = defaultdict(list)
-    for tensor in kept:
-        by_shard[reader.spans[tensor.pieces[0]].shard].append(tensor)
-    plans: list[FilePlan] = []
-    renamed: list[Kept] = []
-    for shard in reader.shards:
-        tensors = sorted(by_shard[shard], key=lambda t: reader.spans[t.pieces[0]].start)
-        name = "model-00001-of-00001.safetensors" if shard == SINGLE else shard
-        same = [t for t in tensors if t.pieces == (t.name,)]
-        size = (reader.folder / shard).stat().st_size
-        whole = len(same) == len(tensors) == reader.stored_in[shard]
-        if whole or (mode == "link" and 2 * _bytes(reader, same) >= size):
-            plans.append(FilePlan(name, mode if whole else "link", tuple(same), size, shard, stale=not whole))
-            renamed += [t for t in tensors if t.pieces != (t.name,)]
-        elif tensors:
-            plans.append(FilePlan(name, "filter", tuple(tensors), _bytes(reader, tensors)))
-    return plans + _renamed(reader, renamed)
+# ---------------------------------------------------------------------------------------------------------------------
+# Making
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-def _renamed(reader: TensorFiles, tensors: list[Kept]) -> list[FilePlan]:
-    groups: list[list[Kept]] = []
-    for tensor in tensors:
-        if not groups or _bytes(reader, [*groups[-1], tensor]) > RENAMED_BYTES:
-            groups.append([])
-        groups[-1].append(tensor)
-    return [FilePlan(RENAMED.format(i + 1), "filter", tuple(g), _bytes(reader, g)) for i, g in enumerate(groups)]
-
-
-def _bytes(reader: TensorFiles, tensors: list[Kept]) -> int:
-    return sum(reader.nbytes(piece) for tensor in tensors for piece in tensor.pieces)
-
-
-def copy_folder(source: str | Path, out: str | Path) -> Path:
-    """A clean copy of a checkpoint folder: the tensors its index promises and the small files, nothing stale."""
-    reader, final = CheckpointReader(source), Path(out).absolute()
-    if os.path.lexists(final):
-        raise UserError("the output folder exists already", where=final, next="name another folder, or remove this one first")
-    draft = final.with_name(f".{final.name}.partial")
-    try:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-        plans = plan_files(reader, [Kept(name, (name,)) for name in reader.names()], "copy")
-        for plan in plans:
-            if plan.source is None:
-                copy_tensors(reader, list(plan.tensors), draft / plan.name)
+def make_delta(teacher: Path, hybrid: Path, out: Path, *, form: Form, about: dict[str, Any], licence: str | None = None) -> Delta:
+    """Write what `hybrid` has that `teacher` lacks to the new folder `out`, which appears whole or not at all."""
+    old, new = open_folder(teacher), open_folder(hybrid)
+    theirs, ours = _raw(old), _raw(new)
+    if ours.stale_in:
+        fix = f"openling convert --to hf {hybrid} NEW, and the delta of NEW"
+        raise UserError("this folder shares files with another one", where=hybrid, expected="files of its own", next=fix)
+    sources = _sources(old, new)
+    shards: dict[str, list[Entry]] = {shard: [] for shard in ours.shards}
+    with FolderWriter(out) as writer:
+        parts = _Parts(writer.draft, form)
+        for name, span in ours.spans.items():
+            entry = Entry(name=name, dtype=span.dtype, shape=span.shape)
+            kept = Kept(name, sources.get(name, ()))
+            if kept.pieces and first_difference(kept, ours, theirs) is None:
+                entry.teacher = kept.pieces
             else:
-                copy_file(reader.folder / plan.source, draft / plan.name)
-        weight_map = {t.name: plan.name for plan in plans for t in plan.tensors}
-        index = {"metadata": {"total_size": reader.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-        (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in companions(reader.folder):
-            shutil.copyfile(path, draft / path.name)
-        if reader.stale_in:  # its scripts only say why engines cannot load it
-            clean = read_checkpoint(draft)
-            for engine in ENGINES:
-                (draft / f"launch_{engine}.sh").write_text(launch_script(engine, clean))
-        draft.rename(final)
-    except OSError as error:
-        raise write_error(error, final) from error
-    finally:
-        shutil.rmtree(draft, ignore_errors=True)
-    return final
+                parts.add(entry, ours.read(name))
+            shards[span.shard].append(entry)
+        written = parts.finish()
+        copied, result = _companions(teacher, hybrid, writer), {}
+        for shard, entries in shards.items():
+            digest, size = hashlib.sha256(), 0
+            for piece in _file(entries, theirs, TensorFiles.of(writer.draft, written)):
+                digest.update(piece)
+                size += len(piece)
+            result[shard] = Content(bytes=size, sha256=digest.hexdigest())
+        result |= {name: _content(hybrid / name) for name in copied}
+        whose = Teacher(name=teacher.absolute().name, sha256=tensors_hash(theirs))
+        about = about | ({"rounding error": parts.error} if form == "int8" else {})
+        delta = Delta(form=form, teacher=whose, about=about, parts=written, copied=copied, result=result, shards=shards)
+        writer.add_file(RECORD, delta.model_dump_json(indent=1) + "\n")
+        writer.add_file(README, card(out.absolute().name, delta, licence))
+    return delta
+
+
+def _raw(opened: Opened) -> CheckpointReader:
+    raw = opened.reader.raw if isinstance(opened.reader, Dequantised) else opened.reader
+    assert isinstance(raw, CheckpointReader)
+    return raw
+
+
+def _sources(old: Opened, new: Opened) -> dict[str, tuple[str, ...]]:
+    """For every tensor of the hybrid that may be the teacher's: the names of its pieces there."""
+    bindings = dict(old.bindings)
+    bindings.setdefault(LM_HEAD, bindings[EMBEDDINGS])  # tied in the teacher, written out in the hybrid
+    found: dict[str, tuple[str, ...]] = {}
+    for binding in new.bindings.values():
+        if binding.ours in bindings:
+            found |= zip(binding.theirs, _pieces(bindings[binding.ours], binding), strict=False)
+    return {name: pieces for name, pieces in found.items() if pieces}
+
+
+def _pieces(old: Binding, new: Binding) -> list[tuple[str, ...]]:
+    if len(old.theirs) == len(new.theirs):
+        return [(name,) for name in old.theirs]
+    return [old.theirs] if old.op == "rows" else []
+
+
+class _Parts:
+    """The parts of a delta: a part is written when the next tensor would make it too large."""
+
+    def __init__(self, folder: Path, form: Form) -> None:
+        self.folder, self.form = folder, form
+        self.pending: dict[str, Tensor] = {}
+        self.written: dict[str, Content] = {}
+        self.lost = self.energy = 0.0
+
+    @property
+    def error(self) -> float:
+        """Squared error of the rounding over the squares of what was rounded."""
+        return self.lost / self.energy if self.energy else 0.0
+
+    def add(self, entry: Entry, tensor: Tensor) -> None:
+        """A tensor of the result, in pieces of rows that fit a part."""
+        rows = torch.atleast_1d(tensor)
+        fit = max(1, PART_BYTES * len(rows) // max(1, rows.nbytes))
+        for i, piece in enumerate(rows.split(fit)):
+            if _is_rounded(self.form, entry):
+                whole, scale = quantise(piece, entry.name)
+                difference = dequantise(whole, scale, piece.dtype).double() - piece.double()
+                self.lost += float(difference.square().sum())
+                self.energy += float(piece.double().square().sum())
+                self._append(_key(entry, i), whole)
+                self._append(_key(entry, i) + ":scale", scale)
+            else:
+                self._append(_key(entry, i), piece)
+
+    def _append(self, name: str, tensor: Tensor) -> None:
+        if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > PART_BYTES:
+            self.finish()
+        self.pending[name] = tensor
+
+    def finish(self) -> dict[str, Content]:
+        """Write what is left; contents of all parts by name."""
+        if self.pending:
+            file = write_shard(self.folder / PART.format(len(self.written) + 1), self.pending)
+            assert file.sha256 is not None
+            self.written[file.file] = Content(bytes=file.bytes, sha256=file.sha256)
+            self.pending = {}
+        return self.written
+
+
+def _is_rounded(form: Form, entry: Entry) -> bool:
+    return form == "int8" and len(entry.shape) == 2 and entry.dtype in ROUNDED
+
+
+def _key(entry: Entry, index: int) -> str:
+    return f"{entry.name}:{index}"
+
+
+def quantise(rows: Tensor, name: str) -> tuple[Tensor, Tensor]:
+    """Integers from -127 to 127, and FP32 scales [N, 1], of a matrix [N, K]: of each row the largest value becomes 127."""
+    rows = rows.float()
+    if not rows.isfinite().all():
+        raise UserError("the weights hold NaN or infinite values", where=name, expected="finite numbers")
+    scale = rows.abs().amax(1, keepdim=True) / LARGEST
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    return (rows / scale).round().to(torch.int8), scale
+
+
+def dequantise(whole: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights that integers and scales stand for: one product and one rounding each, which every machine does alike."""
+    return (whole.float() * scale).to(dtype)
+
+
+def _companions(teacher: Path, hybrid: Path, writer: FolderWriter) -> dict[str, Literal["teacher", "delta"]]:
+    """Files of the hybrid that are no weights, and where each comes from."""
+    index = [hybrid / INDEX] if (hybrid / INDEX).exists() else []
+    out: dict[str, Literal["teacher", "delta"]] = {}
+    for path in [*companions(hybrid), *index]:
+        data, same = path.read_bytes(), teacher / path.name
+        out[path.name] = "teacher" if same.is_file() and same.read_bytes() == data else "delta"
+        if out[path.name] == "delta":
+            writer.add_file(COMPANION + path.name, data)
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Applying
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def apply_delta(teacher: Path, folder: Path, out: Path) -> Path:
+    """Write the folder that `folder` is the delta of to the new folder `out`, which appears whole and checked or not at all."""
+    delta = read_delta(folder)
+    theirs = CheckpointReader(teacher)
+    found = tensors_hash(theirs)
+    if found != delta.teacher.sha256:
+        raise UserError(
+            "the delta is of another teacher",
+            where=teacher,
+            value=f"tensors with hash {found[:16]}...",
+            expected=f"{delta.teacher.name}, {delta.teacher.sha256[:16]}...",
+            next="the revision, the dtype and the source of the weights all count",
+        )
+    pieces = [name for entries in delta.shards.values() for entry in entries for name in entry.teacher]
+    if absent := [name for name in pieces if name not in theirs]:
+        raise UserError("the record of the delta names a tensor that its teacher lacks", where=folder / RECORD, value=absent[0])
+    origin = {name: teacher / name if of == "teacher" else folder / (COMPANION + name) for name, of in delta.copied.items()}
+    for name, path in origin.items():
+        _check(path, delta.result[name])
+    parts = TensorFiles.of(folder, delta.parts)
+    with FolderWriter(out, expected_bytes=sum(content.bytes for content in delta.result.values())) as writer:
+        for shard, entries in delta.shards.items():
+            with new_file(writer.draft / shard) as file:
+                for piece in _file(entries, theirs, parts):
+                    write_all(file, piece)
+            if _content(writer.draft / shard) != delta.result[shard]:
+                raise Failure("what came out is not what the delta promises", where=shard, next="make the delta again")
+        for name, path in origin.items():
+            writer.add_file(name, path.read_bytes())
+    return writer.out
+
+
+def read_delta(folder: Path) -> Delta:
+    """The record of a delta folder whose parts are all there, byte for byte."""
+    folder = checked_folder(folder)
+    record = read_json(folder / RECORD)
+    try:
+        delta = Delta.model_validate(record)
+    except ValidationError as error:
+        first = error.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the file"
+        raise UserError(
+            "the record of the delta cannot be read", where=f"{folder / RECORD}, {field}", expected=first["msg"]
+        ) from error
+    if missing := {*delta.shards, *delta.copied} - set(delta.result):
+        raise UserError("the record of the delta is incomplete", where=folder / RECORD, value=f"no hash of {min(missing)}")
+    for part, content in delta.parts.items():
+        _check(folder / part, content)
+    return delta
+
+
+def _check(path: Path, content: Content) -> None:
+    """Raise where a file is not the one that a record names; a size is told apart from a change."""
+    if not path.is_file():
+        raise UserError("a file is missing", where=path, expected=f"{content.bytes:,} bytes", next="copy or download it again")
+    size = path.stat().st_size
+    if size != content.bytes:
+        raise UserError(
+            "a file is truncated, or another one",
+            where=path,
+            value=f"{size:,} bytes",
+            expected=f"{content.bytes:,} bytes",
+            next="copy or download it again",
+        )
+    if (found := _content(path).sha256) != content.sha256:
+        raise UserError(
+            "a file is damaged, or another one",
+            where=path,
+            value=f"sha256 {found[:16]}...",
+            expected=f"{content.sha256[:16]}...",
+            next="copy or download it again",
+        )
+
+
+def _content(path: Path) -> Content:
+    return Content(bytes=path.stat().st_size, sha256=file_hash(path))
+
+
+def _file(entries: list[Entry], teacher: TensorFiles, parts: TensorFiles) -> Iterator[memoryview]:
+    """A safetensors file of the result: its header, then every tensor, one piece in memory at a time."""
+    yield memoryview(write_header((e.name, e.dtype, e.shape, e.nbytes) for e in entries))
+    for entry in entries:
+        if entry.teacher:
+            yield from (raw_bytes(teacher.read(name)) for name in entry.teacher)
+            continue
+        index = 0
+        while (key := _key(entry, index)) in parts:
+            scale = parts.read(key + ":scale") if key + ":scale" in parts else None
+            stored = parts.read(key)
+            yield raw_bytes(stored if scale is None else dequantise(stored, scale, DTYPES[entry.dtype]))
+            index += 1
+
+
+def tensors_hash(reader: TensorFiles) -> str:
+    """Of all tensors by name, so that it does not depend on how they are split into files."""
+    digest = hashlib.sha256()
+    for name in sorted(reader.names()):
+        digest.update(f"{name} {reader.spans[name].dtype} {list(reader.shape(name))}\n".encode())
+        digest.update(raw_bytes(reader.read(name)))
+    return digest.hexdigest()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The card
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def card(name: str, delta: Delta, licence: str | None) -> str:
+    """README.md of a delta folder."""
+    matter = [f"base_model: {delta.teacher.name}", "tags: [openling, delta]", *([f"license: {licence}"] if licence else [])]
+    values = sum(math.prod(entry.shape) for entry in delta.changed)
+    size = sum(content.bytes for content in delta.parts.values())
+    how = "stored as they are" if delta.form == "exact" else "matrices as 8-bit integers with one scale per row"
+    rows = {
+        "teacher": delta.teacher.name,
+        "hash of its tensors": delta.teacher.sha256,
+        "changed": f"{len(delta.changed):,} tensors, {values:,} values, {how}: {size / 1e6:.1f} MB in {len(delta.parts)} parts",
+        **{key: value for key, value in delta.about.items() if isinstance(value, str)},
+    }
+    if delta.form == "int8":
+        rows["rounding error"] = f"{delta.about['rounding error']:.2e} of the squares of what was rounded"
+    table = "\n".join(f"| {key} | {str(value).replace('|', chr(92) + '|')} |" for key, value in rows.items())
+    measured = delta.form == "int8" and "losses" in delta.about
+    rounded = "\nLosses were measured before the changed matrices were rounded to 8 bits.\n" if measured else ""
+    return (
+        "---\n" + "\n".join(matter) + f"\n---\n\n# {name}\n\nNo model by itself: what one has that its teacher "
+        f"lacks. Both together are a checkpoint folder:\n\n```\nopenling delta apply {delta.teacher.name} {name} OUT\n```\n\n"
+        f"| | |\n|---|---|\n{table}\n{rounded}\nEverything else that is known of it is in `{RECORD}`, under `about`.\n"
+    )
