@@ -196,10 +196,12 @@ def _shard(root: nn.Module, layers: list[nn.Module], mesh: Mesh, model_dtype: to
         if axes.expert > 1 and isinstance(layer.mlp, SparseMoE):
             sharded.append(fully_shard(layer.mlp.experts, mesh=mesh.experts[dims], mp_policy=cast, ignored_params=apart))
         sharded.append(fully_shard(layer, mesh=mesh.dense[dims], mp_policy=cast, ignored_params=apart))
-    # A norm's output may be a view; nothing here changes one in place, which is what this warns of.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view", category=UserWarning)
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     sharded.append(fully_shard(root, mesh=mesh.dense[dims], mp_policy=plain, ignored_params=apart))
+    # A norm's output may be a view; nothing here changes one in place, which every forward would warn of. Only these classes are
+    # silenced, and once: catching warnings at each step would make Python repeat all others at each step.
+    names = "|".join(sorted({type(module).__name__ for module in sharded}))
+    warnings.filterwarnings("ignore", message=rf"FSDP2-wrapped module \(({names})\) returned a view", category=UserWarning)
     for module in sharded:
         assert isinstance(module, FSDPModule)
         module.set_gradient_divide_factor(1.0)  # losses are shares of a mean over all ranks' tokens: gradients add up
