@@ -31,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--preset", default="best", metavar="best|paper", help="ours (default), or the report's procedure")
     parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
     parser.add_argument("--layout", metavar="ling|selected|none|I,J,..", help="layers that become MLA (default: as Ling-2.6)")
-    parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names or paths")
+    parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names, paths, built corpora")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run, or take part in it")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, from the headers, and stop")
@@ -135,9 +135,9 @@ def calibration(source: Path, config: MigrateConfig, device: Any) -> list[Any]:
     import numpy as np
     import torch
 
-    from openling.data.corpus import BUILT_IN, mixture
-    from openling.data.pack import cut_windows, tokenise
+    from openling.data.pack import cut_windows
     from openling.migrate.pipeline import WINDOWS_PER_BATCH
+    from openling.migrate.texts import training_tokens
     from openling.model.families import read_config
     from openling.weights.folder import load_tokenizer
     from openling.weights.io import read_hf_config
@@ -151,7 +151,6 @@ def calibration(source: Path, config: MigrateConfig, device: Any) -> list[Any]:
             expected="tokenizer.json",
             next="copy it there, or --weights-only",
         )
-    documents = mixture(text.calibration, ["train" if n in BUILT_IN or n in text.evaluation else "all" for n in text.calibration])
-    tokens = tokenise(documents, tokenizer, vocab_size=model.vocab_size, max_tokens=text.calibration_tokens)
+    tokens = training_tokens(text, tokenizer, vocab_size=model.vocab_size, max_tokens=text.calibration_tokens)
     windows = cut_windows(tokens, text.sequence_length, where="calibration text")
     return list(torch.from_numpy(windows.astype(np.int64)).to(device).split(WINDOWS_PER_BATCH))

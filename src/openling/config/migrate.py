@@ -71,7 +71,10 @@ class Layout(Strict):
 
 
 class Text(Strict):
-    """Texts: names of built-in corpora or paths. Tokens are read once and cut into windows of `sequence_length`."""
+    """Texts: built-in names, paths, or folders of `openling data build`; NAME=TEXT names an evaluation text.
+
+    Tokens are read once and cut into windows of `sequence_length`.
+    """
 
     calibration: tuple[str, ...] = ("python-docs", "python-code")
     evaluation: tuple[str, ...] = ("python-docs", "kjv")

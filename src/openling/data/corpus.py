@@ -208,7 +208,13 @@ def _read_path(path: Path) -> Iterator[Document]:
     """Every .txt and .md file is a document, every line of a .jsonl file too; a folder is read recursively, by name."""
     files = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file()) if path.is_dir() else [path]
     if not files:
-        raise UserError("the folder holds no text", where=path, expected=f"files ending in {', '.join(SUFFIXES)}")
+        raise UserError(
+            "the folder holds no text and is no corpus",
+            where=path,
+            value=", ".join(sorted(p.name for p in path.iterdir())[:3]) or "empty",
+            expected=f"files ending in {', '.join(SUFFIXES)}, or the index.json of a built corpus",
+            next="openling data build SOURCES OUT --tokenizer MODEL",
+        )
     empty = True
     for file in files:
         if file.suffix not in SUFFIXES:

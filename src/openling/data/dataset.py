@@ -90,24 +90,28 @@ def is_dataset(folder: str | Path) -> bool:
     return (Path(folder) / "index.json").is_file()
 
 
-def scattered_tokens(folders: Sequence[str | Path], tokenizer: Any, *, vocab_size: int, max_tokens: int | None) -> np.ndarray:
+def scattered_tokens(
+    folders: Sequence[str | Path], tokenizer: Any, *, vocab_size: int, max_tokens: int | None, block: int = SCATTERED_BLOCK
+) -> np.ndarray:
     """Tokens of built corpora as one int32 array: blocks of all sources in a fixed scattered order, at most `max_tokens`.
 
     Only what is returned is read. Each source is there by its share of the tokens; another tokenizer is a `UserError`.
+    block: tokens that stay together.
     """
-    blocks: list[tuple[ShardStream, int]] = []
+    streams: list[ShardStream] = []
     for dataset in map(Dataset, folders):
         dataset.check_tokenizer(tokenizer)
         dataset.check_model(vocab_size)
-        streams = [dataset.stream(source) for source in dataset.sources]
-        blocks += [(stream, start) for stream in streams for start in range(0, len(stream), SCATTERED_BLOCK)]
+        streams += [dataset.stream(source) for source in dataset.sources]
+    ends = np.cumsum([-(-len(stream) // block) for stream in streams], dtype=np.int64)
     parts: list[np.ndarray] = [np.empty(0, np.int32)]
     count = 0
-    for index in np.random.default_rng(0).permutation(len(blocks)):
+    for index in np.random.default_rng(0).permutation(ends[-1]):
         if max_tokens is not None and count >= max_tokens:
             break
-        stream, start = blocks[index]
-        parts.append(stream.read(start, min(start + SCATTERED_BLOCK, len(stream))).astype(np.int32))
+        which = int(np.searchsorted(ends, index, side="right"))
+        stream, start = streams[which], int(index - (ends[which - 1] if which else 0)) * block
+        parts.append(stream.read(start, min(start + block, len(stream))).astype(np.int32))
         count += len(parts[-1])
     return np.concatenate(parts)[:max_tokens]
 

@@ -22,9 +22,7 @@ import numpy as np
 import torch
 
 from openling.config.migrate import MigrateConfig, Stage, Warmup, preset
-from openling.data.corpus import BUILT_IN, Part, find_corpus, mixture
-from openling.data.dataset import Dataset, is_dataset, scattered_tokens
-from openling.data.pack import Batches, cut_windows, tokenise
+from openling.data.pack import Batches, cut_windows
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
 from openling.migrate.convert import check_mla, to_lightning, to_mla
@@ -35,6 +33,7 @@ from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, t
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
 from openling.migrate.select import select_layers
+from openling.migrate.texts import evaluation_windows, origins, training_tokens
 from openling.migrate.touched import converted, round_to, stored_bytes, trainable, values
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
@@ -151,12 +150,12 @@ class _Migration:
         self._check_teacher(found, followed)
         self._check_space()
         text = config.text
-        self.tokens = self._tokens(found.vocab_size)
+        self.tokens = training_tokens(text, self.tokenizer, vocab_size=found.vocab_size, max_tokens=self._most_tokens())
         calibration = cut_windows(self.tokens[: text.calibration_tokens], text.sequence_length, where="calibration text")
         self.calibration = list(torch.from_numpy(calibration.astype(np.int64)).to(self.device).split(WINDOWS_PER_BATCH))
         for name, warmup in (("linear_warmup", config.linear_warmup), ("mla_warmup", config.mla_warmup)):
             cut_windows(self.tokens, warmup.train.sequence_length, where=f"training text of {name}")
-        evaluation = self._evaluation(found.vocab_size)
+        evaluation = evaluation_windows(text, self.tokenizer, vocab_size=found.vocab_size)
         fingerprints = self._fingerprints(evaluation)
         self.journal: dict[str, Any] = {"model": str(model), **fingerprints, "config": config.model_dump(mode="json"), "done": []}
         self.journal |= {"bf16_products": bf16_matmuls_pay(), "gates": {}}
@@ -230,34 +229,11 @@ class _Migration:
         teacher = source if self.teacher_folder == self.model else fingerprint(self.teacher_folder)
         return {"source model": source, "teacher": teacher, "texts": texts.hexdigest()}
 
-    def _tokens(self, vocab_size: int) -> np.ndarray:
-        """Tokens of the calibration text, as many as calibration or the longer warm-up reads."""
-        text = self.config.text
+    def _most_tokens(self) -> int:
+        """As many as calibration or the longer warm-up reads."""
         runs = [w.train for w in (self.config.linear_warmup, self.config.mla_warmup)]
         warm = [c.tokens or c.total_steps * c.batch_size * c.sequence_length for c in runs]
-        most = max(text.calibration_tokens, *warm)
-        if any(map(is_dataset, text.calibration)):
-            for name in text.calibration:
-                if not is_dataset(name):
-                    raise UserError(
-                        "built corpora and texts cannot be mixed", where="--text", value=name, next="openling data build"
-                    )
-            return scattered_tokens(text.calibration, self.tokenizer, vocab_size=vocab_size, max_tokens=most)
-        # The user's own text is held back only where it is evaluated on too.
-        parts: list[Part] = ["train" if name in BUILT_IN or name in text.evaluation else "all" for name in text.calibration]
-        documents = mixture(text.calibration, parts)
-        return tokenise(documents, self.tokenizer, vocab_size=vocab_size, max_tokens=most)
-
-    def _evaluation(self, vocab_size: int) -> dict[str, np.ndarray]:
-        """Held-out windows by domain."""
-        text, out = self.config.text, {}
-        for name in text.evaluation:
-            corpus = find_corpus(name)
-            part: Part = "heldout" if name in text.calibration else "all"
-            tokens = tokenise(corpus.documents(part), self.tokenizer, vocab_size=vocab_size, max_tokens=text.evaluation_tokens)
-            label = name if corpus.name in out else corpus.name
-            out[label] = cut_windows(tokens, text.sequence_length, where=f"evaluation text {name}, {part} documents")
-        return out
+        return max(self.config.text.calibration_tokens, *warm)
 
     # -----------------------------------------------------------------------------------------------------------------
 
@@ -356,7 +332,7 @@ class _Migration:
             "settings": self.config.model_dump(mode="json"),
             "layout": {"group_size": group, "said": said} if gqa else {},
             "plan": self._plan() if gqa else None,
-            "texts": self._texts(),
+            "texts": origins(self.config.text),
             "stages": [self.measurer.stage(self.teacher.model) | {"name": "teacher"}],
         }
         if self.source is not self.teacher:  # what the first stage starts from
@@ -367,18 +343,6 @@ class _Migration:
     def _plan(self) -> dict[str, Any]:
         layout = self.layout.model_dump(include={"mla_layers", "group_size", "kv_lora_rank", "q_lora_rank"})
         return plan(load_config(str(self.model)), **layout).as_dict()
-
-    def _texts(self) -> list[dict[str, Any]]:
-        text, rows = self.config.text, []
-        for role, names in (("calibration and warm-ups", text.calibration), ("evaluation", text.evaluation)):
-            for name in names:
-                if is_dataset(name):
-                    sources = Dataset(name).sources.values()
-                    rows += [{"name": s["name"], "licence": s["licence"], "source": str(name), "role": role} for s in sources]
-                    continue
-                corpus = find_corpus(name)
-                rows.append({"name": corpus.name, "licence": corpus.licence, "source": corpus.source, "role": role})
-        return rows
 
     def _stage(self, stage: Stage, current: Checkpoint) -> tuple[Ling, dict[str, Any]]:
         """The model after a stage, and what to note of it."""
