@@ -120,8 +120,8 @@ def convert(teacher: Ling, what: str, conversion: dict[str, Any], layout: dict[s
         return to_lightning(teacher, half, windows, options, seed=0, **how)[0]
     kinds = tuple("mla" if kind == "mla" or what == "all mla" else "gqa" for kind in target.layer_kinds)
     student, found = to_mla(teacher, target.replace(layer_kinds=kinds), windows, options, **how)
-    chosen = [a for a in found.approximations if a.step in ("latent rank", "RoPE folding")]
-    print("  " + ", ".join(f"{a.layer}: {a.measure} {a.value:.4g}" for a in chosen), flush=True)
+    told = [a for a in found.approximations if a.step in ("latent rank", "RoPE folding")]
+    print("  " + ", ".join(f"{a.layer}: {a.measure} {a.value:.4g}" for a in told), flush=True)
     return student
 
 

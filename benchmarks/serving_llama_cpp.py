@@ -140,8 +140,8 @@ def write_gguf(path: Path, dtype: str) -> None:
     for name, field in reader.fields.items():
         if name.startswith("GGUF.") or name in ("general.architecture", "general.file_type", "general.quantization_version"):
             continue
-        kind, *inner = field.types
-        writer.add_key_value(name, field.contents(), kind, sub_type=inner[-1] if inner else None)
+        of, *inner = field.types
+        writer.add_key_value(name, field.contents(), of, sub_type=inner[-1] if inner else None)
     kind = {"float32": gguf.GGMLQuantizationType.F32, "bfloat16": gguf.GGMLQuantizationType.BF16}[dtype]
     writer.add_file_type({"float32": gguf.LlamaFileType.ALL_F32, "bfloat16": gguf.LlamaFileType.MOSTLY_BF16}[dtype])
     for tensor in reader.tensors:
@@ -159,7 +159,7 @@ def write_gguf(path: Path, dtype: str) -> None:
 def compare(dtype: str, peer: Peer, ours: Ours, turns: int, tokens: int) -> dict[str, Any]:
     """Tokens per second of both, in turns."""
     prompt = ours.tokenizer(PROMPT).input_ids
-    sides = (peer, ours)
+    sides: tuple[Peer | Ours, ...] = (peer, ours)
     written = [side.run(prompt, tokens)[1] for side in sides]  # also warms up
     times: list[list[float]] = [[], []]
     for _ in range(turns):

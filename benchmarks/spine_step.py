@@ -16,6 +16,7 @@ import sys
 import tempfile
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 SPINE = "9d5ad5b"
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,7 +66,7 @@ def child(source: str) -> None:
 
     assert str(openling.__file__).startswith(source), openling.__file__
 
-    def model(kinds: list[str], **options: bool) -> Ling:
+    def model(kinds: list[Any], **options: Any) -> Ling:
         config = ModelConfig(
             vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
             num_key_value_heads=3, head_dim=64, tie_word_embeddings=True, layer_kinds=tuple(kinds), **options,

@@ -177,14 +177,15 @@ def equal_to_memory(source: Path, out: Path) -> bool:
     """Whether the streamed result with calibration text is that of the whole model in memory, bit for bit."""
     from openling.migrate.convert import to_lightning, to_mla
     from openling.migrate.layout import lightning_stage, mla_stage
-    from openling.migrate.pipeline import _round
+    from openling.migrate.touched import round_to
     from openling.weights.folder import load
 
     config = settings()
     loaded, layout = load(source), config.layout.model_dump()
-    model, quiet = loaded.model.float(), {"on_layer": lambda i: None, "bf16": True}
+    model = loaded.model.float()
+    quiet: dict[str, Any] = {"on_layer": lambda i: None, "bf16": True}
     model, _ = to_lightning(model, lightning_stage(loaded.config, layout), windows(), config.conversion, seed=0, **quiet)
-    _round(model, torch.bfloat16)
+    round_to(model, torch.bfloat16)
     model, _ = to_mla(model, mla_stage(model.config, layout), windows(), config.conversion, **quiet)
     state, reader = model.state_dict(), CheckpointReader(out)
     new = outline(source, config, "copy").new

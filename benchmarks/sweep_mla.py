@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from itertools import cycle
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -48,9 +49,11 @@ def main() -> None:
         for name, options in forms:
             turns = cycle(pools)
 
-            def call(turns=turns, q=q, lengths=lengths, split=split, options=options) -> Tensor:
+            def call(
+                turns: Any = turns, q: Any = q, lengths: Tensor = lengths, split: int = split, options: Any = options
+            ) -> Tensor:
                 pages, table = next(turns)
-                return mla.run_decode(*q, pages[..., :RANK], pages[..., RANK:], table, lengths, SCALE, split, **options)
+                return mla.run_decode(q[0], q[1], pages[..., :RANK], pages[..., RANK:], table, lengths, SCALE, split, **options)
 
             what = f"B{batch} S{keys} T{new} H{heads} split {split}: {name}"
             try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from itertools import cycle
 from statistics import median
 
@@ -103,7 +104,7 @@ def sweep_product(name: str, layer: Layer, work: Work, clock: Callable[[], bool]
                         part = slice(rows) if a.shape[0] == work.s.entry_R.numel() else slice(None)
                         worst = max(worst, ((a[part].float() - b[part]).norm() / b[part].norm()).item())
                 print(f"  {kind}: off by {worst:.1e} from the portable form", flush=True)
-            found.append((microseconds(lambda form=form: call(form)), label))
+            found.append((microseconds(partial(call, form)), label))
         except Exception as error:
             print(f"  {label}: {type(error).__name__}: {str(error).splitlines()[0][:150]}", flush=True)
     for us, label in sorted(found):
@@ -191,7 +192,7 @@ def sweep_decode(layer: Layer, clock: Callable[[], bool]) -> None:
             if clock():
                 return
             both = [
-                timed(lambda p, tiles=tiles: moe_decode.experts_few(*p, *weights, tiles=tiles), pairs)
+                timed(lambda p, tiles=tiles: moe_decode.experts_few(p[0], p[1], *weights, tiles=tiles), pairs)
                 for tiles in ((tile, moe_decode.DOWN), (moe_decode.GATE_UP, tile))
             ]
             print(f"    as gate_up {both[0]:6.1f} us, as down {both[1]:6.1f} us  {tile}", flush=True)

@@ -169,7 +169,8 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
     speed = row(f"{name}: training, median", found["tokens_per_s"], "tokens/s", **about, best=found["best"])
     lines = [speed]
     if found["mfu"] is not None:
-        lines.append(row(f"{name}: MFU", found["mfu"], "share", goal and f">= {goal}", goal and found["mfu"] >= goal))
+        wanted = {"goal": f">= {goal}", "met": found["mfu"] >= goal} if goal else {}
+        lines.append(row(f"{name}: MFU", found["mfu"], "share", **wanted))
         near = found["memory"] / found["planned"]
         memory = {"peer": "openling plan, without its reserve", "peer_value": found["planned"], "ratio": near}
         lines.append(
@@ -181,7 +182,7 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
             speed["why"] = f"load of the machine while it ran: {os.getloadavg()[0]:.1f} over {len(os.sched_getaffinity(0))} cores"
         lines.append(row(f"{name}: resident memory", found["memory"], "GiB"))
     if found["stalls"]:  # the first one also asks for the pinned memory that all others use again
-        first, *_, last = [*found["stalls"], found["stalls"][-1]]
+        first, last = found["stalls"][0], found["stalls"][-1]
         met = last / INTERVAL < 0.02
         lines.append(row(f"{name}: held up by one checkpoint", last, "s", GOAL_STALL, met, first=first, share=last / INTERVAL))
     lines.append(row(f"{name}: waiting for data", found["data"], "share", "< 0.01", found["data"] < 0.01))
