@@ -83,6 +83,18 @@ def test_windows_for_evaluation_come_from_all_over_a_corpus(place: Place, tmp_pa
     assert any(found <= set("vwxyz") for found in letters)
 
 
+def test_of_a_built_in_text_what_a_corpus_may_hold_is_not_measured_on(place: Place, tmp_path: Path) -> None:
+    folder = str(corpus(place, tmp_path, text="a b c d e " * 40))
+    tokenizer = load_tokenizer(place.teacher, openling.load(place.teacher).config)
+
+    def windows(*calibration: str) -> np.ndarray:
+        text = Text(calibration=calibration, evaluation=("kjv",), sequence_length=16, evaluation_tokens=160)
+        return evaluation_windows(text, tokenizer, vocab_size=260)["kjv"]
+
+    assert np.array_equal(windows(folder), windows("kjv"))
+    assert not np.array_equal(windows(folder), windows("python-docs"))
+
+
 def test_resume_refuses_another_corpus(place: Place, tmp_path: Path, quick: None, monkeypatch: pytest.MonkeyPatch) -> None:
     held = corpus(place, tmp_path, text=place.evaluation.read_text())
 

@@ -50,9 +50,11 @@ def domains(text: Text) -> dict[str, str]:
 def evaluation_windows(text: Text, tokenizer: Any, *, vocab_size: int) -> dict[str, np.ndarray]:
     """Held-out windows [N, T = sequence_length], int32, by domain."""
     length, most, out = text.sequence_length, text.evaluation_tokens, {}
-    trained = {shard for name in text.calibration if is_dataset(name) for shard in _shards(name)}
+    corpora = [name for name in text.calibration if is_dataset(name)]
+    trained = {shard for name in corpora for shard in _shards(name)}
     for label, name in domains(text).items():
-        part: Part = "heldout" if name in text.calibration else "all"
+        # What a corpus was built from is not known; of built-in texts `openling data build` takes the train part only.
+        part: Part = "heldout" if name in text.calibration or (corpora and name in BUILT_IN) else "all"
         if is_dataset(name):
             if trained & _shards(name):
                 raise UserError(
