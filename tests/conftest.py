@@ -28,6 +28,8 @@ if not torch.cuda.is_available():
 # that pytest 9.2 does not read.)
 SHARED = {
     "tests/migrate/test_smollm2.py": "SmolLM2",
+    "tests/migrate/test_delta.py": "whole migration",
+    "tests/migrate/test_gates.py": "taught teachers",
     "tests/migrate/test_pipeline.py": "whole migration",
     "tests/migrate/test_refusals.py": "whole migration",
     "tests/migrate/test_stream_trouble.py": "whole stream",

@@ -5,6 +5,7 @@ import errno
 import gzip
 import multiprocessing
 import os
+import shutil
 import signal
 import time
 
@@ -275,6 +276,14 @@ def test_sources_that_change_are_noticed(tmp_path, monkeypatch):
     (tmp_path / "corpus.run" / "done" / "tokenise-000000.json").unlink()
     with pytest.raises(Failure, match="changed since"):
         build_module.work(tmp_path / "corpus.run", "tokenise", "000000")
+
+
+def test_another_corpus_may_be_built_in_the_same_place(tmp_path):
+    for texts in (["one"], ["two", "three"]):
+        folder = built(tmp_path, a=texts)
+        assert sorted(d[1] for d in documents(folder, "a")) == sorted(texts)
+        shutil.rmtree(folder)
+        shutil.rmtree(tmp_path / "corpus.run")
 
 
 def test_another_tokenizer_is_refused(tmp_path):

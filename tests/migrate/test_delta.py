@@ -18,8 +18,6 @@ import openling
 from openling.weights import delta as deltas
 from openling.weights.delta import LARGEST, PART_BYTES, dequantise, quantise, read_delta
 
-pytestmark = pytest.mark.xdist_group("migrated")
-
 
 @pytest.fixture(scope="module")
 def small(migrated: Migrated, place: Place, tmp_path_factory: pytest.TempPathFactory) -> Path:

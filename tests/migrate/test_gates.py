@@ -21,8 +21,6 @@ from openling.migrate import gates, measurer, pipeline
 from openling.migrate.gates import broken_numbers, judge
 from openling.report.page import build
 
-pytestmark = pytest.mark.xdist_group("gates")  # the teacher is trained in one process only
-
 
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory: pytest.TempPathFactory) -> Place:

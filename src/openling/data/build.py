@@ -212,7 +212,8 @@ class _Job:
 
 
 @lru_cache(maxsize=1)
-def _job(run: Path) -> _Job:
+def _job(run: Path, changed: int) -> _Job:
+    """The job that a run's plan describes; changed: when the plan was written, ns, since another may follow in the same place."""
     plan = json.loads((run / "plan.json").read_text())
     settings = plan["config"]
     settings["sources"] = tuple(Source(**s) for s in settings["sources"])
@@ -336,7 +337,7 @@ TASKS: dict[str, Callable[[_Job, Unit], dict[str, Any]]] = {"scan": _scan, "toke
 
 def work(run: Path, task: str, name: str) -> bool:
     """Do one unit's task unless it is done or somebody else is at it; runs in a worker process."""
-    job = _job(run)
+    job = _job(run, (run / "plan.json").stat().st_mtime_ns)
     units = Units(run)
     with units.claim(f"{task}-{name}") as mine:
         if mine:
