@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from openling.cli import main
 from openling.config.recipe import read_recipe
 from openling.errors import UserError
 from openling.train.stages import Pipeline
@@ -107,6 +108,28 @@ def test_stages_follow_one_another_and_merge(tmp_path):
     before = (run / "models" / "short" / "model.safetensors").stat().st_mtime_ns
     assert go(tmp_path, run, resume=True).stopped is None
     assert (run / "models" / "short" / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_the_best_checkpoints_on_a_text_are_merged(tmp_path, capsys):
+    go(tmp_path, tmp_path / "run")
+    stage, text = tmp_path / "run" / "stages" / "long", tmp_path / "story.txt"
+    assert main(["merge", str(stage), str(tmp_path / "best"), "--best", "2", "--eval-text", str(text), "--dtype", "float32"]) == 0
+    told = json.loads((tmp_path / "best" / "openling.json").read_text())
+    losses = {int(step): loss for step, loss in told["held_out"]["losses"].items()}
+    assert [m["step"] for m in told["merged"]] == sorted(sorted(losses, key=losses.get)[:2])
+    assert set(losses) == {2, 4, 6}
+    assert "step 4: " in capsys.readouterr().err
+    # The loss is that of the folder that each checkpoint alone makes.
+    assert main(["merge", str(stage), str(tmp_path / "one"), "--steps", "4", "--dtype", "float32"]) == 0
+    one, tokens = load(tmp_path / "one"), told["held_out"]["tokens"]
+    windows = torch.tensor(one.tokenizer(text.read_text()).input_ids[:tokens]).view(-1, 64)
+    with torch.inference_mode():
+        logits = one.model(windows)[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
+    assert losses[4] == pytest.approx(float(expected), rel=1e-5)
+    for words in (["--best", "2"], ["--eval-text", str(text)], ["--best", "9", "--eval-text", str(text)]):
+        assert main(["merge", str(stage), str(tmp_path / "no"), *words]) == 2
+    assert not (tmp_path / "no").exists()
 
 
 def test_nothing_to_resume_and_changed_recipes_are_told(tmp_path):

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from openling.errors import UserError
 
+if TYPE_CHECKING:
+    from openling.model.ling import Ling
+
+# What --best measures on, in windows of at most this length.
+EVALUATION_TOKENS, EVALUATION_LENGTH = 65536, 1024
+
 EXAMPLES = """examples:
   openling merge runs/mine/stages/cpt OUT --last 8 --weights 1-sqrt   # unrounded weights of a training run
+  openling merge runs/mine/stages/mid OUT --best 8 --eval-text held-out.jsonl   # those with the lowest loss on a text
   openling merge A B C OUT --weights 0.2,0.3,0.5                      # folders, oldest first
 """
 
@@ -25,6 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", default="mean", metavar="HOW", help="mean (default), 1-sqrt, cosine, ema:ALPHA, or numbers, oldest first"
     )
     parser.add_argument("--last", type=int, metavar="N", help="of a run: the last N checkpoints (default: all that it kept)")
+    parser.add_argument("--best", type=int, metavar="N", help="of a run: of those, the N with the lowest loss on --eval-text")
+    parser.add_argument("--eval-text", metavar="TEXT", help="what --best measures on: a path, a built-in text, a corpus")
     parser.add_argument("--steps", metavar="N,N,...", help="of a run: the checkpoints of these steps")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="of a run: where tensors that it did not train come from")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of a run's merged weights")
@@ -39,9 +50,9 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("one run at a time", where="SOURCE", value=str(args.sources[1]), expected="RUN/stages/NAME OUT")
         print(_merge_run(args))
         return 0
-    if args.last is not None or args.steps is not None or args.base is not None:
+    if any(given is not None for given in (args.last, args.best, args.steps, args.base)):
         raise UserError(
-            "--last, --steps and --base are for the folder of a training run", where=args.sources[0],
+            "--last, --best, --steps and --base are for the folder of a training run", where=args.sources[0],
             expected="a folder with checkpoints/, RUN/stages/NAME",
         )  # fmt: skip
     print(merge_folders(args.sources, args.out, args.weights, provenance={"command": args.command}))
@@ -58,9 +69,14 @@ def _merge_run(args: argparse.Namespace) -> Path:
     from openling.train.checkpoint import load_start
     from openling.train.wsm import chosen_checkpoints, merge_into
     from openling.weights.export import save
-    from openling.weights.folder import load
+    from openling.weights.folder import load, load_tokenizer
 
     run: Path = args.sources[0]
+    if (args.best is None) != (args.eval_text is None) or (args.best is not None and args.best < 1):
+        raise UserError(
+            "--best is a number of checkpoints, at least 1, and --eval-text what they are measured on", where=run,
+            value=f"--best {args.best}, --eval-text {args.eval_text}", expected="both or neither",
+        )  # fmt: skip
     try:
         steps = [int(word) for word in args.steps.split(",")] if args.steps else []
     except ValueError as error:
@@ -82,8 +98,12 @@ def _merge_run(args: argparse.Namespace) -> Path:
         if model.config.tie_word_embeddings:
             model.lm_head.weight = model.model.word_embeddings.weight
         load_start(list(sources.values())[-1], model)
-    about = merge_into(model, sources, args.weights)
     companions = run.parents[1] / "tokenizer"
+    told: dict[str, Any] = {}
+    if args.best is not None:
+        reader = load_tokenizer(companions if companions.is_dir() else args.base or run, model.config)
+        sources, told["held_out"] = _best(model, sources, reader, args)
+    about = merge_into(model, sources, args.weights) | told
     return save(
         model.eval(),
         args.out,
@@ -92,3 +112,33 @@ def _merge_run(args: argparse.Namespace) -> Path:
         provenance=about | {"steps": max(sources), "command": args.command},
         companions=companions if companions.is_dir() else None,
     )
+
+
+def _best(
+    model: Ling, sources: dict[int, Path], tokenizer: Any, args: argparse.Namespace
+) -> tuple[dict[int, Path], dict[str, Any]]:
+    """Those of the checkpoints that --best keeps, and what they were measured on, with the loss of each."""
+    import torch
+
+    from openling.data.corpus import BUILT_IN, find_corpus
+    from openling.data.dataset import is_dataset, scattered_tokens
+    from openling.data.pack import cut_windows, tokenise
+    from openling.model.device import pick_device
+    from openling.train.wsm import best_checkpoints, held_out_loss
+
+    name, config = args.eval_text, model.config
+    if tokenizer is None:
+        raise UserError("the run has no tokenizer to read --eval-text with", where=args.sources[0], next="--base FOLDER with one")
+    limits: dict[str, Any] = {"vocab_size": config.vocab_size, "max_tokens": EVALUATION_TOKENS}
+    if is_dataset(name):
+        tokens = scattered_tokens([name], tokenizer, **limits)
+    else:
+        tokens = tokenise(find_corpus(name).documents("heldout" if name in BUILT_IN else "all"), tokenizer, **limits)
+    length = min(EVALUATION_LENGTH, config.max_position_embeddings)
+    windows_NT = torch.from_numpy(cut_windows(tokens, length, where=f"--eval-text {name}")).long()
+    model.eval().to(pick_device("auto"))
+    chosen, losses = best_checkpoints(model, sources, args.best, lambda: held_out_loss(model, windows_NT))
+    model.cpu()
+    for step, loss in losses.items():
+        print(f"step {step}: {loss:.4f} nats{'  kept' if step in chosen else ''}", file=sys.stderr)
+    return chosen, {"text": name, "tokens": windows_NT.numel(), "losses": {str(s): loss for s, loss in losses.items()}}

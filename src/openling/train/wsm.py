@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from openling.errors import UserError
+from openling.model.ling import Ling
+from openling.ops.loss import head_loss
 from openling.train.checkpoint import checkpoints, damage
 from openling.train.reading import open_checkpoint
 from openling.weights.merge import coefficients, weighted_sum
@@ -33,6 +35,31 @@ def chosen_checkpoints(run: Path, *, last: int | None = None, steps: Sequence[in
         if wrong := damage(found[step]):
             raise UserError("a checkpoint is damaged", where=found[step], value=wrong, next="name other steps")
     return {step: found[step] for step in sorted(wanted)}
+
+
+@torch.inference_mode()
+def held_out_loss(model: Ling, windows_NT: Tensor) -> float:
+    """Mean next-token loss on token windows, nats."""
+    head = model.lm_head.weight
+    losses = [head_loss(model.model(ids), head, ids).ce for ids in windows_NT.to(head.device).split(1)]
+    return float(torch.stack(losses).double().mean())
+
+
+def best_checkpoints(
+    model: nn.Module, sources: dict[int, Path], count: int, loss: Callable[[], float]
+) -> tuple[dict[int, Path], dict[int, float]]:
+    """The `count` checkpoints with the lowest loss of the model they make, oldest first, and the loss of every one by step.
+
+    Ling 2.0 ends its mid-training so, with 32 (arXiv 2510.22115). The model is left with the weights of the newest.
+    """
+    if count > len(sources):
+        raise UserError("the run has fewer checkpoints than are to be merged", value=len(sources), expected=count)
+    found = {}
+    for step, path in sources.items():
+        merge_into(model, {step: path}, "mean")
+        found[step] = loss()
+    best = sorted(sources, key=lambda step: found[step])[:count]
+    return {step: sources[step] for step in sorted(best)}, found
 
 
 @torch.no_grad()
