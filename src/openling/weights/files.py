@@ -1,7 +1,7 @@
 """Files of a checkpoint moved without torch: linked, copied whole or in part; every file appears whole or not at all.
 
 Bytes go from file to file inside the kernel (`copy_file_range`, which shares blocks where the file system can), in pieces; what
-arrived is hashed on the way. Memory is one piece per file at work.
+arrived is hashed on the way. Memory is two pieces per file at work.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -131,31 +132,44 @@ def _runs(reader: TensorFiles, tensors: list[Kept]) -> Iterator[tuple[str, int, 
 
 
 def copy_range(source: int, out: int, start: int, count: int, digest: hashlib._Hash, name: Path) -> None:
-    """Append `count` bytes from `start` on; `digest` sees what arrived."""
+    """Append `count` bytes from `start` on; `digest` sees what arrived, in a thread, while the next piece is copied."""
     buffer = memoryview(bytearray(min(PIECE, count)))
-    place = os.lseek(out, 0, os.SEEK_CUR)
-    while count:
-        got = _copy_piece(source, out, start, min(count, PIECE), buffer)
-        if not got:
-            raise UserError("a weight shard has become shorter", where=name, next="copy or download this file again")
-        seen = 0
-        while seen < got:
-            more = os.preadv(out, [buffer[: got - seen]], place + seen)
-            digest.update(buffer[:more])
-            seen += more
-        os.posix_fadvise(source, start, got, os.POSIX_FADV_DONTNEED)
-        start, place, count = start + got, place + got, count - got
+    place, hashing = os.lseek(out, 0, os.SEEK_CUR), None
+    with ThreadPoolExecutor(1) if count > PIECE else contextlib.nullcontext() as thread:
+        while count:
+            got = _copy_piece(source, out, start, min(count, PIECE))
+            if not got:
+                raise UserError("a weight shard has become shorter", where=name, next="copy or download this file again")
+            if hashing is not None:
+                hashing.result()
+            if thread is None:
+                _hash_piece(out, place, got, digest, buffer)
+            else:
+                hashing = thread.submit(_hash_piece, out, place, got, digest, buffer)
+            os.posix_fadvise(source, start, got, os.POSIX_FADV_DONTNEED)
+            start, place, count = start + got, place + got, count - got
+        if hashing is not None:
+            hashing.result()
 
 
-def _copy_piece(source: int, out: int, start: int, count: int, buffer: memoryview) -> int:
+def _copy_piece(source: int, out: int, start: int, count: int) -> int:
     try:
         return os.copy_file_range(source, out, count, offset_src=start)
     except OSError as error:
         if error.errno not in _NO_KERNEL_COPY:
             raise
-    got = os.preadv(source, [buffer[:count]], start)
-    write_all(out, buffer[:got])
-    return got
+    data = memoryview(os.pread(source, count, start))
+    write_all(out, data)
+    return len(data)
+
+
+def _hash_piece(out: int, place: int, count: int, digest: hashlib._Hash, buffer: memoryview) -> None:
+    seen = 0
+    while seen < count:
+        more = os.preadv(out, [buffer[: count - seen]], place + seen)
+        digest.update(buffer[:more])
+        seen += more
+    os.posix_fadvise(out, place, count, os.POSIX_FADV_DONTNEED)  # has the disk begin to write it, too
 
 
 def first_difference(kept: Kept, ours: TensorFiles, theirs: TensorFiles) -> str | None:
