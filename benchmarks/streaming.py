@@ -178,12 +178,13 @@ def equal_to_memory(source: Path, out: Path) -> bool:
     from openling.migrate.convert import to_lightning, to_mla
     from openling.migrate.layout import lightning_stage, mla_stage
     from openling.migrate.touched import round_to
+    from openling.ops.cpu import half_products
     from openling.weights.folder import load
 
     config = settings()
     loaded, layout = load(source), config.layout.model_dump()
     model = loaded.model.float()
-    quiet: dict[str, Any] = {"on_layer": lambda i: None, "bf16": True}
+    quiet: dict[str, Any] = {"on_layer": lambda i: None, "bf16": half_products(torch.device("cpu"))}
     model, _ = to_lightning(model, lightning_stage(loaded.config, layout), windows(), config.conversion, seed=0, **quiet)
     round_to(model, torch.bfloat16)
     model, _ = to_mla(model, mla_stage(model.config, layout), windows(), config.conversion, **quiet)

@@ -19,6 +19,7 @@ from openling.migrate.convert import to_mla
 from openling.migrate.layout import target_config
 from openling.migrate.mla import Projections, pairs, rorope_basis
 from openling.model.generate import Sampling, generate
+from openling.ops.cpu import half_products
 from openling.ops.lightning import lightning_chunk, lightning_recurrent, log_decay
 from openling.weights.gguf import import_gguf, smollm2_gguf
 
@@ -135,9 +136,8 @@ def test_absorbed_decode_equals_expanded_on_the_converted_model(teacher, windows
     config = target_config(teacher.config)
     kinds = tuple("mla" if kind == "mla" else "gqa" for kind in config.layer_kinds)
     options = preset("best").conversion.model_copy(update={"rope_fold": 1})  # to measure a fold takes half a minute
-    student, found = to_mla(
-        teacher.model, config.replace(layer_kinds=kinds), [windows[:1]], options, on_layer=lambda i: None, bf16=True
-    )
+    how = {"on_layer": lambda i: None, "bf16": half_products(windows.device)}
+    student, found = to_mla(teacher.model, config.replace(layer_kinds=kinds), [windows[:1]], options, **how)
     assert {a.layer for a in found.approximations} == {5, 11, 17, 23, 29}
     ids = windows[:1, :48]
     expected = student(ids)

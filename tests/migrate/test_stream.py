@@ -17,12 +17,14 @@ from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.stream import convert_folder
 from openling.migrate.touched import round_to
 from openling.migrate.verify import verify
+from openling.ops.cpu import half_products
 from openling.weights.cluster import ENGINES, Launch, command, launch_script, read_checkpoint
 from openling.weights.export import save
 from openling.weights.fp8 import Dequantised, Form
 from openling.weights.io import INDEX, CheckpointReader
 from openling.weights.linked import copy_folder
 
+CPU = torch.device("cpu")
 FAMILIES = ("LlamaForCausalLM", "MixtralForCausalLM", "BailingMoeV2ForCausalLM")
 FORMS = {
     "block": Form("block", "_scale_inv", torch.float32, False, (8, 16)),
@@ -34,7 +36,11 @@ def in_memory(source, out, config):
     """What the pipeline does: FP32 models, rounded between the stages."""
     loaded = openling.load(source)
     stored = loaded.model.lm_head.weight.dtype
-    model, layout, quiet = loaded.model.float(), config.layout.model_dump(), {"on_layer": lambda i: None, "bf16": True}
+    model, layout, quiet = (
+        loaded.model.float(),
+        config.layout.model_dump(),
+        {"on_layer": lambda i: None, "bf16": half_products(CPU)},
+    )
     if "lightning" in config.stages:
         half = lightning_stage(loaded.config, layout)
         model, _ = to_lightning(model, half, windows(), config.conversion, seed=config.seed, **quiet)
@@ -107,7 +113,7 @@ def test_fp8_in_and_out(form, tmp_path):
     assert any(name.endswith(form.suffix) for name in untouched)
     same({n: new[n] for n in untouched}, {n: old[n] for n in untouched})
     loaded = openling.load(source, dtype=torch.float32)
-    layout, quiet = settings().layout.model_dump(), {"on_layer": lambda i: None, "bf16": True}
+    layout, quiet = settings().layout.model_dump(), {"on_layer": lambda i: None, "bf16": half_products(CPU)}
     half, _ = to_lightning(
         loaded.model, lightning_stage(loaded.config, layout), windows(), settings().conversion, seed=0, **quiet
     )

@@ -16,6 +16,7 @@ from openling.data.pack import Batches
 from openling.errors import Failure, UserError
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
+from openling.ops.cpu import settle_bf16_matmuls
 from openling.train.checkpoint import latest_checkpoint, sole_writer
 from openling.train.loop import train
 from openling.train.optim import adamw, select_parameters
@@ -148,6 +149,29 @@ def _train_in_child(run, resume):
 def _step(run):
     checkpoint = latest_checkpoint(run)
     return int(checkpoint.name.removeprefix("step_")) if checkpoint else 0
+
+
+@pytest.mark.parametrize("pays", [True, False])
+def test_precision_is_the_faster_one_and_stays_with_a_run(tmp_path, pays):
+    """A run that resumes on another processor goes on in the precision that it began with."""
+    try:
+        settle_bf16_matmuls(pays)
+        config = tiny_config(max_seconds=1e-9)
+        run_training(tmp_path / "run", config)
+        settle_bf16_matmuls(not pays)
+        run_training(tmp_path / "run", tiny_config(), resume=True)
+        settle_bf16_matmuls(pays)
+        named = tiny_config(precision="bf16" if pays else "fp32")
+        run_training(tmp_path / "named", named)
+        settle_bf16_matmuls(pays)
+        run_training(tmp_path / "other", tiny_config(precision="fp32" if pays else "bf16"))
+    finally:
+        settle_bf16_matmuls(None)
+    resumed, named, other = (
+        [json.loads(line)["loss"] for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("run", "named", "other")
+    )
+    assert resumed == named != other
 
 
 def test_kill_9_leaves_a_folder_that_resumes_exactly(tmp_path):

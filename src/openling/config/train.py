@@ -54,7 +54,9 @@ class TrainConfig(BaseModel):
         "none", description="which MTP steps send the base no gradient; later: all but the first"
     )
     bias_rate: float = Field(0.0, ge=0, description="of the router's bias towards balance, per step; 0 leaves it alone")
-    precision: Literal["bf16", "fp32"] = "bf16"
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        "auto", description="of matrix products; auto: bf16 on GPUs and on CPUs that multiply it faster than fp32"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_steps: int | None = Field(None, gt=0)
     checkpoint_seconds: float | None = Field(120.0, gt=0)

@@ -38,7 +38,7 @@ from openling.migrate.touched import converted, round_to, stored_bytes, trainabl
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
-from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
+from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmuls
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
 from openling.weights.export import save
@@ -142,7 +142,6 @@ class _Migration:
         self.layout = config.layout  # selected MLA layers are named here once they are known
         self.device, self.command, self.events = torch.device(device), command, events
         self.run = run_folder(out)
-        self.bf16 = True
         found, followed = _config_of(model), _config_of(self.teacher_folder)
         self.tokenizer = load_tokenizer(model, found)
         self.has_teacher = set(followed.layer_kinds) == {"gqa"}
@@ -162,6 +161,7 @@ class _Migration:
         if (self.run / "journal.json").exists():
             self.journal = continued(self.run, self.journal, config)
             settle_bf16_matmuls(self.journal["bf16_products"])
+        self.bf16 = half_products(self.device)
         self.source = _load(model, self.device)
         self.teacher = self.source if teacher is None else _load(teacher, self.device)
         write_json(self.run / "journal.json", self.journal)

@@ -35,7 +35,7 @@ from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
 from openling.model.config import LING_ARCHITECTURE, ModelConfig
 from openling.model.ling import CallContext, Ling
-from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
+from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmuls
 from openling.weights.export import add_companions, add_launch_scripts, json_text, ling_config, model_card
 from openling.weights.files import (
     MANIFEST,
@@ -318,7 +318,7 @@ class _Conversion:
         assert self.job.windows is not None
         source, device = FolderStack(opened, self.job.device), self.job.device
         streams = DiskStreams(self.run / "streams" / step.stage, device)
-        for at in walk(source, DerivedStack(source, step.after), self.job.windows, streams=streams):
+        for at in walk(source, DerivedStack(source, step.after), self.job.windows, streams=streams, bf16=half_products(device)):
             self._ahead(opened, at.index + 1)
             if at.index in step.layers:
                 self._write(at, self._fit(at, step))

@@ -32,7 +32,7 @@ from openling.data.batches import BatchSource, PackedBatch, check_fingerprint
 from openling.data.prefetch import Prefetcher
 from openling.errors import UserError
 from openling.model.ling import Ling
-from openling.ops.cpu import bf16_matmuls_pay, settle_bf16_matmuls
+from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmuls
 from openling.parallel.apply import Parallel
 from openling.parallel.matrices import matrices
 from openling.parallel.pipeline import Pipeline
@@ -115,6 +115,8 @@ def train(
     if weight and ranks.parallel.pipeline is not None:
         raise UserError("teachers are not cut into pipeline stages", where=term, value=weight, expected="0, or no pipeline")
     here = dict(model.named_parameters())
+    device = next(iter(here.values())).device
+    config = ranks.told(lambda: settled(config, device, run))
     names = select_names(list(ranks.parallel.parts) or list(here), parameters)
     chosen = {name: here[name] for name in names if name in here}
     if ranks.agreed(not chosen):
@@ -129,6 +131,14 @@ def train(
         every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
         display = (progress is not False, every)
         return _Run(model, config, batches, chosen, teacher, run, display, start, ranks, trackers).go()
+
+
+def settled(config: TrainConfig, device: torch.device, run: Path) -> TrainConfig:
+    """The configuration with a precision in place of "auto": the one that `run` began with, else the device's faster one."""
+    if config.precision != "auto":
+        return config
+    begun = json.loads((run / "train.json").read_text())["config"] if (run / "train.json").exists() else {}
+    return config.model_copy(update={"precision": begun.get("precision", "bf16" if half_products(device) else "fp32")})
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:

@@ -40,7 +40,7 @@ from openling.parallel.apply import Parallel, apply
 from openling.parallel.fill import fill, give_memory
 from openling.parallel.mesh import Axes, build, fit
 from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint, write_json
-from openling.train.loop import TrainResult, train
+from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
 from openling.train.trackers import open_trackers
@@ -243,7 +243,8 @@ class Pipeline:
         self.say(
             f"stage {stage.name}: {total:,} steps, {tokens * stage.sequence_length:,} tokens, rows of {stage.sequence_length}"
         )
-        dtype = torch.bfloat16 if stage.precision == "bf16" else None
+        run = told(lambda: settled(stage.run(), self.device, folder), self.group)
+        dtype = torch.bfloat16 if run.precision == "bf16" else None
         c = self.recipe.parallel
         with torch.device("meta"):
             model = Ling(config)
@@ -266,7 +267,7 @@ class Pipeline:
         fields = stage.model_dump(mode="json")
         return train(
             parallel.model,
-            stage.run(),
+            run,
             batches,
             parameters=stage.trainable,
             run=folder,
