@@ -228,7 +228,7 @@ class _ChunkLayout:
         if self.dense:
             n, chunk = self.token_nC.shape
             return x_THD.view(n, chunk, *x_THD.shape[1:]).transpose(1, 2)
-        gathered: Tensor = _Cut.apply(x_THD, self)
+        gathered: Tensor = _Cut.apply(x_THD, self.token_nC, self.valid_nC, self.place_T)
         return gathered.transpose(1, 2)
 
     def join(self, x_nHCD: Tensor) -> Tensor:
@@ -236,43 +236,43 @@ class _ChunkLayout:
         x_nCHD = x_nHCD.transpose(1, 2)
         if self.dense:
             return x_nCHD.flatten(0, 1)
-        joined: Tensor = _Joined.apply(x_nCHD, self)
+        joined: Tensor = _Joined.apply(x_nCHD, self.token_nC, self.valid_nC, self.place_T)
         return joined
 
 
-def _cut(x_THD: Tensor, layout: _ChunkLayout) -> Tensor:
-    rows = x_THD.index_select(0, layout.token_nC.flatten()).unflatten(0, layout.token_nC.shape)
-    return rows.masked_fill_(~layout.valid_nC[..., None, None], 0)
+def _cut(x_THD: Tensor, token_nC: Tensor, valid_nC: Tensor) -> Tensor:
+    rows = x_THD.index_select(0, token_nC.flatten()).unflatten(0, token_nC.shape)
+    return rows.masked_fill_(~valid_nC[..., None, None], 0)
 
 
-def _joined(x_nCHD: Tensor, layout: _ChunkLayout) -> Tensor:
-    return x_nCHD.flatten(0, 1).index_select(0, layout.place_T)
+def _joined(x_nCHD: Tensor, place_T: Tensor) -> Tensor:
+    return x_nCHD.flatten(0, 1).index_select(0, place_T)
 
 
 class _Cut(torch.autograd.Function):
     """Tokens to padded chunks. Its gradient gathers, as it does: PyTorch's gradient of an index adds row by row."""
 
     @staticmethod
-    def forward(ctx: Any, x_THD: Tensor, layout: _ChunkLayout) -> Tensor:
-        ctx.layout = layout
-        return _cut(x_THD, layout)
+    def forward(ctx: Any, x_THD: Tensor, token_nC: Tensor, valid_nC: Tensor, place_T: Tensor) -> Tensor:
+        ctx.save_for_backward(place_T)
+        return _cut(x_THD, token_nC, valid_nC)
 
     @staticmethod
-    def backward(ctx: Any, grad_nCHD: Tensor) -> tuple[Tensor, None]:
-        return _joined(grad_nCHD, ctx.layout), None
+    def backward(ctx: Any, grad_nCHD: Tensor) -> tuple[Tensor | None, ...]:
+        return _joined(grad_nCHD, *ctx.saved_tensors), None, None, None
 
 
 class _Joined(torch.autograd.Function):
     """The way back."""
 
     @staticmethod
-    def forward(ctx: Any, x_nCHD: Tensor, layout: _ChunkLayout) -> Tensor:
-        ctx.layout = layout
-        return _joined(x_nCHD, layout)
+    def forward(ctx: Any, x_nCHD: Tensor, token_nC: Tensor, valid_nC: Tensor, place_T: Tensor) -> Tensor:
+        ctx.save_for_backward(token_nC, valid_nC)
+        return _joined(x_nCHD, place_T)
 
     @staticmethod
-    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor, None]:
-        return _cut(grad_THD, ctx.layout), None
+    def backward(ctx: Any, grad_THD: Tensor) -> tuple[Tensor | None, ...]:
+        return _cut(grad_THD, *ctx.saved_tensors), None, None, None
 
 
 def _scan(

@@ -206,7 +206,7 @@ def _plain_chunks(c: ModelConfig, rows: Rows, keep: _Keeper) -> None:
     keep.add("decays within, into and over a chunk", decays * keep.value, "mixer")
     if lengths > 1:
         # int64 numbers of tokens, and four boolean masks: of q, of k, of v and of the output.
-        keep.add("which token is where in padded chunks", chunks * C * (8 + 4), "mixer")
+        keep.add("which token is where in padded chunks, and back", chunks * C * (8 + 1) + rows.total * 8, "mixer")
 
 
 def _gqa(c: ModelConfig, rows: Rows, keep: _Keeper, cut: Cut) -> None:
@@ -310,9 +310,9 @@ def _plain_experts(c: ModelConfig, tokens: int, keep: _Keeper) -> None:
     keep.add("router: chosen experts, int64", tokens * k * 8, part)
     if c.norm_topk_prob and k > 1:
         keep.add("router: weights and their sum", tokens * (k + 1) * 4, part)
-    keep.add("experts: order of the rows and their tokens, int64", tokens * k * 16, part)
+    keep.add("experts: order of the rows and their places, int64", tokens * k * 16, part)
     keep.add("experts: weight of every row", tokens * k * 4, part)
-    keep.add("experts: input, output and weighted output of every row", tokens * k * 3 * c.hidden_size * 4, part)
+    keep.add("experts: input and output of every row", tokens * k * 2 * c.hidden_size * 4, part)
     keep.add("experts: gate, silu(gate), up and product of every row", tokens * k * 4 * F * 4, part)
 
 
