@@ -14,13 +14,14 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
-from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, Metadata, MetadataIndex, TensorProperties
+from torch.distributed.checkpoint.metadata import ChunkStorageMetadata, MetadataIndex, TensorProperties
 from torch.distributed.checkpoint.planner import TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from openling.parallel.apply import Parallel
 from openling.parallel.table import Run, within
+from openling.weights.dcp import Reader
 
 
 class Piece(Tensor):
@@ -101,20 +102,6 @@ def save(folder: Path, tensors: dict[str, Tensor], group: dist.ProcessGroup | No
     """Write a DCP folder; every rank of the group calls it with its pieces. None: one process writes all."""
     writer = dcp.FileSystemWriter(folder, single_file_per_rank=True, thread_count=1)
     dcp.save(dict(tensors), storage_writer=writer, process_group=group, no_dist=group is None)
-
-
-class Reader(dcp.FileSystemReader):
-    """A DCP folder whose metadata, which names every piece of every tensor, is read once."""
-
-    def __init__(self, folder: Path) -> None:
-        super().__init__(folder)
-        self._metadata: Metadata | None = None
-
-    def read_metadata(self, *args: Any, **options: Any) -> Metadata:
-        """The folder's metadata."""
-        if self._metadata is None:
-            self._metadata = super().read_metadata(*args, **options)
-        return self._metadata
 
 
 def load(source: Path | Reader, tensors: dict[str, Tensor]) -> None:

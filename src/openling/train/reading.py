@@ -15,9 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from openling.parallel.pieces import Piece, Reader, load
-
-METADATA = ".metadata"
+from openling.parallel.pieces import Piece, load
+from openling.weights.dcp import METADATA, Reader
 
 
 class Checkpoint(Protocol):

@@ -53,7 +53,7 @@ def best_checkpoints(
     Ling 2.0 ends its mid-training so, with 32 (arXiv 2510.22115). The model is left with the weights of the newest.
     """
     if count > len(sources):
-        raise UserError("the run has fewer checkpoints than are to be merged", value=len(sources), expected=count)
+        raise UserError("the run has fewer checkpoints than are to be merged", where="--best", value=len(sources), expected=count)
     found = {}
     for step, path in sources.items():
         merge_into(model, {step: path}, "mean")

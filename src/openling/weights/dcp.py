@@ -44,14 +44,15 @@ class _Lazy(dcp.DefaultSavePlanner):
         return self.reader.read(index.fqn)
 
 
-class _Once(dcp.FileSystemReader):
-    """Reads the metadata of a folder once, however often tensors are loaded from it."""
+class Reader(dcp.FileSystemReader):
+    """Reads the metadata of a folder, which names every piece of every tensor, once, however often tensors are loaded from it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.known: Metadata | None = None
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The folder's metadata."""
         if self.known is None:
             self.known = super().read_metadata(*args, **kwargs)
         return self.known
@@ -83,7 +84,7 @@ def from_dcp(source: str | Path, out: str | Path, *, shard_bytes: int = SHARD_BY
     folder = checked_folder(source)
     if not (folder / METADATA).is_file():
         raise UserError("this is no DCP folder", where=folder, expected=f"the file {METADATA} and *.distcp beside it")
-    reader = _Once(folder)
+    reader = Reader(folder)
     found = {name: m for name, m in reader.read_metadata().state_dict_metadata.items() if isinstance(m, TensorStorageMetadata)}
     if not found:
         raise UserError("this DCP folder holds no tensors", where=folder)
