@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+from collections import Counter
 from datetime import timedelta
 from pathlib import Path
 
@@ -39,6 +40,8 @@ CASES = {
         "pipeline": (Axes(pipeline=2), {"mtp_steps": 3, "mtp_detach": "later"}),
         "taught": (Axes(tensor=2), {"kl": 0.5, "align": 0.5, "mtp_steps": 3, "mtp_detach": "later"}),
         "muon": (Axes(expert=2), {"optimizer": "muon"}),
+        "reduced by part": (Axes(), {"gather": "layer"}),
+        "gathered once": (Axes(expert=2), {"gather": "step", "accumulation": 4}),
     },
     4: {
         "context x expert": (Axes(context=2, expert=4), {"kl": 0.5, "align": 0.5}),
@@ -67,14 +70,14 @@ def model(seed=0):
     return hybrid(seed, **SHAPE).double()
 
 
-def go(run, axes=None, source=None, start=None, nan_word=None, **changes):
+def go(run, axes=None, source=None, start=None, nan_word=None, gather="accumulate", **changes):
     """Train on a mesh, or alone; returns the result and the ranks. nan_word: whose embedding is not finite."""
     config = settings(**changes)
     student, teacher = model(), model(seed=1) if config.kl else None
     if nan_word is not None:
         student.model.word_embeddings.weight.data[nan_word] = float("nan")
     mesh = None if axes is None else build(axes, student.config, "cpu")
-    ranks = Ranks(apply(student, mesh))
+    ranks = Ranks(apply(student, mesh, gather=gather))
     if teacher is not None:
         apply(teacher, mesh)
     rank, world = (0, 1) if mesh is None else (mesh.data_rank, mesh.data_ranks)
@@ -173,6 +176,24 @@ def refusals(folder):
     assert not (folder / "new").exists()
 
 
+def gathers(folder):
+    """How often weights travel: twice a part, but once a step where they are kept."""
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"  # before torch 2.13
+    count, plain = Counter(), getattr(dist, name)
+    for gather in ("accumulate", "step"):
+
+        def counting(*args, gather=gather, **kwargs):
+            count[gather] += 1
+            return plain(*args, **kwargs)
+
+        setattr(dist, name, counting)
+        try:
+            go(folder / f"counted {gather}", Axes(), gather=gather, accumulation=4)
+        finally:
+            setattr(dist, name, plain)
+    assert count["step"] > 0 and count["accumulate"] > 4 * count["step"], count
+
+
 def everything(rank, world, folder):
     """What every process runs."""
     torch.set_num_threads(1)
@@ -182,6 +203,7 @@ def everything(rank, world, folder):
     for name, (axes, changes) in CASES[world].items():
         go(folder / name, axes, **changes)
     if world == 2:
+        gathers(folder)
         skip(folder)
         agree(folder)
         resume(folder)

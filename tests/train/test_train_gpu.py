@@ -46,7 +46,9 @@ def gradients(model, ids, bounds, *, half):
 
 
 def test_gradients_under_autocast_are_as_exact_as_plain_ones():
-    exact = made(small()).double()
+    # At an eps of 1e-6 a document's first token, which may leave the recurrence as next to nothing, decides a norm's gradient
+    # (test_loop_on_gpus.py); the median below is 0.07 at 1e-2, on a CPU as well, and 0.2 to 0.3 at 1e-6.
+    exact = made(small().replace(rms_norm_eps=1e-2)).double()
     model = copy.deepcopy(exact).float().cuda()
     ids = torch.randint(0, 250, (1, 700), generator=torch.Generator().manual_seed(1))
     bounds = torch.tensor([0, 130, 131, 700])

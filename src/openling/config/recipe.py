@@ -83,6 +83,16 @@ class ParallelConfig(_Section):
     tensor: int = Field(1, gt=0, description="ranks that share every matrix product")
     expert: int = Field(1, gt=0, description="ranks that share the experts; taken from shard x context")
     recompute: Literal["none", "layer", "selective"] = Field("none", description="what backward computes again to save memory")
+    gather: Literal["layer", "accumulate", "step"] = Field(
+        "accumulate",
+        description="layer: gradients are reduced after every part; accumulate: once a step; step: weights gathered once too",
+    )
+
+    @model_validator(mode="after")
+    def _gathered(self) -> Self:
+        if self.pipeline > 1 and self.gather != "accumulate":
+            raise ValueError(f'gather = "{self.gather}" and a pipeline do not go together: its stages go by "accumulate"')
+        return self
 
 
 class StageConfig(TrainConfig):

@@ -124,12 +124,14 @@ def kind_of(path: Path) -> Kind | None:
 
 
 def files_below(path: Path) -> Iterator[Path]:
-    """The files of a folder that are read, by name; hidden, generated and linked ones are not."""
+    """The files of a folder that are read, by name; hidden and generated ones are not, nor links to what lies in it anyway."""
+    whole = path.resolve()
     for folder, inner, names in os.walk(path):
         inner[:] = sorted(n for n in inner if not n.startswith(".") and n not in SKIPPED)
         for name in sorted(names):
             file = Path(folder) / name
-            if not name.startswith(".") and not file.is_symlink() and kind_of(file):
+            again = file.is_symlink() and (not file.is_file() or file.resolve().is_relative_to(whole))
+            if not name.startswith(".") and not again and kind_of(file):
                 yield file
 
 

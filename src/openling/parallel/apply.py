@@ -36,6 +36,7 @@ from openling.parallel.pipeline import Pipeline, cut
 from openling.parallel.recompute import Recompute, recompute
 from openling.parallel.table import Held, holdings, take_parts
 from openling.parallel.tensor import split_over
+from openling.plan.mesh import Gather
 
 T = TypeVar("T")
 EMBEDDINGS = "model.word_embeddings.weight"
@@ -54,9 +55,16 @@ def inside(model: Ling, compute: Callable[[], T]) -> T:
 class Parallel:
     """A model on a mesh, and what a training loop asks of it. Without a mesh everything is local and the model plain."""
 
-    def __init__(self, model: Ling, mesh: Mesh | None, parts: dict[str, Held], pipeline: Pipeline | None = None) -> None:
+    def __init__(
+        self,
+        model: Ling,
+        mesh: Mesh | None,
+        parts: dict[str, Held],
+        pipeline: Pipeline | None = None,
+        gather: Gather = "accumulate",
+    ) -> None:
         """parts: of all parameters of the whole model."""
-        self.model, self.mesh, self.parts, self.pipeline = model, mesh, parts, pipeline
+        self.model, self.mesh, self.parts, self.pipeline, self.gather = model, mesh, parts, pipeline, gather
         self.tensor_group = None if mesh is None or mesh.axes.tensor == 1 else mesh.group("tensor")
         self.context_group = None if mesh is None or mesh.axes.context == 1 else mesh.group("context")
 
@@ -74,9 +82,10 @@ class Parallel:
         return out
 
     def last_of_step(self, last: bool) -> None:
-        """Say before each backward whether it is the step's last: earlier ones keep gradients whole and send nothing."""
+        """Say before each backward whether it is the step's last: what earlier ones keep whole, and send not, `gather` says."""
         if isinstance(self.model, FSDPModule):
-            self.model.set_requires_gradient_sync(last)
+            self.model.set_requires_gradient_sync(last or self.gather == "layer")
+            self.model.set_reshard_after_backward(last or self.gather != "step")
 
     def held(self, chosen: dict[str, nn.Parameter]) -> dict[str, nn.Parameter]:
         """Parameters as this rank holds them: plain tensors in the same memory, which an optimiser steps without planning."""
@@ -142,12 +151,14 @@ def apply(
     recomputing: Recompute = "none",
     compiled: bool = False,
     model_dtype: torch.dtype | None = None,
+    gather: Gather = "accumulate",
     stages_per_rank: int = 1,
     seq_len: int = 4096,
 ) -> Parallel:
     """Put a whole model (on its device, or on "meta") onto the mesh, in place; what other stages hold leaves it.
 
     model_dtype: what the layers' matrices are cast to before they are gathered (see above); None keeps their own dtype.
+    gather: how long they are kept, and gradients whole (`plan.setup.Setup`); a pipeline's stages go by "accumulate".
     stages_per_rank: of a pipeline; more than one are interleaved. seq_len: of rows, by which its layers are dealt.
     """
     config = model.config
@@ -173,18 +184,21 @@ def apply(
     sharded = axes.data_replicate * axes.shards > 1
     if axes.pipeline == 1:
         if sharded:
-            _shard(model, list(model.model.layers), mesh, model_dtype)
+            _shard(model, list(model.model.layers), mesh, model_dtype, keep=gather == "step")
             model.run = lambda compute: compute()  # type: ignore[assignment]
             register_fsdp_forward_method(model, "run")
-        return Parallel(model, mesh, parts)
+        return Parallel(model, mesh, parts, gather=gather)
     stages = cut(model, mesh, per_rank=stages_per_rank, seq_len=seq_len)
     for stage in stages if sharded else ():
         _shard(stage, [*stage.layers, *stage.mtp], mesh, model_dtype)
     return Parallel(model, mesh, parts, Pipeline(model, stages, mesh))
 
 
-def _shard(root: nn.Module, layers: list[nn.Module], mesh: Mesh, model_dtype: torch.dtype | None) -> None:
-    """FSDP2: a group per layer, one for its experts where these are split already, and the rest in the root's."""
+def _shard(root: nn.Module, layers: list[nn.Module], mesh: Mesh, model_dtype: torch.dtype | None, *, keep: bool = False) -> None:
+    """FSDP2: a group per layer, one for its experts where these are split already, and the rest in the root's.
+
+    keep: layers' whole weights from forward to backward.
+    """
     axes = mesh.axes
     dims = ("data_replicate", "shard") if axes.data_replicate > 1 else ("shard",)
     apart = {p for name, p in root.named_parameters() if p.dim() == 1 or name.endswith("mlp.gate.weight")}
@@ -194,8 +208,18 @@ def _shard(root: nn.Module, layers: list[nn.Module], mesh: Mesh, model_dtype: to
     for layer in layers:
         assert isinstance(layer, Layer)
         if axes.expert > 1 and isinstance(layer.mlp, SparseMoE):
-            sharded.append(fully_shard(layer.mlp.experts, mesh=mesh.experts[dims], mp_policy=cast, ignored_params=apart))
-        sharded.append(fully_shard(layer, mesh=mesh.dense[dims], mp_policy=cast, ignored_params=apart))
+            sharded.append(
+                fully_shard(
+                    layer.mlp.experts,
+                    mesh=mesh.experts[dims],
+                    mp_policy=cast,
+                    ignored_params=apart,
+                    reshard_after_forward=not keep,
+                )
+            )
+        sharded.append(
+            fully_shard(layer, mesh=mesh.dense[dims], mp_policy=cast, ignored_params=apart, reshard_after_forward=not keep)
+        )
     plain = MixedPrecisionPolicy(cast_forward_inputs=False)
     sharded.append(fully_shard(root, mesh=mesh.dense[dims], mp_policy=plain, ignored_params=apart))
     # A norm's output may be a view; nothing here changes one in place, which every forward would warn of. Only these classes are

@@ -251,7 +251,7 @@ class Pipeline:
         if c.pipeline > 1:  # whose stages are no part of the model, so that memory must be there before they are cut
             model = self._model(config, before, self.device)
         parallel = apply(
-            model, self.mesh, recomputing=c.recompute, model_dtype=dtype, stages_per_rank=c.stages_per_rank,
+            model, self.mesh, recomputing=c.recompute, model_dtype=dtype, gather=c.gather, stages_per_rank=c.stages_per_rank,
             seq_len=stage.sequence_length,
         )  # fmt: skip
         if c.pipeline == 1:
