@@ -5,6 +5,7 @@ import multiprocessing
 import random
 import re
 import signal
+import threading
 import time
 
 import numpy as np
@@ -17,6 +18,7 @@ from openling.errors import Failure, UserError
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.ops.cpu import settle_bf16_matmuls
+from openling.train import checkpoint as checkpoint_module
 from openling.train.checkpoint import latest_checkpoint, sole_writer
 from openling.train.loop import train
 from openling.train.optim import adamw, select_parameters
@@ -196,6 +198,24 @@ def test_kill_9_leaves_a_folder_that_resumes_exactly(tmp_path):
     assert result.stopped == "finished"
     assert metrics(run) == metrics(tmp_path / "straight")
     assert_same_weights(killed, straight)
+
+
+def test_the_clock_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
+    """A checkpoint that is due while the one before is being written comes later; the last one waits."""
+    written, write = threading.Event(), checkpoint_module._write_files
+    monkeypatch.setattr(checkpoint_module, "_write_files", lambda *args, **kwargs: written.wait(60) and write(*args, **kwargs))
+
+    class Watched(Batches):
+        def batch(self, step):
+            if step == 30:  # read a few steps ahead
+                written.set()
+            return super().batch(step)
+
+    batches, config = Watched(tiny_windows(), batch_size=8, seed=5), tiny_config(steps=40, checkpoint_seconds=1e-9)
+    train(tiny_model(), config, batches, parameters=ATTENTION, run=tmp_path, progress=False)
+    saves = [row["save_seconds"] for row in map(json.loads, (tmp_path / "metrics.jsonl").read_text().splitlines())]
+    assert saves[1] > 0 and saves[2:16] == [0.0] * 14
+    assert latest_checkpoint(tmp_path).name == "step_40"
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -100,6 +100,11 @@ class Saver:
         self._thread = threading.Thread(target=self._run, args=(write, state), name="checkpoint")
         self._thread.start()
 
+    @property
+    def busy(self) -> bool:
+        """Whether the last one is still being written."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until what was begun is on the disk."""
         if self._thread is not None:
