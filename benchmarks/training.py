@@ -1,7 +1,7 @@
 """Training on this machine: tokens per second of the nano recipe on a CPU, checkpoint stall, waiting for data; MFU on GPUs.
 
     python benchmarks/training.py [--steps N] [--only nano 1b-dense 1b-moe 128k] [--out FILE]
-    torchrun --nproc-per-node 2 benchmarks/training.py --only 1b-dense 1b-moe --alone FILE
+    torchrun --nproc-per-node 2 benchmarks/training.py --only 1b-dense 1b-moe --alone FILE [--gather step]
 
 The loop itself is run, with its checkpoints, its log and its data thread, on the shapes named below; the first steps, in which
 memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says. 128k
@@ -20,7 +20,7 @@ import statistics
 import sys
 import tempfile
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ from openling.parallel.mesh import Axes, build
 from openling.parallel.recompute import Recompute
 from openling.parallel.world import ending_together, join, started_by_torchrun
 from openling.plan.job import plan_training
+from openling.plan.mesh import GATHERS, Gather
 from openling.train.flops import training_flops
 from openling.train.loop import train
 from openling.train.ranks import Ranks
@@ -93,6 +94,7 @@ class Case:
     goal: float | None = None
     packed: bool = False
     recompute: Recompute = "none"
+    gather: Gather = "step"
 
 
 def batches_of(case: Case, rank: int, world: int) -> MemoryBatches:
@@ -114,7 +116,8 @@ def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
         model = Ling(config)
     model.init_weights(torch.Generator(device).manual_seed(0))
     mesh = build(Axes(), config, device.type) if world > 1 else None
-    ranks = Ranks(apply(model, mesh, recomputing=case.recompute, model_dtype=torch.bfloat16 if world > 1 else None))
+    half = torch.bfloat16 if world > 1 else None
+    ranks = Ranks(apply(model, mesh, recomputing=case.recompute, model_dtype=half, gather=case.gather))
     batches = batches_of(case, ranks.number, world)
     with ExitStack() as stack:
         folder = ranks.told(lambda: stack.enter_context(tempfile.TemporaryDirectory()))
@@ -150,7 +153,7 @@ def planned(case: Case, world: int) -> int:
     c = case.settings
     job = plan_training(
         case.config, world=world, mesh=f"shard={world}", seq_len=c.sequence_length, batch_tokens=c.batch_size * c.sequence_length,
-        micro_batch=c.part_size // world, recompute=case.recompute, gather="layer" if world == 1 else "accumulate", reserve=0,
+        micro_batch=c.part_size // world, recompute=case.recompute, gather="layer" if world == 1 else case.gather, reserve=0,
     )  # fmt: skip
     return job.fullest.total
 
@@ -166,6 +169,8 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
     total, active = count.total_parameters(config, mtp=True), count.active_parameters(config)
     size = f"{total / 1e6:,.1f} M parameters, {active / 1e6:,.1f} M active"
     about = {"model": size, "flops_per_token": found["flops"], "steps": found["steps"], "recompute": case.recompute}
+    if alone is not None:
+        about["gather"] = case.gather
     speed = row(f"{name}: training, median", found["tokens_per_s"], "tokens/s", **about, best=found["best"])
     lines = [speed]
     if found["mfu"] is not None:
@@ -237,6 +242,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", nargs="+", default=None)
     parser.add_argument("--alone", type=Path, help="results of one rank, to compare several with")
+    parser.add_argument("--gather", choices=GATHERS, default="step", help="how long several ranks keep gathered weights")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     if args.steps <= WARM:
@@ -260,6 +266,7 @@ def main() -> None:
         for name, case in cases_for(gpu, args.steps).items():
             if args.only and not any(name == o or name.startswith(f"{o} of") for o in args.only):
                 continue
+            case = replace(case, gather=args.gather)
             found = measure(name, case, device)
             lines += rows_of(name, found, case, alone.get(f"{name}: training, median"))
             compared(lines)
