@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
+from openling.model.capture import Capture, CudaCapture, can_capture
 from openling.model.generate import stop_ids
 from openling.model.ling import Ling
 from openling.serve import control
 from openling.serve.detokenize import TokenBytes
 from openling.serve.engine_config import EngineConfig
 from openling.serve.grammar import GrammarCompiler, Matcher
-from openling.serve.graphs import Capture, CudaCapture, DecodeGraphs, can_capture
+from openling.serve.graphs import DecodeGraphs
 from openling.serve.memory import store_for
 from openling.serve.pauses import PauseClock
 from openling.serve.payoff import Payoff

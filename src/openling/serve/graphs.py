@@ -9,60 +9,19 @@ Legend: B sequences of a size, T tokens of each, N = B T, M model width, V vocab
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from openling.model.capture import Capture, Replay
 from openling.model.paged import PAGE, RaggedBatch
-from openling.ops.fused import decode_kernels
-from openling.ops.pick import kernels_for
 from openling.serve.sequence import Sequence
 
 if TYPE_CHECKING:
-    from openling.model.ling import Ling
     from openling.serve.runner import Runner
-
-Replay = Callable[[], Any]
-# Makes of a function one that does the same to the same memory; what it returns is overwritten by the next call.
-Capture = Callable[[Callable[[], Any]], Replay]
-
-
-class CudaCapture:
-    """Captures into one memory pool, after a run that compiles what has to be compiled."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def __call__(self, run: Callable[[], Any]) -> Replay:
-        """The captured function."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            run()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool):
-            out = run()
-        self._pool = self._pool or graph.pool()
-
-        def replay() -> Any:
-            graph.replay()
-            return out
-
-        return replay
-
-
-def can_capture(model: Ling) -> bool:
-    """Whether a decoding step of this model runs in kernels alone: the plain twins wait for the host, which a graph cannot."""
-    c, weight = model.config, model.lm_head.weight
-    if kernels_for(weight) is None:
-        return False
-    lightning = "lightning" in c.layer_kinds
-    return not lightning or decode_kernels(weight, c.num_attention_heads, c.head_dim, c.group_norm_size) is not None
 
 
 def ladder(most: int) -> list[int]:

@@ -18,8 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from openling.model.capture import Capture, Replay
 from openling.model.paged import PAGE, RaggedBatch
-from openling.serve.graphs import Capture, Mirror, Replay
+from openling.serve.graphs import Mirror
 from openling.serve.scheduler import Plan
 
 if TYPE_CHECKING:
