@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 # Resolution of probabilities in exact sums, relative to the likeliest token's; what is smaller is never drawn. Sums of a million
@@ -91,6 +92,20 @@ def draw(units_BV: Tensor, uniform_B: Tensor) -> Tensor:
     target_B = torch.minimum((uniform_B * total_B).long(), total_B - 1)
     found_B = torch.searchsorted(sum_BV, target_B[:, None], right=True)[:, 0]
     return found_B.clamp(max=units_BV.shape[-1] - 1)
+
+
+def draw_in_blocks(units_BV: Tensor, uniform_B: Tensor, *, block: int = 256) -> Tensor:
+    """The tokens of `draw`, for many rows: sums of blocks first, then within the one block that counts; nothing as long as V."""
+    vocab, short = units_BV.shape[-1], -units_BV.shape[-1] % block
+    blocks_BNK = (F.pad(units_BV, (0, short)) if short else units_BV).unflatten(-1, (-1, block))
+    sum_BN = blocks_BNK.sum(-1).cumsum(-1)
+    total_B = sum_BN[:, -1]
+    target_B1 = torch.minimum((uniform_B * total_B).long(), total_B - 1)[:, None]
+    at_B1 = torch.searchsorted(sum_BN, target_B1, right=True).clamp(max=sum_BN.shape[-1] - 1)
+    before_B1 = sum_BN.gather(-1, (at_B1 - 1).clamp(min=0)).masked_fill(at_B1 == 0, 0)
+    inside_BK = blocks_BNK.gather(1, at_B1[:, :, None].expand(-1, -1, block))[:, 0].cumsum(-1)
+    found_B1 = at_B1 * block + torch.searchsorted(inside_BK, target_B1 - before_B1, right=True)
+    return found_B1[:, 0].clamp(max=vocab - 1)
 
 
 def penalise_repetition(logits_BV: Tensor, seen_BV: Tensor, penalty: Tensor | float) -> Tensor:
