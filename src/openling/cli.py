@@ -29,7 +29,7 @@ VERBS = {
     "serve": ("openling.commands.serve", "an OpenAI-compatible server with a chat page"),
     "train": ("openling.commands.train", "pre-training, continued training and mid-training: the stages of a recipe"),
     "merge": ("openling.commands.merge", "the weighted mean of checkpoints, instead of a decay of the learning rate"),
-    "data": ("openling.commands.data", "build, inspect and verify tokenised corpora"),
+    "data": ("openling.commands.data", "build, inspect and verify tokenised corpora; sample text from a model"),
     "bench": ("openling.commands.bench", "measure the kernels, or a server under load"),
 }
 

@@ -14,6 +14,7 @@ EXAMPLES = """examples:
   openling data inspect corpus/OUT
   openling data mix stage.toml --rows 512 --steps 10000
   openling data verify corpus/OUT
+  openling data sample TEACHER samples/OUT --tokens 10000000 --prompt both
 """
 
 
@@ -53,11 +54,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     mix.add_argument("--seed", type=int, default=0)
     verify = what.add_parser("verify", help="read every byte and compare hashes; exit code 1 where something is wrong")
     verify.add_argument("folder", type=Path, metavar="FOLDER")
+    _add_sample(what.add_parser("sample", help="text that a model writes itself, as JSONL", allow_abbrev=False))
+
+
+def _add_sample(sample: argparse.ArgumentParser) -> None:
+    from openling.commands.complete import add_dtype
+
+    sample.add_argument("model", type=Path, metavar="MODEL", help="checkpoint folder that writes")
+    sample.add_argument("out", type=Path, metavar="OUT", help="new folder of .jsonl files; OUT.run keeps plan and journal")
+    sample.add_argument("--tokens", type=int, required=True, metavar="N", help="tokens of the documents that are kept")
+    sample.add_argument("--batch", type=int, metavar="B", help="sequences at once (default: 512 on a GPU, 32 on a CPU)")
+    sample.add_argument("--max-new-tokens", type=int, default=1024, metavar="L", help="of a document (default: 1024)")
+    sample.add_argument("--temperature", type=float, default=1.0, help="1 (default) is the model's own distribution")
+    starts = "bos (default): documents from their start; chat: a question and its answer; both"
+    sample.add_argument("--prompt", choices=["bos", "chat", "both"], default="bos", help=starts)
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    add_dtype(sample)
 
 
 def run(args: argparse.Namespace) -> int:
     """Do it; the exit code."""
-    return {"build": _build, "inspect": _inspect, "mix": _mix, "verify": _verify}[args.what](args)
+    return {"build": _build, "inspect": _inspect, "mix": _mix, "verify": _verify, "sample": _sample}[args.what](args)
 
 
 def _named(words: list[str], names: list[str]) -> dict[str, str]:
@@ -153,3 +171,32 @@ def _verify(args: argparse.Namespace) -> int:
         wrong += bool(problems)
     print(f"{len(dataset.index['shards'])} shards, {dataset.tokens:,} tokens: {wrong or 'nothing'} wrong")
     return int(wrong > 0)
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from openling.commands.migrate import open_console
+    from openling.data.sample import Job, SampleConfig, sample
+    from openling.model.device import pick_device
+    from openling.model.ling import Ling
+    from openling.ops.pick import kernels_reason
+    from openling.weights.dtype import load_computed
+    from openling.weights.folder import load_tokenizer, open_folder
+
+    config = SampleConfig(args.tokens, args.max_new_tokens, args.temperature, args.prompt, args.seed)
+    device, opened = pick_device(args.device), open_folder(args.model)
+    console = open_console(stderr=True)
+
+    def say(text: str) -> None:
+        console.print(text, highlight=False)
+
+    def load() -> Ling:
+        loaded, computed = load_computed(args.model, dtype=args.dtype, device=device)
+        say(f"Ops: {kernels_reason(device)}. Weights: {computed}.")
+        return loaded.model
+
+    tokenizer = load_tokenizer(args.model, opened.config)
+    total = sample(Job(args.model, args.out, config, opened.config, tokenizer, args.batch, say), load)
+    print(f"{args.out}: {total['tokens']:,} tokens in {total['documents']:,} of {total['drawn']:,} documents")
+    for why, count in total["dropped"].items():
+        print(f"  {count:,} dropped: {why}")
+    return 0
