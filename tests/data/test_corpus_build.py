@@ -53,6 +53,27 @@ def test_documents_keep_text_and_labels(tmp_path):
     assert Dataset(folder).sources["web"]["documents"] == 2
 
 
+def test_control_tokens_are_text_unless_they_are_meant(tmp_path):
+    spelled = TOKENIZER.eos_token
+    for name, meant in (("text", False), ("meant", True)):
+        folder = built(tmp_path, name, web=[{"text": f"a{spelled}b"}], config_control_tokens=meant)
+        shard = Dataset(folder).stream("web").shard(0)
+        inner = shard.tokens[: shard.ends[0] - 1].tolist()
+        assert (END in inner) is meant
+        assert decode([i for i in inner if i != END]) == ("ab" if meant else f"a{spelled}b")
+
+
+def test_linked_files_are_read_once(tmp_path):
+    inside, outside = tmp_path / "in", tmp_path / "out.txt"
+    inside.mkdir()
+    outside.write_text("from elsewhere")
+    (inside / "own.txt").write_text("own")
+    for name, target in (("far.txt", outside), ("again.txt", inside / "own.txt"), ("broken.txt", tmp_path / "nowhere.txt")):
+        (inside / name).symlink_to(target)
+    build(BuildConfig((Source("web", str(inside)),)), tmp_path / "corpus", TOKENIZER)
+    assert sorted(text for _, text, *_ in documents(tmp_path / "corpus", "web")) == ["from elsewhere", "own"]
+
+
 @settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(texts=st.lists(TEXT, min_size=1, max_size=20), size=st.integers(1, 200), ends=st.booleans())
 def test_every_line_is_in_one_unit(tmp_path, texts, size, ends):

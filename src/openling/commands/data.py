@@ -41,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--filter", action="append", default=[], metavar="STEP", help=f"self-repetition, structure {own}")
     build.add_argument("--dedup", default="none", metavar="HOW", help="none (default), exact, near or near:0.8 (similarity)")
     build.add_argument("--synthesis", action="append", default=[], metavar="STEP", help=f"atomic-facts, long-documents {own}")
+    build.add_argument("--control-tokens", action="store_true", help="those that texts spell out are meant: rendered chats")
     build.add_argument("--skip-bad", action="store_true", help="leave unreadable lines and files out, and count them")
     build.add_argument("--seed", type=int, default=0, help="of the order of documents within a shard")
     build.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core where it pays)")
@@ -105,6 +106,7 @@ def _build(args: argparse.Namespace) -> int:
         raise UserError("the folder has no tokenizer", where=args.tokenizer, expected="tokenizer.json")
     fields = Fields(args.text_field, args.source_field, args.licence_field, args.language_field)
     steps = {"filters": tuple(args.filter), "dedup": args.dedup, "synthesis": tuple(args.synthesis)}
+    steps["control_tokens"] = args.control_tokens
     config = BuildConfig(sources, fields, skip_bad=args.skip_bad, seed=args.seed, **steps)
     console = open_console(stderr=True)
     build(config, args.out, tokenizer, workers=args.workers, say=lambda t: console.print(t, highlight=False))

@@ -60,6 +60,7 @@ class BuildConfig:
     skip_bad: bool = False
     seed: int = 0
     unit_bytes: int = UNIT_BYTES
+    control_tokens: bool = False
 
 
 def build(
@@ -222,7 +223,8 @@ def _job(run: Path, changed: int) -> _Job:
     config = BuildConfig(**values)
     info = TokenizerInfo(**plan["tokenizer"])
     units = {u["name"]: Unit(**u | {"files": tuple(u["files"])}) for u in plan["units"]}
-    return _Job(run, config, info, units, plan["files"], Encoder((run / "tokenizer.json").read_text(), info))
+    encoder = Encoder((run / "tokenizer.json").read_text(), info, control_tokens=config.control_tokens)
+    return _Job(run, config, info, units, plan["files"], encoder)
 
 
 class _Account:

@@ -1,7 +1,7 @@
 """Text to token ids in bulk, with the tokenizers library alone: nothing here imports torch or transformers.
 
 Control tokens that a text spells out ("<|endoftext|>" in a manual) are encoded as ordinary text: only the end-of-text token
-behind each document is one.
+behind each document is one, unless the text is said to be trusted (rendered chats, what a model itself wrote).
 """
 
 from __future__ import annotations
@@ -64,14 +64,15 @@ def _sha256(parts: dict[str, Any], end: int) -> str:
 class Encoder:
     """Documents to arrays of ids, the end-of-text token last."""
 
-    def __init__(self, tokenizer_json: str, info: TokenizerInfo) -> None:
+    def __init__(self, tokenizer_json: str, info: TokenizerInfo, *, control_tokens: bool = False) -> None:
+        """control_tokens: those that a text spells out are meant."""
         from tokenizers import Tokenizer
 
         self.info = info
         self._tokenizer = Tokenizer.from_str(tokenizer_json)
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True
+        self._tokenizer.encode_special_tokens = not control_tokens
 
     def encode(self, texts: Iterable[str]) -> Iterator[np.ndarray]:
         """One array per text, in order."""
