@@ -10,6 +10,7 @@ from openling.ops.kernels.loss import head_losses
 from openling.ops.kernels.mla import mla_decode
 from openling.ops.kernels.moe_fp8 import block_fp8_experts
 from openling.ops.kernels.moe_ops import experts, mixture, route
+from openling.ops.kernels.moe_sort import sum_rows
 from openling.ops.kernels.norm_rope import split_norm_rope
 from openling.ops.kernels.norms import add_rms_norm, gated_group_norm, rms_norm
 from openling.ops.kernels.paged_gqa import paged_attention
@@ -36,6 +37,7 @@ __all__ = [
     "route",
     "row_states",
     "split_norm_rope",
+    "sum_rows",
     "swiglu",
     "swiglu_packed",
 ]
