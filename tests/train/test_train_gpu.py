@@ -99,3 +99,36 @@ def test_a_run_that_stops_and_resumes_ends_with_the_same_bits(tmp_path, monkeypa
         assert rows[-1]["loss"] < rows[0]["loss"]
     finally:
         torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="needs an H100 or H200")
+def test_experts_in_fp8_train_and_resume(tmp_path):
+    """As BF16 does, to a percent of the loss; with the same bits where a run was stopped between."""
+    pytest.importorskip("torchao")
+    config = read_config(PRESETS["nano"]() | {"moe_intermediate_size": 64})
+    rng = np.random.default_rng(0)
+    texts = [rng.integers(40, size=200) for _ in range(200)]
+
+    def run(folder, steps=30, resume=False, **changes):
+        settings = TrainConfig(
+            steps=steps, batch_size=8, sequence_length=128, lr=2e-3, warmup_steps=5, mtp=0.1, bias_rate=1e-3,
+            checkpoint_steps=10, **changes,
+        )  # fmt: skip
+        model = made(config).cuda()
+        batches = MemoryBatches(texts, length=128, rows=8)
+        train(model, settings, batches, parameters=[""], run=tmp_path / folder, progress=False, resume=resume)
+        return model, [json.loads(line)["loss"] for line in (tmp_path / folder / "metrics.jsonl").read_text().splitlines()]
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        whole, losses = run("whole", fp8_experts="rowwise")
+        run("parts", steps=10, fp8_experts="rowwise")
+        parts, again = run("parts", resume=True, fp8_experts="rowwise")
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert losses == again
+    assert all(torch.equal(p, q) for p, q in zip(whole.parameters(), parts.parameters(), strict=True))
+    half = run("half")[1]
+    assert losses[-1] < losses[0] - 1
+    assert abs(losses[-1] / half[-1] - 1) < 0.01
+    assert losses != half

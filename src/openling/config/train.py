@@ -57,6 +57,9 @@ class TrainConfig(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         "auto", description="of matrix products; auto: bf16 on GPUs and on CPUs that multiply it faster than fp32"
     )
+    fp8_experts: Literal["none", "rowwise", "blockwise"] = Field(
+        "none", description="FP8 products of the routed experts, by how they are scaled; needs the extra fp8 and an H100 or H200"
+    )
     seed: int = Field(0, ge=0, lt=2**63)
     checkpoint_steps: int | None = Field(None, gt=0)
     checkpoint_seconds: float | None = Field(120.0, gt=0)
@@ -79,6 +82,8 @@ class TrainConfig(BaseModel):
             raise ValueError("the schedule wsd and decay_steps go together")
         if self.decay_steps and self.decay_steps + self.warmup_steps > self.total_steps:
             raise ValueError(f"warmup_steps and decay_steps are more than the {self.total_steps} steps of the run")
+        if self.fp8_experts != "none" and self.precision == "fp32":
+            raise ValueError(f"fp8_experts = {self.fp8_experts} needs BF16 around it: precision must not be fp32")
         if self.keep_every and self.keep_every % (self.checkpoint_steps or self.keep_every + 1):
             raise ValueError("keep_every must be a multiple of checkpoint_steps")
         if self.ramp and self.ramp.start > self.batch_size:

@@ -10,6 +10,7 @@ D head dim, R kv_lora_rank, r rotated dims, E experts, F expert width; in MLA E 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -438,7 +439,7 @@ class SparseMoE(nn.Module):
             weight_Nk, index_Nk = gate(x_NM)
             self.chosen.append(index_Nk)
             return experts(x_NM, weight_Nk, index_Nk), None
-        if stream_kernels(x_NM)[0] is not None:
+        if stream_kernels(x_NM)[0] is not None and experts.compute is swiglu_experts:
             weights = (gate.weight, gate.expert_bias, experts.gate_proj, experts.up_proj, experts.down_proj)
             return moe(x_NM, *weights, **gate.options())
         weight_Nk, index_Nk = gate(x_NM)
@@ -475,10 +476,16 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """All routed experts of a layer, stacked: gate_proj and up_proj [E, F, M], down_proj [E, M, F]."""
+    """All routed experts of a layer, stacked: gate_proj and up_proj [E, F, M], down_proj [E, M, F].
+
+    compute: what multiplies; training in FP8 puts `ops.fp8.fp8_experts` in its place.
+    """
+
+    compute: Callable[..., Tensor]
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
+        self.compute = swiglu_experts
         experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.gate_proj = nn.Parameter(torch.empty(experts, width, hidden))
         self.up_proj = nn.Parameter(torch.empty(experts, width, hidden))
@@ -486,7 +493,7 @@ class Experts(nn.Module):
 
     def forward(self, x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor) -> Tensor:
         """Weighted sum of the chosen experts, [N, M]."""
-        return swiglu_experts(x_NM, weight_Nk, index_Nk, self.gate_proj, self.up_proj, self.down_proj)
+        return self.compute(x_NM, weight_Nk, index_Nk, self.gate_proj, self.up_proj, self.down_proj)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

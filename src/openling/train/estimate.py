@@ -38,6 +38,11 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
             f"{short(step):>13}{stage.lr:>10.3g}{cost:>10.2g}"
         )
     lines += ["", f"{flops:.3g} FLOPs in all (forward and backward, MTP included, documents as long as rows)"]
+    fp8 = {stage.fp8_experts for stage in recipe.stages} - {"none"}
+    lines += [
+        f"routed experts in FP8, {form}: {', '.join(s.name for s in recipe.stages if s.fp8_experts == form)}"
+        for form in sorted(fp8)
+    ]
     lines += [f"not there yet: {name}" for name in absent(recipe)]
     return "\n".join(lines)
 

@@ -2,7 +2,8 @@
 
 Per token 3 x `model.count.forward_flops` (forward, and twice that for backward) at the mean number of keys that this batch's
 documents really show a token, plus 3 x the forward FLOPs of every MTP step (block, joining product, head). Recomputation is not
-counted, nor is what a frozen parameter saves. Peaks are the printed dense BF16 rates; a processor has none, so no MFU.
+counted, nor is what a frozen parameter saves. Peaks are the printed dense BF16 rates, also where experts multiply in FP8; a
+processor has none, so no MFU.
 """
 
 from __future__ import annotations

@@ -47,6 +47,7 @@ from openling.train.checkpoint import (
     write_json,
 )
 from openling.train.flops import mean_keys, peak_flops, training_flops
+from openling.train.fp8 import experts_in_fp8
 from openling.train.guard import Guard
 from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memory_bytes
 from openling.train.objective import Loss, Part, counts, mtp_steps, objective, objective_of, prepare, to_device
@@ -126,6 +127,7 @@ def train(
         ranks.told(lambda: stack.enter_context(sole_writer(run)))
         stack.enter_context(_only_gradients_of(model, chosen))
         stack.enter_context(_in_training(model))
+        stack.enter_context(experts_in_fp8(model, config, device))
         ranks.told(lambda: _enter_run(run, config, names, resume))
         stack.enter_context(_cast_once(models, set(chosen.values()), config))
         every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress

@@ -1,0 +1,35 @@
+"""A model whose routed experts multiply in FP8 while it is trained; `ops.fp8` says how."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+
+from openling.config.train import TrainConfig
+from openling.errors import UserError
+from openling.model.ling import Experts, Ling
+from openling.ops.fp8 import check_fp8, fp8_experts
+
+
+@contextmanager
+def experts_in_fp8(model: Ling, config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Where the configuration asks for it; undone afterwards. Where it cannot be, a `UserError`."""
+    if config.fp8_experts == "none":
+        yield
+        return
+    experts = [m for m in model.modules() if isinstance(m, Experts)]
+    if not model.config.moe_layers:
+        raise UserError("the model has no routed experts", where="fp8_experts", value=config.fp8_experts, expected="none")
+    for m in experts:
+        check_fp8(config.fp8_experts, device, tuple(m.gate_proj.shape[1:]))
+    before = [m.compute for m in experts]
+    try:
+        for m in experts:
+            m.compute = partial(fp8_experts, form=config.fp8_experts)
+        yield
+    finally:
+        for m, compute in zip(experts, before, strict=True):
+            m.compute = compute
