@@ -1,12 +1,15 @@
 """Training on this machine: tokens per second of the nano recipe on a CPU, checkpoint stall, waiting for data; MFU on GPUs.
 
-    python benchmarks/training.py [--steps N] [--only nano 1b-dense 1b-moe 128k] [--out FILE]
+    python benchmarks/training.py [--steps N] [--only nano 1b-dense 1b-moe 1b-moe-fp8 128k] [--out FILE]
+    python benchmarks/training.py --steps 200 --no-checkpoints --only text-moe text-moe-fp8 --out FILE
     torchrun --nproc-per-node 2 benchmarks/training.py --only 1b-dense 1b-moe --alone FILE [--gather step]
 
 The loop itself is run, with its checkpoints, its log and its data thread, on the shapes named below; the first steps, in which
 memory is asked for and kernels are compiled, are left out of the medians. FLOPs are counted as `openling.train.flops` says. 128k
-is the dense hybrid beside the same model with GQA. Under torchrun the ranks share weights and a batch (FSDP), and FILE, of one
-rank, is what they are compared with. Writes benchmarks/results/training/loop-DEVICE.json.
+is the dense hybrid beside the same model with GQA. Cases ending in -fp8 have their routed experts in rowwise FP8 and are compared
+with the same in BF16, in speed and loss; their MFU is of the BF16 rate too, and what they keep is in no plan. They and those
+on text run where --only names them. Under torchrun the ranks share weights and a batch (FSDP), and FILE, of one rank, is what
+they are compared with. Writes benchmarks/results/training/loop-DEVICE.json.
 """
 
 from __future__ import annotations
@@ -95,6 +98,7 @@ class Case:
     packed: bool = False
     recompute: Recompute = "none"
     gather: Gather = "step"
+    asked: bool = False  # runs where --only names it
 
 
 def batches_of(case: Case, rank: int, world: int) -> MemoryBatches:
@@ -135,10 +139,11 @@ def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
         "best": max(r["tokens_per_s"] for r in rows),
         "mfu": statistics.median(r["mfu"] for r in rows) if rows[0]["mfu"] is not None else None,
         "memory": max(r["memory_bytes"] for r in rows) / 2**30,
-        "planned": None if peak is None else planned(case, world) / 2**30,
+        "planned": None if peak is None or settings.fp8_experts != "none" else planned(case, world) / 2**30,
         "stalls": [r["save_seconds"] for r in rows if r["save_seconds"]],
         "data": sum(r["data_seconds"] for r in rows) / sum(spans),
         "loss": (rows[0]["loss"], rows[-1]["loss"]),
+        "losses": [r["loss"] for r in rows],
         "steps": result.steps,
         "flops": training_flops(config, 1, settings.sequence_length / 2, config.num_nextn_predict_layers if settings.mtp else 0),
     }
@@ -176,11 +181,7 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
     if found["mfu"] is not None:
         wanted = {"goal": f">= {goal}", "met": found["mfu"] >= goal} if goal else {}
         lines.append(row(f"{name}: MFU", found["mfu"], "share", **wanted))
-        near = found["memory"] / found["planned"]
-        memory = {"peer": "openling plan, without its reserve", "peer_value": found["planned"], "ratio": near}
-        lines.append(
-            row(f"{name}: peak memory", found["memory"], "GiB", "within 5 % of the plan", abs(near - 1) <= 0.05) | memory
-        )
+        lines.append(peak_memory(name, found))
     else:
         speed |= {"goal": goal and f">= {goal:,.0f} tokens/s", "met": goal and found["tokens_per_s"] >= goal}
         if speed["met"] is False:
@@ -191,7 +192,8 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
         met = last / INTERVAL < 0.02
         lines.append(row(f"{name}: held up by one checkpoint", last, "s", GOAL_STALL, met, first=first, share=last / INTERVAL))
     lines.append(row(f"{name}: waiting for data", found["data"], "share", "< 0.01", found["data"] < 0.01))
-    lines.append(row(f"{name}: loss of the first and last step counted", found["loss"][1], "nats", first=found["loss"][0]))
+    first, last = found["loss"]
+    lines.append(row(f"{name}: loss of the first and last step counted", last, "nats", first=first, losses=found["losses"]))
     if alone is not None:
         ratio = found["tokens_per_s"] / alone
         beside = {"peer": "one rank", "peer_value": alone, "ratio": ratio}
@@ -199,10 +201,20 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
     return lines
 
 
-def cases_for(gpu: bool, steps: int) -> dict[str, Case]:
+def peak_memory(name: str, found: dict[str, Any]) -> dict[str, Any]:
+    """The most that was held at once, beside the plan where there is one."""
+    if found["planned"] is None:
+        return row(f"{name}: peak memory", found["memory"], "GiB")
+    near = found["memory"] / found["planned"]
+    memory = {"peer": "openling plan, without its reserve", "peer_value": found["planned"], "ratio": near}
+    return row(f"{name}: peak memory", found["memory"], "GiB", "within 5 % of the plan", abs(near - 1) <= 0.05) | memory
+
+
+def cases_for(gpu: bool, steps: int, saving: bool) -> dict[str, Case]:
     """What this machine can run, by name."""
     # By the clock, as soon as the disk has taken in the one before.
-    shared: dict[str, Any] = {"steps": steps, "warmup_steps": 10, "checkpoint_seconds": 5.0 if gpu else 1.0}
+    seconds = (5.0 if gpu else 1.0) if saving else None
+    shared: dict[str, Any] = {"steps": steps, "warmup_steps": 10, "checkpoint_seconds": seconds}
     nano = TrainConfig(
         **shared, batch_size=32, sequence_length=256, lr=2e-3, mtp=0.1, bias_rate=1e-2, precision="bf16" if gpu else "fp32"
     )
@@ -221,14 +233,34 @@ def cases_for(gpu: bool, steps: int) -> dict[str, Case]:
     return found | {
         "1b-dense": Case(dense_1b(), large, 0.45),
         "1b-moe": Case(moe_1b(), large, 0.35),
+        "1b-moe-fp8": Case(moe_1b(), in_fp8(large), asked=True),
+        "text-moe": Case(moe_1b().replace(vocab_size=512), large, packed=True, asked=True),
+        "text-moe-fp8": Case(moe_1b().replace(vocab_size=512), in_fp8(large), packed=True, asked=True),
         "128k": Case(long, row_of_128k, recompute="layer"),
         "128k of the GQA model": Case(gqa, row_of_128k, recompute="layer"),
     }
 
 
+def in_fp8(settings: TrainConfig) -> TrainConfig:
+    """The same with the routed experts in FP8."""
+    return settings.model_copy(update={"fp8_experts": "rowwise"})
+
+
 def compared(lines: list[dict[str, Any]]) -> None:
-    """Say how much faster the hybrid is at 128K."""
+    """Say how much faster the hybrid is at 128K, and experts in FP8; and how far the loss of the second half is from BF16's."""
     speed = {line["name"]: line for line in lines}
+    for name in ("1b-moe", "text-moe"):
+        for what in ("training, median", "loss of the first and last step counted"):
+            ours, theirs = (speed.get(f"{case}: {what}") for case in (f"{name}-fp8", name))
+            if ours and theirs:
+                ours |= {"peer": "experts in BF16", "peer_value": theirs["value"], "ratio": ours["value"] / theirs["value"]}
+            if ours and theirs and "losses" in ours:
+                late, before = (statistics.mean(line["losses"][len(line["losses"]) // 2 :]) for line in (ours, theirs))
+                ours |= {
+                    "goal": "second half within 0.25 % of BF16",
+                    "gap": late / before - 1,
+                    "met": abs(late / before - 1) <= 0.0025,
+                }
     ours, theirs = (speed.get(f"{name}: training, median") for name in ("128k", "128k of the GQA model"))
     if ours and theirs:
         ratio = ours["value"] / theirs["value"]
@@ -241,6 +273,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--only", nargs="+", default=None)
+    parser.add_argument("--no-checkpoints", action="store_true", help="none but the last")
     parser.add_argument("--alone", type=Path, help="results of one rank, to compare several with")
     parser.add_argument("--gather", choices=GATHERS, default="step", help="how long several ranks keep gathered weights")
     parser.add_argument("--out", type=Path)
@@ -263,8 +296,8 @@ def main() -> None:
         if main_rank:
             print(f"Ops: {kernels_reason(device)}.", flush=True)
         lines: list[dict[str, Any]] = []
-        for name, case in cases_for(gpu, args.steps).items():
-            if args.only and not any(name == o or name.startswith(f"{o} of") for o in args.only):
+        for name, case in cases_for(gpu, args.steps, not args.no_checkpoints).items():
+            if not any(name == o or name.startswith(f"{o} of") for o in args.only) if args.only else case.asked:
                 continue
             case = replace(case, gather=args.gather)
             found = measure(name, case, device)
