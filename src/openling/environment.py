@@ -11,7 +11,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("openling", "torch", "transformers", "triton", "fla-core", "flash-linear-attention")
+PACKAGES = ("openling", "torch", "transformers", "triton", "fla-core", "flash-linear-attention", "torchao")
 
 
 def hardware() -> str:

@@ -125,9 +125,19 @@ def sorted_rows(index_Nk: Tensor, experts: int, unit: int) -> Rows:
     place_P = torch.arange(flat_P.numel(), device=device)
     row_P = torch.empty_like(place_P)
     row_P[order_P] = place_P + shift_E[flat_P[order_P]]
-    entry_R = torch.full(((flat_P.numel() // unit + experts) * unit,), flat_P.numel(), device=device)
+    entry_R = torch.full((_enough(flat_P.numel(), experts, unit),), flat_P.numel(), device=device)
     entry_R[row_P] = place_P
     return Rows(row_P.view_as(index_Nk), entry_R, entry_R // index_Nk.shape[1], end_E.to(torch.int32))
+
+
+def _enough(entries: int, experts: int, unit: int) -> int:
+    """Rows that any distribution fits in, one of 32 numbers between two powers of two.
+
+    torchao times 36 configurations of a kernel anew for every number of rows; on expert ranks each step brings another.
+    """
+    rows = (entries // unit + experts) * unit
+    step = max(unit, 2 ** (rows.bit_length() - 6))
+    return -(-rows // step) * step
 
 
 def _spread(x_NA: Tensor, source_R: Tensor) -> Tensor:

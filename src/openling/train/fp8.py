@@ -20,15 +20,16 @@ def experts_in_fp8(model: Ling, config: TrainConfig, device: torch.device) -> It
     if config.fp8_experts == "none":
         yield
         return
+    c, form = model.config, config.fp8_experts
+    if not c.moe_layers:
+        raise UserError("the model has no routed experts", where="fp8_experts", value=form, expected="none")
     experts = [m for m in model.modules() if isinstance(m, Experts)]
-    if not model.config.moe_layers:
-        raise UserError("the model has no routed experts", where="fp8_experts", value=config.fp8_experts, expected="none")
-    for m in experts:
-        check_fp8(config.fp8_experts, device, tuple(m.gate_proj.shape[1:]))
+    for widths in {(c.moe_intermediate_size, c.hidden_size), *(tuple(m.gate_proj.shape[1:]) for m in experts)}:
+        check_fp8(form, device, widths)  # a pipeline rank may have no experts, and must not go on alone
     before = [m.compute for m in experts]
     try:
         for m in experts:
-            m.compute = partial(fp8_experts, form=config.fp8_experts)
+            m.compute = partial(fp8_experts, form=form)
         yield
     finally:
         for m, compute in zip(experts, before, strict=True):
