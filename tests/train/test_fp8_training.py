@@ -11,9 +11,18 @@ from openling.errors import UserError
 from openling.model.config import ModelConfig
 from openling.model.ling import Experts, Ling
 from openling.ops import fp8
+from openling.ops.cpu import settle_bf16_matmuls
 from openling.ops.moe import swiglu_experts
 from openling.parallel.expert import ShardedExperts
 from openling.train.fp8 import experts_in_fp8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_self_test():
+    """A run asks whether BF16 pays; what a busy machine answers here is not for other tests."""
+    settle_bf16_matmuls(False)
+    yield
+    settle_bf16_matmuls(None)
 
 
 def sparse_model(width=16):
