@@ -1,5 +1,7 @@
 """Needle cases: exact lengths, exact depth, the fact in place, the answer what the tokenizer itself makes of it."""
 
+import re
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -62,6 +64,23 @@ def test_seed_decides_and_cases_differ():
     assert cases[7] == make_needle(tokenizer, filler, length=200, depth=0.5, seed=7)
     assert len({case.digits for case in cases}) == 20
     assert len({tuple(case.prompt) for case in cases}) == 20
+
+
+@pytest.mark.parametrize("depth", [0.0, 0.4, 1.0])
+def test_other_facts_stand_anywhere_and_are_not_asked_for(depth):
+    tokenizer = TOKENIZERS[0]
+    filler = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    alone = make_needle(tokenizer, filler, length=600, depth=depth, seed=3)
+    case = make_needle(tokenizer, filler, length=600, depth=depth, seed=3, keys=8)
+    assert (case.city, case.digits, case.answer) == (alone.city, alone.digits, alone.answer)
+    assert len(case.prompt) + len(case.answer) == 600
+    said = re.findall(r"\n\nThe secret number of (\w+) is (\d{5})\.\n\n", tokenizer.decode(case.prompt))
+    assert len(said) == len({city for city, _ in said}) == 8
+    assert (case.city, case.digits) in said
+    fact = f"\n\nThe secret number of {case.city} is {case.digits}.\n\n"
+    assert tokenizer.decode(case.prompt[case.fact_start : case.fact_end]) == fact
+    others = [make_needle(tokenizer, filler, length=600, depth=depth, seed=seed, keys=8).prompt for seed in range(9)]
+    assert len(set(map(tuple, others))) == 9
 
 
 def test_impossible_lengths_are_refused_with_the_least_possible():

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from openling.data.needle import make_needle
+from openling.errors import UserError
 from openling.migrate.calibrate import walk
 from openling.migrate.routing import RouterDrift, RouterSums
 from openling.model.cache import Cache
@@ -234,6 +235,15 @@ def layer_measures(student: Ling, teacher: Ling, windows_NT: Tensor, *, bf16: bo
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def needle_fits(tokenizer: Any, filler_ids: Sequence[int], length: int, *, keys: int = 1) -> bool:
+    """Whether `length` tokens hold the facts and the question, and the filler is long enough."""
+    try:
+        make_needle(tokenizer, filler_ids, length=length, depth=0.5, seed=0, keys=keys)
+    except UserError:
+        return False
+    return True
+
+
 @torch.inference_mode()
 def needle_recall(
     model: Ling,
@@ -244,9 +254,12 @@ def needle_recall(
     depths: Sequence[float],
     samples: int,
     seed: int = 0,
+    keys: int = 1,
     bf16: bool = False,
 ) -> list[Recall]:
     """Needle recall at each length (tokens, answer included) over all depths, `samples` cases each; see `make_needle`.
+
+    keys: facts in the text, one of which is asked for.
 
     An answer counts as exact when each of its tokens is the likeliest after the true ones before it: then, and only then,
     greedy decoding writes it too.
@@ -255,7 +268,7 @@ def needle_recall(
     out: list[Recall] = []
     for length in lengths:
         cases = [
-            make_needle(tokenizer, filler_ids, length=length, depth=depth, seed=seed + i)
+            make_needle(tokenizer, filler_ids, length=length, depth=depth, seed=seed + i, keys=keys)
             for depth in depths
             for i in range(samples)
         ]

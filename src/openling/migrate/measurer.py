@@ -8,14 +8,13 @@ import numpy as np
 import torch
 
 from openling.config.migrate import Recall
-from openling.data.needle import make_needle
-from openling.errors import UserError
 from openling.migrate.gates import broken_tensors
 from openling.migrate.measure import (
     LayerMeasures,
     TeacherTrace,
     agreement,
     layer_measures,
+    needle_fits,
     needle_recall,
     sample_completions,
 )
@@ -66,14 +65,7 @@ class Measurer:
     def _lengths(self, student: Ling, filler: list[int]) -> list[int]:
         """The lengths that the model was trained to, the held-out text suffices for, and a fact with its question fits into."""
         longest = min(len(filler), student.config.max_position_embeddings)
-        return [length for length in self.recall.lengths if length <= longest and self._fits(filler, length)]
-
-    def _fits(self, filler: list[int], length: int) -> bool:
-        try:
-            make_needle(self.tokenizer, filler, length=length, depth=0.5, seed=0)
-        except UserError:
-            return False
-        return True
+        return [length for length in self.recall.lengths if length <= longest and needle_fits(self.tokenizer, filler, length)]
 
     def _needle(self, student: Ling, filler: list[int], lengths: list[int]) -> list[dict[str, Any]]:
         depths, samples = self.recall.depths, self.recall.samples
