@@ -1,6 +1,7 @@
 """Copies go and the first stays; defects go and are counted; recipes write what they say, with provenance."""
 
 import random
+import re
 
 import numpy as np
 import pytest
@@ -13,11 +14,13 @@ from openling.data.build import BuildConfig, build
 from openling.data.dataset import Dataset
 from openling.data.dedup import copies, parse_dedup, shingles, signatures
 from openling.data.defects import self_repetition, structure
+from openling.data.recall import recall
 from openling.data.sources import Record, Source
 from openling.data.steps import Filter, counted, make_step
 from openling.data.synthesis import RECIPES, atomic_facts, definitions, long_documents
 from openling.errors import UserError
 
+FACT = re.compile(r"\n\n([^\n]*?(?: is|:)) (\w+\.?)\n\n")
 WORDS = [f"w{i}" for i in range(3000)]
 
 
@@ -172,3 +175,36 @@ def test_steps_of_ones_own(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             make_step(spec, RECIPES)
+
+
+def test_recall_states_facts_again_and_never_against_what_stands():
+    texts = [prose(i, 3000) for i in range(20)]
+    found = list(recall(share=0.5)(iter(records(*texts))))
+    assert found == list(recall(share=0.5)(iter(records(*texts)))) != list(recall(share=0.5, seed=1)(iter(records(*texts))))
+    plain = [r for r in found if not r.provenance]
+    assert 3 < len(plain) < 17 and all(r.text in texts for r in plain)
+    again = asked = 0
+    for record in found:
+        if not record.provenance:
+            continue
+        assert record.provenance == "recall" and record.licence == "MIT" and record.id.endswith("#recall")
+        said = {}
+        for match in FACT.finditer(record.text):
+            statement, value = match.groups()
+            known = said.get(statement)
+            # Within reach, less what a fact and the text before it are long at most.
+            if known and match.start() - known[1] < 3000:
+                assert known[0] == value
+            asked += statement.startswith("The secret number of ")
+            again += known is not None
+            said[statement] = value, match.start()
+        assert FACT.sub("", record.text) == texts[int(record.id.split("#")[0])]
+    assert again > 500 and asked > 100
+
+
+def test_recall_of_texts_without_words():
+    (record,) = recall(share=1)(iter(records("天地玄黃 宇宙洪荒 " * 200)))
+    assert FACT.sub("", record.text) == "天地玄黃 宇宙洪荒 " * 200 and FACT.search(record.text)
+    for share in (0, 1.1):
+        with pytest.raises(UserError, match="options do not fit"):
+            make_step(f"recall:share={share}", RECIPES)

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from openling.data.order import stable_key
+from openling.data.recall import recall
 from openling.data.sources import Record
 from openling.data.steps import Step
 
@@ -115,4 +116,4 @@ def _joined(group: list[Record], find: Callable[[str], list[Fact]], questions: i
     return Record(f"{first.id}+{len(group) - 1}#long", text, first.source, licence, language, "long-documents")
 
 
-RECIPES: dict[str, Callable[..., Step]] = {"atomic-facts": atomic_facts, "long-documents": long_documents}
+RECIPES: dict[str, Callable[..., Step]] = {"atomic-facts": atomic_facts, "long-documents": long_documents, "recall": recall}
