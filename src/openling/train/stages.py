@@ -292,5 +292,8 @@ class Pipeline:
         model = self._model(config, before, torch.device("cpu"))
         if stage.merge is not None:
             about |= merge_into(model, chosen_checkpoints(folder, last=stage.merge.last), stage.merge.weights)
-        save(model.eval(), out, dtype=dtype, source=source, provenance=about, name=title, companions=companions)
+        preset = None if source is not None else PRESETS[str(self.recipe.model.preset)]() | self.recipe.model.overrides
+        save(
+            model.eval(), out, dtype=dtype, source=source, hf_config=preset, provenance=about, name=title, companions=companions
+        )  # fmt: skip
         self.say(f"  wrote {out}")
