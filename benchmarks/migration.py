@@ -1,17 +1,20 @@
 """Whole migrations of one teacher, arm by arm: how far each gets in how many tokens, on the same text in the same order.
 
-    python benchmarks/migration.py TEACHER WORK ARM --text CORPUS [--tokens N] [--seed S] [-- FLAGS OF openling migrate]
+    python benchmarks/migration.py TEACHER WORK ARM ... --text CORPUS [--tokens N] [--seed S] [-- FLAGS OF openling migrate]
 
-TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `benchmarks/fetch_text.py`'s files, N the tokens of each
-warm-up. Arms: those of `MIGRATED`, which are `openling migrate` with some flags; `continued`, the teacher trained further on
-the same 2 N tokens (what any student could at most reach); `scratch`, the hybrid from random weights. A run that was stopped goes
-on with the same command. Writes benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by
-domain, recall, and the training curve (cross-entropy of text before it is learned from) at tokens spaced by a fifth of a decade.
+TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `benchmarks/fetch_text.py`'s files (for a teacher of
+`moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling migrate`
+with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most reach);
+`scratch`, the hybrid from random weights. Arms run in turn; one whose results are there is left out, and one that was stopped
+goes on with the same command. Each writes benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each
+stage by domain, drift of routers, recall of one fact among one or several beside the teacher's, and the training curve
+(cross-entropy of text before it is learned from) at tokens spaced by a fifth of a decade.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import shlex
 import sys
@@ -23,21 +26,24 @@ import torch
 
 import openling
 from openling.cli import main as command_line
+from openling.config.migrate import Text
 from openling.config.train import TrainConfig
-from openling.data.corpus import find_corpus
 from openling.data.dataset import scattered_tokens
-from openling.data.pack import Batches, cut_windows, tokenise
+from openling.data.pack import Batches, cut_windows
 from openling.environment import write_results
 from openling.migrate.layout import target_config
-from openling.migrate.measure import agreement
+from openling.migrate.measure import agreement, needle_fits, needle_recall
+from openling.migrate.texts import evaluation_windows
 from openling.model.device import pick_device
 from openling.model.ling import Ling
 from openling.train.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "migration"
-LENGTH, ROWS, EVALUATION_TOKENS = 1024, 64, 65536
+EVALUATION_TOKENS = 65536
 DOMAINS = ("python-docs", "kjv")
-SCHEDULE = {"batch_size": ROWS, "sequence_length": LENGTH, "warmup_steps": 50, "checkpoint_seconds": 240}
+SCHEDULE = {"warmup_steps": 50, "checkpoint_seconds": 240}
+# Facts in a text that one of them is asked from; at depths, with cases each.
+KEYS, DEPTHS, CASES = (1, 4, 8), (0.1, 0.3, 0.5, 0.7, 0.9), 20
 CROSS_ENTROPY = [f"--{w}.train.{k}={v}" for w in ("linear_warmup", "mla_warmup") for k, v in (("ce", 1), ("kl", 0))]
 MIGRATED: dict[str, list[str]] = {
     "best": [],
@@ -47,10 +53,12 @@ MIGRATED: dict[str, list[str]] = {
     "selected": ["--layout", "selected"],
     "pure-linear": ["--layout", "none"],
     "groups-of-2": ["--group-size", "2"],
+    "groups-of-4": ["--group-size", "4"],
     "groups-of-3": ["--group-size", "3"],
     "groups-of-15": ["--group-size", "15"],
 }
-TRAINED = {"continued": 1e-4, "scratch": 1e-3}  # learning rates
+# A model that is trained from random weights needs its routers balanced; of others they stay as they are.
+TRAINED: dict[str, dict[str, float]] = {"continued": {"lr": 1e-4}, "scratch": {"lr": 1e-3, "bias_rate": 1e-2}}
 
 
 def curve(rows: list[dict[str, Any]], before: int) -> list[dict[str, float]]:
@@ -72,15 +80,45 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def migrated(args: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
+def lengths(length: int) -> list[int]:
+    """Of the texts that facts are recalled from: in the context that is trained."""
+    return [length // 4, length // 2, length]
+
+
+def domain_windows(tokenizer: Any, vocab_size: int, length: int) -> dict[str, torch.Tensor]:
+    """Held-out text by domain, as `openling migrate` measures it beside a built corpus, [N, length]."""
+    text = Text(evaluation=DOMAINS, calibration=DOMAINS, sequence_length=length, evaluation_tokens=EVALUATION_TOKENS)
+    windows = evaluation_windows(text, tokenizer, vocab_size=vocab_size)
+    return {name: torch.from_numpy(found.astype(np.int64)) for name, found in windows.items()}
+
+
+def recall_rows(label: str, model: Ling, tokenizer: Any, windows: dict[str, torch.Tensor], length: int) -> list[dict[str, Any]]:
+    """Recall of a fact among `KEYS`, inside the text of each domain."""
+    bf16, rows = model.lm_head.weight.is_cuda, []
+    for keys in KEYS:
+        cases: list[dict[str, Any]] = []
+        for name, text in windows.items():
+            filler = text.flatten().tolist()
+            fitting = [n for n in lengths(length) if needle_fits(tokenizer, filler, n, keys=keys)]
+            found = needle_recall(model, tokenizer, filler, lengths=fitting, depths=DEPTHS, samples=CASES, keys=keys, bf16=bf16)
+            cases += [{"domain": name, **case} for case in found]
+        if cases:
+            mean = float(np.mean([case["exact"] for case in cases]))
+            rows.append({"name": f"{label}, recall of 1 of {keys}", "value": mean, "unit": "share", "keys": keys, "cases": cases})
+    return rows
+
+
+def migrated(args: argparse.Namespace, arm: str, out: Path) -> list[dict[str, Any]]:
     """Run the migration, or what is left of it; its stages as rows."""
     run = out.with_name(out.name + ".run")
     flags = ["--tokens", str(args.tokens), "--device", args.device, "--seed", str(args.seed), "--gates.stop", "false"]
-    flags += ["--text", *args.text, "--text.sequence_length", str(LENGTH), "--text.evaluation_tokens", str(EVALUATION_TOKENS)]
+    texts = {"sequence_length": args.length, "evaluation_tokens": EVALUATION_TOKENS}
+    flags += ["--text", *args.text, *(word for name, value in texts.items() for word in (f"--text.{name}", str(value)))]
+    flags += ["--recall.lengths", ",".join(map(str, lengths(args.length))), "--recall.samples", str(CASES)]
     for warmup in ("linear_warmup", "mla_warmup"):
-        fields = SCHEDULE | {"seed": args.seed}
+        fields = SCHEDULE | {"batch_size": args.rows, "sequence_length": args.length, "seed": args.seed}
         flags += [word for name, value in fields.items() for word in (f"--{warmup}.train.{name}", str(value))]
-    words = ["migrate", str(args.teacher), str(out), *flags, *MIGRATED[args.arm], *args.flags]
+    words = ["migrate", str(args.teacher), str(out), *flags, *MIGRATED[arm], *args.flags]
     if code := command_line([*words, "--resume"] if run.exists() else words):
         raise SystemExit(code)
     report = json.loads((run / "report.json").read_text())
@@ -92,38 +130,46 @@ def migrated(args: argparse.Namespace, out: Path) -> list[dict[str, Any]]:
         if stage["needle"]:
             mean = float(np.mean([case["exact"] for case in stage["needle"]]))
             rows.append({"name": f"{stage['name']}, needle recall", "value": mean, "unit": "share", "cases": stage["needle"]})
+        if drift := stage["routers"]:
+            kept = float(np.mean([layer["kept"] for layer in drift]))
+            rows.append({"name": f"{stage['name']}, experts kept", "value": kept, "unit": "share", "layers": drift})
         if stage.get("metrics"):
             steps = read_metrics(run / stage["metrics"])
             rows.append({"name": f"{stage['name']}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, tokens)})
             tokens += steps[-1]["tokens"]
-    return rows
+    device = pick_device(args.device)
+    loaded, teacher = (openling.load(folder, device=device) for folder in (out, args.teacher))
+    return [*rows, *compared_recall(arm, loaded.model.float(), teacher.model.float(), loaded.tokenizer, args.length)]
 
 
-def trained(args: argparse.Namespace, run: Path) -> list[dict[str, Any]]:
+def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any]]:
     """The teacher, or the hybrid from random weights, on the text of both warm-ups."""
     device = pick_device(args.device)
     loaded = openling.load(args.teacher, device=device)
     teacher, tokenizer = loaded.model.float(), loaded.tokenizer
     model = openling.load(args.teacher, device=device).model.float()
-    if args.arm == "scratch":
+    if arm == "scratch":
         with device:
             model = Ling(target_config(loaded.config))
         model.init_weights(torch.Generator(device).manual_seed(args.seed))
+    fields = {"tokens": 2 * args.tokens, "batch_size": args.rows, "sequence_length": args.length, "seed": args.seed}
+    config = TrainConfig(**SCHEDULE | fields | {"schedule": "cosine", "weight_decay": 0.0} | TRAINED[arm])
     tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=2 * args.tokens)
-    config = TrainConfig(
-        **SCHEDULE
-        | {"tokens": 2 * args.tokens, "lr": TRAINED[args.arm], "schedule": "cosine", "weight_decay": 0.0, "seed": args.seed}
-    )
-    batches = Batches(cut_windows(tokens, LENGTH), batch_size=ROWS, seed=args.seed)
+    batches = Batches(cut_windows(tokens, args.length), batch_size=args.rows, seed=args.seed)
     train(model, config, batches, parameters=[""], run=run, resume=(run / "train.json").exists())
-    rows = []
-    for name in DOMAINS:
-        documents = find_corpus(name).documents()
-        text = tokenise(documents, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=EVALUATION_TOKENS)
-        windows = torch.from_numpy(cut_windows(text, LENGTH).astype(np.int64))
-        rows.append(loss_row(f"{args.arm}, {name}", dict(agreement(model.eval(), teacher.eval(), windows, bf16=True))))
+    rows, teacher = [], teacher.eval()
+    for name, windows in domain_windows(tokenizer, loaded.config.vocab_size, args.length).items():
+        rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher, windows, bf16=device.type == "cuda"))))
     steps = read_metrics(run / "metrics.jsonl")
-    return [*rows, {"name": f"{args.arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, 0)}]
+    rows.append({"name": f"{arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, 0)})
+    return [*rows, *compared_recall(arm, model, teacher, tokenizer, args.length)]
+
+
+def compared_recall(arm: str, model: Ling, teacher: Ling, tokenizer: Any, length: int) -> list[dict[str, Any]]:
+    """Recall of a model in the end, beside the teacher's of the same facts."""
+    windows = domain_windows(tokenizer, teacher.config.vocab_size, length)
+    ours, theirs = (recall_rows(arm, m.eval(), tokenizer, windows, length) for m in (model, teacher))
+    return [a | {"peer": "teacher", "peer_value": b["value"]} for a, b in zip(ours, theirs, strict=True)]
 
 
 def loss_row(name: str, found: dict[str, Any], seconds: float | None = None) -> dict[str, Any]:
@@ -134,27 +180,41 @@ def loss_row(name: str, found: dict[str, Any], seconds: float | None = None) -> 
 
 
 def main() -> None:
-    """One arm."""
+    """The arms in turn."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
     parser.add_argument("work", type=Path)
-    parser.add_argument("arm", choices=[*MIGRATED, *TRAINED])
+    parser.add_argument("arms", nargs="+", choices=[*MIGRATED, *TRAINED], metavar="ARM")
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=10_000_000)
+    parser.add_argument("--rows", type=int, default=64, help="windows of a step")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--results", type=Path, default=RESULTS)
     words = sys.argv[1:]
     split = words.index("--") if "--" in words else len(words)
     args = parser.parse_args(words[:split])
     args.flags = words[split + 1 :]
     args.work.mkdir(parents=True, exist_ok=True)
-    out = args.work / f"{args.arm}-{args.seed}"
-    rows = migrated(args, out) if args.arm in MIGRATED else trained(args, out)
     said = shlex.join(["python", *sys.argv]).replace(str(args.work), "WORK")
-    path = RESULTS / f"{args.teacher.name.lower()}-{args.arm}-{args.seed}.json"
-    write_results(path, said, rows)
-    for row in rows:
-        print(f"{row['name']}: {row['value']:.3f} {row['unit']}")
+    for arm in args.arms:
+        out, path = args.work / f"{arm}-{args.seed}", args.results / f"{args.teacher.name.lower()}-{arm}-{args.seed}.json"
+        if path.exists():
+            print(f"{arm}: {path} is there")
+            continue
+        rows = migrated(args, arm, out) if arm in MIGRATED else trained(args, arm, out)
+        write_results(path, said, rows)
+        for row in rows:
+            print(f"{row['name']}: {row['value']:.3f} {row['unit']}", flush=True)
+        release_memory()
+
+
+def release_memory() -> None:
+    """What an arm held of the GPU, for the next."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
