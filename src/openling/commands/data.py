@@ -40,7 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     own = "or package.module.function"
     build.add_argument("--filter", action="append", default=[], metavar="STEP", help=f"self-repetition, structure {own}")
     build.add_argument("--dedup", default="none", metavar="HOW", help="none (default), exact, near or near:0.8 (similarity)")
-    build.add_argument("--synthesis", action="append", default=[], metavar="STEP", help=f"atomic-facts, long-documents {own}")
+    recipes = f"atomic-facts, long-documents, recall {own}"
+    build.add_argument("--synthesis", action="append", default=[], metavar="STEP", help=recipes)
     build.add_argument("--control-tokens", action="store_true", help="those that texts spell out are meant: rendered chats")
     build.add_argument("--skip-bad", action="store_true", help="leave unreadable lines and files out, and count them")
     build.add_argument("--seed", type=int, default=0, help="of the order of documents within a shard")
