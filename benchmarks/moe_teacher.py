@@ -22,7 +22,7 @@ from typing import Any
 
 import torch
 from migration import RESULTS, curve, domain_windows, read_metrics, recall_rows
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 import openling
@@ -58,10 +58,11 @@ def sample(paths: list[Path]) -> Iterator[str]:
 
 
 def make_tokenizer(paths: list[Path], vocabulary: int, out: Path) -> None:
-    """A byte-level BPE with a token per digit: numbers that are recalled are as long as they look."""
+    """A byte-level BPE with a token per digit, and the space before it: numbers that are recalled are as long as they look."""
     inner = Tokenizer(models.BPE())
     byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    inner.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), byte_level])
+    digits = pre_tokenizers.Split(Regex(r" ?\d"), "isolated")
+    inner.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     inner.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary, special_tokens=[END], initial_alphabet=byte_level.alphabet(), show_progress=False

@@ -20,7 +20,7 @@ from openling.data.steps import Filter, counted, make_step
 from openling.data.synthesis import RECIPES, atomic_facts, definitions, long_documents
 from openling.errors import UserError
 
-FACT = re.compile(r"\n\n([^\n]*?(?: is|:)) (\w+\.?)\n\n")
+FACT = re.compile(r"\n\n([^\n]*?(?: is|:)) (\w[\w ]*\.?)\n\n")
 WORDS = [f"w{i}" for i in range(3000)]
 
 

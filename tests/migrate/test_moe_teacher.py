@@ -13,6 +13,7 @@ sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 import migration  # noqa: E402
 import moe_teacher  # noqa: E402
 
+from openling.migrate import measurer  # noqa: E402
 from openling.weights.io import read_hf_config  # noqa: E402
 
 SMALL = {"num_hidden_layers": 2, "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16}
@@ -32,6 +33,7 @@ def call(monkeypatch: pytest.MonkeyPatch, script: object, *words: object) -> Non
 def test_a_teacher_is_trained_and_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migration, "CASES", 1)
     monkeypatch.setattr(migration, "EVALUATION_TOKENS", 512)
+    monkeypatch.setattr(measurer, "sample_completions", lambda *args, **kwargs: [])
     draw = random.Random(0)
     texts = [" ".join(draw.choices(json.__doc__.split(), k=400)) for _ in range(40)]
     text = tmp_path / "text.jsonl"

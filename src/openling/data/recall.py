@@ -2,7 +2,8 @@
 
 A model that learns from such text learns to look things up in its context, which ordinary text asks for too rarely to show what a
 conversion costs. The second statement is question and answer in one: up to the value it is what was said before. One kind of fact
-reads as `needle.make_needle` asks, with other numbers than any evaluation's: those are drawn from other seeds.
+reads as `needle.make_needle` asks, with other numbers than any evaluation's: those are drawn from other seeds. Lists of words are what
+looking up is learned from first: every word but the first follows from the one before it, where a digit needs the whole name.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ GAPS = (4, 1500)
 STRETCH = 4000
 # Behind this many characters a fact is no longer asked for: most training windows would not hold it.
 REACH = 4000
-NEW = 0.4
+NEW = 0.3
+LISTED = (4, 16)
 _WORD = re.compile(r"[A-Za-z]{4,10}")
 _SPACE = re.compile(r"\s")
 
@@ -52,7 +54,7 @@ def woven(text: str, draw: random.Random) -> str:
     while at < len(text):
         if length >= stretch:
             stretch = length + STRETCH
-            kind, gap = draw.choice(("needle", "book", "word")), GAPS[0] * (GAPS[1] / GAPS[0]) ** draw.random()
+            kind, gap = draw.choice(("needle", "book", "list")), GAPS[0] * (GAPS[1] / GAPS[0]) ** draw.random()
         space = _SPACE.search(text, at + 1 + round(draw.expovariate(1 / gap)))
         end = space.start() if space else len(text)
         said = {statement: (value, place) for statement, (value, place) in said.items() if length - place < REACH}
@@ -72,6 +74,5 @@ def _fact(kind: str, words: list[str], draw: random.Random) -> tuple[str, str]:
     digits = "".join(str(draw.randrange(10)) for _ in range(DIGITS))
     if kind == "needle":
         return STATEMENT.format(city=draw.choice(CITIES)), f"{digits}."
-    if kind == "book":
-        return f"{draw.choice(words)} {draw.choice(words)}:", digits
-    return f"The {draw.choice(words)} of {draw.choice(CITIES)} is", f"{draw.choice(words)}."
+    name = f"{draw.choice(words)} {draw.choice(words)}:"
+    return name, digits if kind == "book" else " ".join(draw.choices(words, k=draw.randint(*LISTED)))
