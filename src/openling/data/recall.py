@@ -2,8 +2,8 @@
 
 A model that learns from such text learns to look things up in its context, which ordinary text asks for too rarely to show what a
 conversion costs. The second statement is question and answer in one: up to the value it is what was said before. One kind of fact
-reads as `needle.make_needle` asks, with other numbers than any evaluation's: those are drawn from other seeds. Lists of words are what
-looking up is learned from first: every word but the first follows from the one before it, where a digit needs the whole name.
+reads as `needle.make_needle` asks, with other numbers than any evaluation's: those are drawn from other seeds. Lists of words,
+close together, are what looking up is learned from first: a word follows from the one before it, a digit needs the whole name.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ STRETCH = 4000
 REACH = 4000
 NEW = 0.3
 LISTED = (4, 16)
-_WORD = re.compile(r"[A-Za-z]{4,10}")
+_WORD = re.compile(r"\b[A-Za-z]{4,10}\b")
 _SPACE = re.compile(r"\s")
 
 
@@ -55,13 +55,14 @@ def woven(text: str, draw: random.Random) -> str:
         if length >= stretch:
             stretch = length + STRETCH
             kind, gap = draw.choice(("needle", "book", "list")), GAPS[0] * (GAPS[1] / GAPS[0]) ** draw.random()
+            gap = GAPS[0] if kind == "list" else gap
         space = _SPACE.search(text, at + 1 + round(draw.expovariate(1 / gap)))
         end = space.start() if space else len(text)
         said = {statement: (value, place) for statement, (value, place) in said.items() if length - place < REACH}
         statement, value = _fact(kind, words, draw)
         if said and draw.random() >= NEW:
-            statement = draw.choice(list(said))
-        value = said[statement][0] if statement in said else value
+            statement = list(said)[-int(len(said) ** draw.random())]  # at any distance, and most often at a small one
+        value = said.pop(statement, (value, 0))[0]
         said[statement] = value, length
         parts += [text[at:end], f"\n\n{statement} {value}\n\n"]
         length += len(parts[-2]) + len(parts[-1])
