@@ -106,7 +106,7 @@ def main() -> None:
     parser.add_argument("work", type=Path)
     parser.add_argument("text", type=Path)
     parser.add_argument("--vocabulary", type=int, default=4096)
-    parser.add_argument("--share", type=float, default=0.3, help="of the documents, that facts are put into")
+    parser.add_argument("--share", type=float, default=0.4, help="of the documents, that facts are put into")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=RESULTS / "moe-teacher.json")
     words = sys.argv[1:]
