@@ -114,6 +114,7 @@ def migrated(args: argparse.Namespace, arm: str, out: Path) -> list[dict[str, An
     flags = ["--tokens", str(args.tokens), "--device", args.device, "--seed", str(args.seed), "--gates.stop", "false"]
     texts = {"sequence_length": args.length, "evaluation_tokens": EVALUATION_TOKENS}
     flags += ["--text", *args.text, *(word for name, value in texts.items() for word in (f"--text.{name}", str(value)))]
+    flags += ["--eval-text", *DOMAINS]
     flags += ["--recall.lengths", ",".join(map(str, lengths(args.length))), "--recall.samples", str(CASES)]
     for warmup in ("linear_warmup", "mla_warmup"):
         fields = SCHEDULE | {"batch_size": args.rows, "sequence_length": args.length, "seed": args.seed}

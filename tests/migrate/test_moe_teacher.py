@@ -32,6 +32,7 @@ def call(monkeypatch: pytest.MonkeyPatch, script: object, *words: object) -> Non
 
 def test_a_teacher_is_trained_and_migrated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(migration, "CASES", 1)
+    monkeypatch.setattr(migration, "DOMAINS", ("kjv",))
     monkeypatch.setattr(migration, "EVALUATION_TOKENS", 512)
     monkeypatch.setattr(measurer, "sample_completions", lambda *args, **kwargs: [])
     draw = random.Random(0)
