@@ -179,7 +179,8 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     (source / "LICENSE").write_text("terms")
     (source / "README.md").write_text("---\nlicense: apache-2.0\n---\n# source\n")
     loaded = openling.load(source)
-    save(loaded.model, out, source=source, dtype=torch.bfloat16, provenance={"stage": "lightning", "tokens": 123})
+    about = {"stage": "lightning", "tokens": 123}
+    save(loaded.model, out, source=source, dtype=torch.bfloat16, provenance=about, name="a hybrid")
     config = json.loads((out / "config.json").read_text())
     assert (config["dtype"], config["norm_topk_prob"], config["num_kv_heads_for_linear_attn"]) == ("bfloat16", True, 4)
     assert config["layer_kinds"] == ["lightning", "mla"] * 2
@@ -188,6 +189,7 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     card = (out / "README.md").read_text()
     assert "license: apache-2.0" in card
     assert "| tokens | 123 |" in card
+    assert "\n# a hybrid\n" in card
     assert (out / "LICENSE").read_text() == "terms"
     text = "w3 w7 w11"
     assert AutoTokenizer.from_pretrained(out, trust_remote_code=True)(text).input_ids == tokenizer(text).input_ids

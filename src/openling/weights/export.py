@@ -60,8 +60,8 @@ def save(
         warnings.warn("lightning_decay_offset is not 0: SGLang and vLLM ignore it and compute other decays", stacklevel=2)
     writer = FolderWriter(out, shard_bytes=shard_bytes, expected_bytes=total + (16 << 20))
     with writer:
-        for name, tensor, stored in tensors:
-            writer.add(name, tensor.detach().to(stored))
+        for key, tensor, stored in tensors:
+            writer.add(key, tensor.detach().to(stored))
         writer.add_file("config.json", json_text(config))
         if not same:
             writer.add_file(REMOTE_FILE, remote_code())

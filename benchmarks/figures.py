@@ -1,0 +1,76 @@
+"""The figures of docs/results.md from benchmarks/results/migration: how far each arm got in how many tokens.
+
+python benchmarks/figures.py        writes docs/figures/*.svg
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+RESULTS = Path(__file__).parent / "results" / "migration"
+FIGURES = Path(__file__).parents[1] / "docs" / "figures"
+# Arms in the order of their names in the figure: label, colour.
+ARMS = {
+    "scratch": ("hybrid from random weights", "#999999"),
+    "paper": ("preset paper", "#d95f02"),
+    "pure-linear": ("best, no MLA layer", "#e6ab02"),
+    "best-without-kl": ("best, cross-entropy instead of KL", "#66a61e"),
+    "best": ("best, 7 Lightning : 1 MLA", "#1b9e77"),
+    "groups-of-2": ("best, 1 : 1", "#7570b3"),
+    "continued": ("teacher, trained on", "#000000"),
+}
+
+
+def rows_of(name: str) -> list[dict[str, Any]]:
+    """The lines of a results file."""
+    rows: list[dict[str, Any]] = json.loads((RESULTS / f"{name}.json").read_text())["rows"]
+    return rows
+
+
+def curve_of(name: str) -> list[dict[str, float]]:
+    """An arm's points: tokens, cross-entropy of text before it is learned from, KL where it was trained on."""
+    return [point for row in rows_of(name) for point in row.get("curve", [])]
+
+
+def arms(axes: Axes) -> None:
+    """Cross-entropy over tokens of every arm of the MoE teacher."""
+    for arm, (label, colour) in ARMS.items():
+        points = curve_of(f"ling-moe-{arm}-0")
+        axes.plot([p["tokens"] for p in points], [p["ce"] for p in points], color=colour, label=label, linewidth=1.6)
+    axes.set(xscale="log", xlabel="tokens trained on", ylabel="nats per token, text before it is learned from")
+    axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+
+
+def main_arm(axes: Axes) -> None:
+    """KL of the SmolLM2 hybrid to its teacher over tokens."""
+    points = curve_of("smollm2-135m-instruct-best-all-mixers-0")
+    half = max(i for i, p in enumerate(points[:-1]) if points[i + 1]["tokens"] - p["tokens"] < 1e5 and p["tokens"] > 1e7)
+    for part, label, colour in (
+        (points[:half], "linear warm-up", "#1b9e77"),
+        (points[half:], "after MLA: MLA warm-up", "#7570b3"),
+    ):
+        axes.plot([p["tokens"] for p in part], [p["kl"] for p in part], color=colour, label=label, linewidth=1.6)
+    axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="KL to the teacher, nats per token, training text")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def write(name: str, paint: Any) -> None:
+    """One figure as SVG; the same input gives the same bytes."""
+    with mpl.rc_context(
+        {"svg.hashsalt": name, "svg.fonttype": "none", "font.size": 9, "axes.spines.right": False, "axes.spines.top": False}
+    ):
+        figure = Figure(figsize=(7.6, 3.8), layout="constrained")
+        paint(figure.subplots())
+        FIGURES.mkdir(exist_ok=True)
+        figure.savefig(FIGURES / f"{name}.svg", metadata={"Date": None})
+
+
+if __name__ == "__main__":
+    write("moe-arms", arms)
+    write("smollm2-main-arm", main_arm)
