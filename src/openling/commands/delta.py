@@ -62,6 +62,7 @@ def history(hybrid: Path) -> dict[str, Any]:
     stages = found["stages"]
     tokens = {stage["name"]: stage["tokens"] for stage in stages if stage.get("tokens")}
     about["tokens"] = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
+    about["trained tokens"] = sum(count for name, count in tokens.items() if name.endswith("warmup"))
     about["data"] = "; ".join(f"{text['name']} ({text['licence']}): {text['role']}" for text in found["texts"])
     about["texts"] = found["texts"]
     about["losses"] = {
@@ -69,4 +70,5 @@ def history(hybrid: Path) -> dict[str, Any]:
         for stage in stages
     }
     run = {"made with": found["command"], "made on": found["date"], "commit": found["commit"]}
+    run["hardware"] = found["environment"]["hardware"]
     return about | run | {"recipe": found["settings"]}

@@ -293,6 +293,12 @@ def read_delta(folder: Path) -> Delta:
     return delta
 
 
+def first_other(delta: Delta, out: Path) -> Path | None:
+    """The first file of the folder `out` that is absent or not what the delta makes."""
+    files = ((out / name, content) for name, content in delta.result.items())
+    return next((path for path, content in files if not path.is_file() or _content(path) != content), None)
+
+
 def _check(path: Path, content: Content) -> None:
     """Raise where a file is not the one that a record names; a size is told apart from a change."""
     if not path.is_file():
