@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from openling.errors import UserError
-from openling.report import build, plots, summary_table
+from openling.report import build, completions, plots, side_by_side, summary_table
 from openling.report.page import crossing
 from openling.report.schema import DecodeRow, parse, read_metrics
 
@@ -98,6 +98,13 @@ def full_report():
             "hybrid": [decode(c, 3_686_400, 5120, 40) for c in (1024, 8192)],
         },
         "presets": [{"preset": "paper", "stage": "lightning", "domain": "kjv", "loss": 13.9, "gap": 10.88}],
+        "shipped": {
+            "tokens": 40_000_000,
+            "hardware": "A CPU, with a comma, 16 cores, 128 GiB, NVIDIA H100 80GB HBM3",
+            "about": {"preset": "best", "data": "<i>a text</i> (CC0-1.0): calibration", "not": "shown"},
+            "stage": stage(2) | {"name": "shipped hybrid"},
+            "decode": [decode(c, 3_686_400, 5120, 40) for c in (1024, 8192)],
+        },
     }
 
 
@@ -147,7 +154,7 @@ class Page(HTMLParser):
         self.sections[self.section] += data
 
 
-SECTIONS = ["plan", "stages", "gates", "took", "curves", "layers", "energy", "heads", "routers", "needle"]
+SECTIONS = ["shipped", "plan", "stages", "gates", "took", "curves", "layers", "energy", "heads", "routers", "needle"]
 SECTIONS += ["decode", "samples", "presets", "approximations", "environment"]
 # Warm-up curves, stages with layers, energy by rank (two factors) and by layer, half-lives, routers, recall, decoding.
 PLOTS = 2 + 4 + 3 + 2 + 1 + 1 + 2
@@ -176,7 +183,7 @@ def test_nothing_is_fetched_and_nothing_runs(html, page):
             if name in ("src", "href", "xlink:href", "action", "data", "srcset"):
                 assert value.startswith("#"), (tag, name, value)
     # The only address is text that a model wrote, escaped; no namespace, style sheet or font is named by one.
-    assert re.findall(r"https?://\S+", html) == ["https://example.org/x.png&#34;"]
+    assert set(re.findall(r"https?://\S+", html)) == {"https://example.org/x.png&#34;"}
     assert "@import" not in html
     assert re.findall(r"url\((?!#)", html) == []
 
@@ -256,10 +263,47 @@ def test_the_sections_hold_their_numbers(page):
     assert not any("not run" in text for name, text in said.items() if name != "needle")
 
 
+def test_the_shipped_hybrid_stands_beside_the_run(page):
+    said = " ".join(page.sections["shipped"].split())
+    assert "teacher this run 6K tokens on 2 cores shipped 40M tokens on one NVIDIA H100 80GB HBM3" in said
+    assert "loss on python-docs 2.310 3.550 3.400 over the teacher – +1.240 +1.090" in said
+    assert "needles found, 256 tokens 8 of 8 1 of 8 2 of 8" in said
+    # 8192 x 46080 bytes, and 3686400 + 8192 x 5120.
+    assert "cache at 8,192 tokens of context 360 MiB 43.52 MiB 43.52 MiB time per token there 38.2 ms 40 ms 40 ms" in said
+    assert "depth 128 tokens 256 tokens 10 % 2 of 8 2 of 8 90 % 1 of 2" in said
+    assert "answer 0" in said
+    assert "answer 2" in said
+    assert "data <i>a text</i> (CC0-1.0): calibration" in said
+    assert "shown" not in said
+    assert "on one NVIDIA H100 80GB HBM3, has 3.400 on python-docs (+1.090 over the teacher); 5.200 on kjv" in page.sections[""]
+
+
+def test_the_shipped_hybrid_in_a_terminal():
+    report = full_report()
+    console = Console(width=100, file=io.StringIO())
+    console.print(side_by_side(report))
+    text = console.file.getvalue()
+    assert max(map(len, text.splitlines())) <= 100
+    assert "loss on kjv 3.020 5.310 5.200 over the teacher – +2.290 +2.180" in " ".join(text.split())
+    written = completions(report)
+    assert "“The capital of France is” goes on, greedily:\n  teacher:  answer 0\n" in written
+    assert "  shipped:  answer 2\n" in written
+    assert NASTY in written
+
+
+def test_without_a_run_the_shipped_hybrid_stands_beside_its_teacher(tmp_path):
+    """And a card that says neither tokens nor hardware."""
+    report = full_report()
+    report["stages"], report["shipped"]["tokens"], report["shipped"]["hardware"] = report["stages"][:1], None, None
+    page = Page(build(write_run(tmp_path, report)).read_text())
+    assert "loss on python-docs 2.310 3.400" in " ".join(page.sections["shipped"].split())
+    assert "the hybrid that ships with openling has 3.400 on python-docs" in page.sections[""]
+
+
 def test_what_is_missing_says_so(tmp_path):
     page = Page(build(write_run(tmp_path, {"title": "Empty", "stages": []})).read_text())
-    assert page.order == SECTIONS
-    assert all("not run" in page.sections[name] for name in ["", *SECTIONS])
+    assert page.order == SECTIONS[1:]
+    assert all("not run" in page.sections[name] for name in ["", *SECTIONS[1:]])
     assert not (tmp_path / "report.html.tmp").exists()
 
 

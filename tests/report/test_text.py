@@ -2,7 +2,7 @@
 
 import pytest
 
-from openling.report.text import bytes_text, count_text, gap_text, perplexity_text, seconds_text
+from openling.report.text import bytes_text, count_text, device_text, gap_text, perplexity_text, seconds_text
 
 
 @pytest.mark.parametrize(
@@ -25,6 +25,9 @@ from openling.report.text import bytes_text, count_text, gap_text, perplexity_te
         (perplexity_text(1.2e7), "1.20e+07"),
         (gap_text(2.29), "+2.290"),
         (gap_text(-0.01), "-0.010"),
+        (device_text("AMD EPYC, 2 cores, 24 GiB"), "AMD EPYC, 2 cores"),
+        (device_text("A CPU, 16 cores, 128 GiB, NVIDIA H100"), "one NVIDIA H100"),
+        (device_text("A CPU, 16 cores, 128 GiB, NVIDIA H100, NVIDIA H100"), "2 x NVIDIA H100"),
     ],
 )
 def test_numbers(shown, expected):

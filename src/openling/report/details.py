@@ -121,10 +121,10 @@ def needle(report: Report) -> dict[str, Any] | None:
     plot = drawn("Share of needles found", plots.recall_plot, [(stage.name, stage.needle) for stage in stages])
     asked = {r.length for stage in stages for r in stage.needle} | {n for stage in stages for n in stage.needle_left_out}
     lengths = sorted(asked)
-    return {"plot": plot, "lengths": lengths, "grids": [(stage.name, _grid(stage, lengths)) for stage in stages]}
+    return {"plot": plot, "lengths": lengths, "grids": [(stage.name, grid(stage, lengths)) for stage in stages]}
 
 
-def _grid(stage: Stage, lengths: Sequence[int]) -> list[tuple[str, list[Cell]]]:
+def grid(stage: Stage, lengths: Sequence[int]) -> list[tuple[str, list[Cell]]]:
     """(depth, cells by length), the last row over all depths."""
     by_length = {r.length: r for r in stage.needle}
     depths = sorted({d.depth for r in stage.needle for d in r.depths})

@@ -16,7 +16,7 @@ from rich import box
 from rich.table import Table
 from rich.text import Text
 
-from openling.report import details, plots, text
+from openling.report import details, plots, shipped, text
 from openling.report.details import Plot, drawn
 from openling.report.schema import DecodeRow, Report, Stage, Verdict, parse, read_metrics, read_report
 
@@ -26,6 +26,7 @@ PUBLISHED_TOKENS = (
 )
 TEMPLATE = "page.html.j2"
 SECTIONS = {
+    "shipped": "Shipped hybrid",
     "plan": "Plan",
     "stages": "Stages",
     "gates": "Gates",
@@ -56,9 +57,10 @@ def build(run_folder: Path) -> Path:
         .get_template(TEMPLATE)
         .render(
             report=report,
-            sections=SECTIONS.items(),
+            sections=[(name, title) for name, title in SECTIONS.items() if name != "shipped" or report.shipped],
             headline=headline(report),
-            honest=[*at_the_gates(report), *honest(report)],
+            honest=[*at_the_gates(report), *honest(report), *shipped.said(report)],
+            shipped=shipped.section(report),
             gates=gates(report),
             finite=[s for s in report.stages if any((v.gate, v.outcome) == ("finite", "passed") for v in s.gates)],
             plan_rows=plan_rows(report),
@@ -121,10 +123,10 @@ def headline(report: Report) -> list[str]:
             )
             sentence += " per sequence that does not grow"
         said.append(sentence + ".")
-    last = last_measured(report)
+    last = report.last_measured
     if last:
         parts = [f"{a.loss:.3f} on {name} ({text.gap_text(a.gap)} over the teacher)" for name, a in last.domains.items()]
-        tokens = warm_up_tokens(report)
+        tokens = report.warm_up_tokens
         after = (
             f"after {text.count_text(tokens)} tokens of warm-up" if tokens else f"after the stage “{text.stage_text(last.name)}”"
         )
@@ -134,7 +136,7 @@ def headline(report: Report) -> list[str]:
 
 def honest(report: Report) -> list[str]:
     """What so few tokens recover, and what they do not."""
-    said, last = [], last_measured(report)
+    said, last = [], report.last_measured
     if last:
         name, worst = max(last.domains.items(), key=lambda item: item[1].gap)
         if worst.gap >= 0.01:
@@ -143,7 +145,7 @@ def honest(report: Report) -> list[str]:
                 f"{math.exp(worst.gap):.3g} times less probability than the teacher (geometric mean)."
             )
         said += [sentence for name in last.domains if (sentence := _recovered(report, last, name))]
-    if tokens := warm_up_tokens(report):
+    if tokens := report.warm_up_tokens:
         said.append(
             f"Ling-2.6 spent {PUBLISHED_TOKENS}; this run trained on {text.count_text(tokens)} tokens. "
             "It shows that the pipeline works and what each step costs, not how good a hybrid can become."
@@ -210,16 +212,6 @@ def _recovered(report: Report, last: Stage, domain: str) -> str | None:
         f"On {domain} the swap to Lightning cost {text.gap_text(start.gap)} nats at first; the run ends with {share:.0f} % of "
         f"that recovered and {text.gap_text(end.gap)} nats still missing."
     )
-
-
-def last_measured(report: Report) -> Stage | None:
-    """The last stage whose loss was measured."""
-    return next((stage for stage in reversed(report.converted) if stage.domains), None)
-
-
-def warm_up_tokens(report: Report) -> int:
-    """Training tokens of all warm-ups."""
-    return sum(stage.tokens or 0 for stage in report.stages if stage.name.endswith("warmup"))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

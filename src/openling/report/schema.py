@@ -223,6 +223,16 @@ class Preset(BaseModel):
     gap: float
 
 
+class Shipped(BaseModel):
+    """A hybrid made elsewhere, measured beside this run. tokens, hardware: what it was trained on; `about`: more of its card."""
+
+    tokens: int | None = None
+    hardware: str | None = None
+    about: dict[str, str] = {}
+    stage: Stage
+    decode: list[DecodeRow] = []
+
+
 class Report(BaseModel):
     """The whole file."""
 
@@ -239,11 +249,22 @@ class Report(BaseModel):
     stages: list[Stage]
     decode: Decode = Decode()
     presets: list[Preset] = []
+    shipped: Shipped | None = None
 
     @property
     def converted(self) -> list[Stage]:
         """The stages after the teacher."""
         return [stage for stage in self.stages if stage.name != "teacher"]
+
+    @property
+    def last_measured(self) -> Stage | None:
+        """The last stage whose loss was measured."""
+        return next((stage for stage in reversed(self.converted) if stage.domains), None)
+
+    @property
+    def warm_up_tokens(self) -> int:
+        """Training tokens of all warm-ups."""
+        return sum(stage.tokens or 0 for stage in self.stages if stage.name.endswith("warmup"))
 
     @property
     def layer_kinds(self) -> list[str]:

@@ -59,3 +59,12 @@ def perplexity_text(value: float) -> str:
 def gap_text(value: float) -> str:
     """A difference in nats with its sign."""
     return f"{value:+.3f}"
+
+
+def device_text(hardware: str) -> str:
+    """The GPUs of a machine that `environment.hardware` described; of one without any, the processor and its cores."""
+    machine, _, gpus = hardware.partition(" GiB, ")
+    if not gpus:
+        return machine.rsplit(", ", 1)[0]
+    names = gpus.split(", ")
+    return " and ".join(f"{n} x {name}" if (n := names.count(name)) > 1 else f"one {name}" for name in dict.fromkeys(names))
