@@ -55,6 +55,19 @@ def start_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     return rows
 
 
+def shipped_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
+    """Losses of the shipped hybrid, where there is one, beside the teacher's."""
+    if "shipped" not in report:
+        return []
+    shipped, rows = report["shipped"], []
+    for domain, found in shipped["stage"]["domains"].items():
+        pair = {"peer": "teacher", "peer_value": found["teacher_loss"], "ratio": found["loss"] / found["teacher_loss"]}
+        row = {"name": f"loss of the shipped hybrid, {domain}", "value": found["loss"], "unit": "nats per token"} | pair
+        more = {"stderr": found["loss_stderr"], "kl": found["kl"], "top1": found["top1"]}
+        rows.append(row | more | {"tokens": shipped["tokens"], "hardware": shipped["hardware"]})
+    return rows
+
+
 def decode_rows(report: dict[str, Any]) -> list[dict[str, Any]]:
     """Cache bytes and milliseconds per token at every context, hybrid beside teacher."""
     rows = []
@@ -84,7 +97,7 @@ def main() -> int:
         },
         {"name": "resident memory at the end", "value": peak, "unit": "bytes", "goal": 8 * 2**30, "met": peak < 8 * 2**30},
     ]
-    rows = whole + start_rows(report) + stage_rows(report) + decode_rows(report)
+    rows = whole + start_rows(report) + stage_rows(report) + shipped_rows(report) + decode_rows(report)
     command = shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER")
     versions = dict(report["environment"])
     hardware = versions.pop("hardware")

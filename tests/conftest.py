@@ -29,6 +29,7 @@ if not torch.cuda.is_available():
 SHARED = {
     "tests/migrate/test_smollm2.py": "SmolLM2",
     "tests/migrate/test_delta.py": "whole migration",
+    "tests/migrate/test_demo.py": "whole migration",
     "tests/migrate/test_gates.py": "taught teachers",
     "tests/migrate/test_pipeline.py": "whole migration",
     "tests/migrate/test_refusals.py": "whole migration",

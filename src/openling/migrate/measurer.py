@@ -40,11 +40,14 @@ class Measurer:
         self.windows = {name: torch.from_numpy(w.astype(np.int64)) for name, w in windows.items()}
         self.traces = {name: TeacherTrace.record(teacher, w, bf16=bf16) for name, w in self.windows.items()}
 
-    def stage(self, student: Ling) -> dict[str, Any]:
-        """Agreement by domain, errors and router drift by layer, recall, samples: the measured part of a report's stage."""
+    def stage(self, student: Ling, *, walk: bool = True) -> dict[str, Any]:
+        """Agreement by domain, errors and router drift by layer, recall, samples: the measured part of a report's stage.
+
+        walk: without, no layer is looked at.
+        """
         last = list(self.windows.values())[-1]
         layers = LayerMeasures([], [])
-        if student is not self.teacher:
+        if walk and student is not self.teacher:
             layers = layer_measures(student, self.teacher, last[:LAYER_WINDOWS], bf16=self.bf16)
         filler = last.flatten().tolist()
         lengths = self._lengths(student, filler)
