@@ -126,7 +126,7 @@ def make_delta(teacher: Path, hybrid: Path, out: Path, *, form: Form, about: dic
                 digest.update(piece)
                 size += len(piece)
             result[shard] = Content(bytes=size, sha256=digest.hexdigest())
-        result |= {name: _content(hybrid / name) for name in copied}
+        result |= {name: _content(hybrid / name) for name, of in copied.items() if of == "delta"}
         whose = Teacher(name=teacher.absolute().name, sha256=tensors_hash(theirs))
         about = about | ({"rounding error": parts.error} if form == "int8" else {})
         delta = Delta(form=form, teacher=whose, about=about, parts=written, copied=copied, result=result, shards=shards)
@@ -260,7 +260,10 @@ def apply_delta(teacher: Path, folder: Path, out: Path) -> Path:
         raise UserError("the record of the delta names a tensor that its teacher lacks", where=folder / RECORD, value=absent[0])
     origin = {name: teacher / name if of == "teacher" else folder / (COMPANION + name) for name, of in delta.copied.items()}
     for name, path in origin.items():
-        _check(path, delta.result[name])
+        if delta.copied[name] == "delta":
+            _check(path, delta.result[name])
+        elif not path.is_file():
+            raise UserError("the teacher lacks a file that the hybrid has from it", where=path, next="copy or download it again")
     parts = TensorFiles.of(folder, delta.parts)
     with FolderWriter(out, expected_bytes=sum(content.bytes for content in delta.result.values())) as writer:
         for shard, entries in delta.shards.items():
@@ -286,7 +289,7 @@ def read_delta(folder: Path) -> Delta:
         raise UserError(
             "the record of the delta cannot be read", where=f"{folder / RECORD}, {field}", expected=first["msg"]
         ) from error
-    if missing := {*delta.shards, *delta.copied} - set(delta.result):
+    if missing := {*delta.shards, *(name for name, of in delta.copied.items() if of == "delta")} - set(delta.result):
         raise UserError("the record of the delta is incomplete", where=folder / RECORD, value=f"no hash of {min(missing)}")
     for part, content in delta.parts.items():
         _check(folder / part, content)
@@ -294,9 +297,10 @@ def read_delta(folder: Path) -> Delta:
 
 
 def first_other(delta: Delta, out: Path) -> Path | None:
-    """The first file of the folder `out` that is absent or not what the delta makes."""
-    files = ((out / name, content) for name, content in delta.result.items())
-    return next((path for path, content in files if not path.is_file() or _content(path) != content), None)
+    """The first file of the folder `out` that is absent, or not what the delta makes; the teacher's need only be there."""
+    absent = (out / name for name in (*delta.shards, *delta.copied) if not (out / name).is_file())
+    other = (out / name for name, content in delta.result.items() if _content(out / name) != content)
+    return next(absent, None) or next(other, None)
 
 
 def _check(path: Path, content: Content) -> None:
