@@ -126,7 +126,8 @@ def test_only_the_shipped_hybrid(out: Path, finished: tuple[Path, Result], monke
     assert hashes(out / demo.SHIPPED) == hashes(finished[0] / demo.SHIPPED)
     alone, beside = (report_of(folder, name)["shipped"] for folder, name in ((out, demo.SHIPPED), (finished[0], demo.HYBRID)))
     assert alone["stage"]["domains"] == beside["stage"]["domains"]
-    assert (out / f"{demo.SHIPPED}.run" / "report.html").exists()
+    page = (out / f"{demo.SHIPPED}.run" / "report.html").read_text()
+    assert "The 4 softmax-attention layers of the teacher became 3 Lightning and 1 MLA layers" in page
     assert "this run" not in result.out
     monkeypatch.setattr(shipped, "measured", None)  # once is enough
     assert openling_command("demo", "--out", out, "--shipped", "--device", "cpu").code == 0

@@ -297,7 +297,8 @@ def test_without_a_run_the_shipped_hybrid_stands_beside_its_teacher(tmp_path):
     report["stages"], report["shipped"]["tokens"], report["shipped"]["hardware"] = report["stages"][:1], None, None
     page = Page(build(write_run(tmp_path, report)).read_text())
     assert "loss on python-docs 2.310 3.400" in " ".join(page.sections["shipped"].split())
-    assert "the hybrid that ships with openling has 3.400 on python-docs" in page.sections[""]
+    assert "The shipped hybrid beside its teacher" in page.sections["shipped"]
+    assert "The hybrid that ships with openling has 3.400 on python-docs" in page.sections[""]
 
 
 def test_what_is_missing_says_so(tmp_path):

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from openling.config.migrate import MigrateConfig
+    from openling.migrate.measurer import Measurer
 
 # Sized for ten minutes on two cores; a slower machine ends a warm-up by the clock and the report says after how many tokens.
 CALIBRATION_TOKENS = 16384
@@ -172,9 +173,7 @@ class _Demo:
 
     def _measure_shipped(self, delta: Path) -> None:
         """As the stages were: the same windows, prompts and needles, and products of the same precision."""
-        from openling.environment import commit, hardware, now, versions
         from openling.migrate import shipped
-        from openling.migrate.texts import origins
         from openling.ops.cpu import settle_bf16_matmuls
 
         journal, config, found = self.folder / "journal.json", settings(), shipped.card(delta)
@@ -184,14 +183,27 @@ class _Demo:
         measure = shipped.measurer(self.teacher, config, self.device)
         found["stage"] = shipped.measured(measure, self.shipped, self.device) | {"tokens": found["tokens"]}
         found["decode"] = shipped.decoding(self.shipped, CONTEXTS, self.device)
-        if self.args.shipped:
-            stages = [measure.stage(measure.teacher) | {"name": "teacher"}]
-            rows = {"teacher": shipped.decoding(self.teacher, CONTEXTS, self.device), "hybrid": found["decode"]}
-            about = {"command": self.args.command, "date": now(), "commit": commit(), "title": f"{TEACHER}: the shipped hybrid"}
-            about |= {"environment": {"hardware": hardware(), **versions()}, "texts": origins(config.text)}
-            self.record(stages=stages, decode=rows, shipped=found, **about)
-        else:
-            self.record(shipped=found)
+        # One record: a demo that is killed before it has neither.
+        self.record(shipped=found, **(self._alone(measure, found["decode"]) if self.args.shipped else {}))
+
+    def _alone(self, measure: Measurer, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        """The rest of a report that no migration wrote: how the teacher does, and what became of its layers."""
+        from openling.environment import commit, hardware, now, versions
+        from openling.migrate import shipped
+        from openling.migrate.plan import load_config, plan
+        from openling.migrate.texts import origins
+        from openling.model.families import read_config
+
+        config, source = load_config(str(self.shipped)), load_config(str(self.teacher))
+        about = {"command": self.args.command, "date": now(), "commit": commit(), "title": f"{TEACHER}: the shipped hybrid"}
+        return about | {
+            "environment": {"hardware": hardware(), **versions()},
+            "plan": plan(config, source).as_dict(),
+            "layout": {"layer_kinds": list(read_config(config).layer_kinds)},
+            "texts": origins(settings().text),
+            "stages": [measure.stage(measure.teacher) | {"name": "teacher"}],
+            "decode": {"teacher": shipped.decoding(self.teacher, CONTEXTS, self.device), "hybrid": rows},
+        }
 
     def show(self) -> None:
         """The page, and what it says in short."""

@@ -45,6 +45,11 @@ def _trained(tokens: int | None, hardware: str | None) -> str:
     return " ".join(part for part in (amount, place) if part)
 
 
+def title(report: Report) -> str:
+    """What is compared."""
+    return "Minutes here, and where it leads" if report.last_measured else "The shipped hybrid beside its teacher"
+
+
 def rows(report: Report) -> list[tuple[str, list[str]]]:
     """(what, a cell for each of `columns`)."""
     models = columns(report)
@@ -85,7 +90,8 @@ def said(report: Report) -> list[str]:
     trained = _trained(report.shipped.tokens, report.shipped.hardware)
     found = report.shipped.stage.domains.items()
     losses = "; ".join(f"{a.loss:.3f} on {name} ({text.gap_text(a.gap)} over the teacher)" for name, a in found)
-    return [f"Where it leads: the hybrid that ships with openling{f', {trained},' if trained else ''} has {losses}."]
+    where = "Where it leads: the" if report.last_measured else "The"
+    return [f"{where} hybrid that ships with openling{f', {trained},' if trained else ''} has {losses}."]
 
 
 def section(report: Report) -> dict[str, Any] | None:
@@ -96,6 +102,7 @@ def section(report: Report) -> dict[str, Any] | None:
     lengths = sorted({r.length for model in models for r in model.stage.needle})
     card = report.shipped.about | ({"hardware": report.shipped.hardware} if report.shipped.hardware else {})
     return {
+        "title": title(report),
         "columns": models,
         "rows": rows(report),
         "lengths": lengths,
@@ -113,9 +120,7 @@ def section(report: Report) -> dict[str, Any] | None:
 def side_by_side(report: dict[str, Any]) -> Table:
     """The models for a terminal, a column each. report: the contents of `report.json`, with `shipped`."""
     run = parse(report)
-    table = Table(
-        box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title="Minutes here, and where it leads", title_justify="left"
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, padding=(0, 1), title=title(run), title_justify="left")
     table.add_column("")
     for model in columns(run):
         table.add_column(Text(f"{model.name}\n{model.trained}".strip()), justify="right", overflow="fold")
