@@ -269,7 +269,7 @@ def test_the_shipped_hybrid_stands_beside_the_run(page):
     assert "loss on python-docs 2.310 3.550 3.400 over the teacher – +1.240 +1.090" in said
     assert "needles found, 256 tokens 8 of 8 1 of 8 2 of 8" in said
     # 8192 x 46080 bytes, and 3686400 + 8192 x 5120.
-    assert "cache at 8,192 tokens of context 360 MiB 43.52 MiB 43.52 MiB time per token there 38.2 ms 40 ms 40 ms" in said
+    assert "cache at 8,192 tokens 360 MiB 43.52 MiB 43.52 MiB time per token there 38.2 ms 40 ms 40 ms" in said
     assert "depth 128 tokens 256 tokens 10 % 2 of 8 2 of 8 90 % 1 of 2" in said
     assert "answer 0" in said
     assert "answer 2" in said

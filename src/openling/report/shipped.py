@@ -69,7 +69,7 @@ def rows(report: Report) -> list[tuple[str, list[str]]]:
         decoded = [next((row for row in model.decode if row.context == longest), None) for model in models]
         caches = ["not run" if row is None else text.bytes_text(row.cache_bytes) for row in decoded]
         times = ["not run" if row is None else f"{row.ms_per_token:.3g} ms" for row in decoded]
-        out += [(f"cache at {longest:,} tokens of context", caches), ("  time per token there", times)]
+        out += [(f"cache at {longest:,} tokens", caches), ("  time per token there", times)]
     return out
 
 
