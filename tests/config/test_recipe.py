@@ -69,7 +69,18 @@ def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
         ("steps = 5", "steps = 5\ntokens = 7", ["exactly one of steps and tokens"]),
         ("steps = 5", "steps = 5\nsequence_length = 32", ["64, or leave it out"]),
         ("batch_size = 4", "batch_size = ", ["not TOML"]),
-        ("batch_size = 4", "batch_size = 0", ["stages.one.batch_size", "greater than 0"]),
+        ("batch_size = 4", "batch_size = 0", ["train.batch_size", "greater than 0"]),
+        ("lr = 2e-4", "lr = nan", ["stages.two.lr", "finite"]),
+        ("lr = 2e-4", "betas = [0.9, 1.5]", ["stages.two.betas.1", "less than 1"]),
+        ("batch_size = 4", "batch_size = true", ["train.batch_size", "no switch"]),
+        ('name = "two"', 'name = ".."', ["..", "match pattern"]),
+        ('name = "two"', 'name = "one"', ["value:    one, one"]),
+        ('name = "small"', 'name = "small"\ntrackers = ["wand"]', ["trackers.0", "'wandb'"]),
+        ('preset = "tiny"', 'preset = "tiny"\noverrides = { hiden_size = 64 }', ["did you mean 'hidden_size'"]),
+        ('[corpora.texts]\nbuild = ["kjv"]', "[corpora]\ntexts = 3", ["no table", "corpora.texts", "value:    3"]),
+        ("mixture = { length = 64 }", "mixture = 3", ["stages.one.mixture", "value:    3", "[stages.one.mixture]"]),
+        ("mixture = { length = 64 }", "mixture = { shares = 3 }", ["no table", "stages.one.mixture.shares"]),
+        ("mixture = { length = 64 }", "mixture = { length = 64, long = 3 }", ["no table", "stages.one.mixture.long"]),
     ],
 )
 def test_mistakes_are_told(tmp_path, old, new, told):
@@ -78,6 +89,14 @@ def test_mistakes_are_told(tmp_path, old, new, told):
         small(tmp_path, SMALL.replace(old, new, 1))
     for words in told:
         assert words in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["train", "model", "corpora", "sources", "stages"])
+@pytest.mark.parametrize("value", ["3", "[3]"])
+def test_what_is_no_table_is_told(tmp_path, name, value):
+    with pytest.raises(UserError, match="no table") as error:
+        small(tmp_path, **{name: value})
+    assert name in str(error.value)
 
 
 def test_mistakes_on_the_command_line(tmp_path, capsys):

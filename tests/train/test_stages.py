@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import time
 
 import numpy as np
@@ -67,8 +68,10 @@ def recipe(folder, steps=6):
     return read_recipe(path)
 
 
-def go(folder, run, *, resume=False, steps=6):
-    pipeline = Pipeline(recipe(folder, steps), run, device=torch.device("cpu"), progress=False)
+def go(folder, run, *, resume=False, steps=6, changes=()):
+    recipe(folder, steps)
+    changed = read_recipe(folder / "small.toml", changes)
+    pipeline = Pipeline(changed, run, device=torch.device("cpu"), progress=False)
     return pipeline.go(resume=resume)
 
 
@@ -136,6 +139,64 @@ def test_nothing_to_resume_and_changed_recipes_are_told(tmp_path):
     with pytest.raises(UserError, match="nothing to resume[\\s\\S]*without --resume"):
         go(tmp_path, tmp_path / "run", resume=True)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("stages.long.trainable", '["nothing"]', "no parameter has this name"),
+        ("stages.long.trainable", '["("]', "no regular expression: missing"),
+        ("stages.long.kl", "1", "needs a teacher[\\s\\S]*recipes name no teacher"),
+        ("stages.long.merge.weights", "sqrt", "no such weighting[\\s\\S]*nearest: +1-sqrt"),
+        ("stages.long.merge.last", "4", "fewer checkpoints[\\s\\S]*at most 3"),
+        ("model.overrides.num_nextn_predict_layers", "0", "no MTP layer"),
+        ("stages.long.tokens", "1e7", "cannot be met"),
+    ],
+)
+def test_what_a_later_stage_cannot_do_is_told_before_the_first_step(tmp_path, name, value, told):
+    with pytest.raises(UserError, match=told) as error:
+        go(tmp_path, tmp_path / "run", changes=[(name, value)])
+    assert str(error.value.parts["where"]).startswith("stages.")
+    assert not list(tmp_path.glob("run/stages/*"))
+
+
+def test_a_run_without_a_step_begins_anew_with_another_recipe(tmp_path):
+    run = tmp_path / "run"
+    with pytest.raises(UserError, match="cannot be met"):
+        go(tmp_path, run, changes=[("stages.long.tokens", "1e7")])
+    assert (run / "recipe.json").exists()
+    with pytest.raises(UserError, match="built this corpus from something else[\\s\\S]*remove"):
+        go(tmp_path, run, changes=[("corpora.texts.build", '["kjv"]')])
+    go(tmp_path, run, changes=[("seed", "3"), ("stages.short.lr", "1e-3")])
+    assert json.loads((run / "recipe.json").read_text())["recipe"]["seed"] == 3
+
+
+def test_what_has_begun_stays_as_it_was(tmp_path):
+    run = tmp_path / "run"
+    go(tmp_path, run)
+    record = (run / "recipe.json").read_text()
+    for name, value, told in (
+        ("stages.short.lr", "1e-3", "begun with another setting"),  # finished, and would be left alone
+        ("stages.long.rope_theta", "3e4", "begun with another setting"),
+        ("stages.long.yarn.factor", "4", "begun with another setting"),
+        ("stages.long.mixture.length", "32", "begun with another"),
+        ("stages.short.steps", "8", "next stage has begun"),
+        ("stages.short.max_seconds", "8", "next stage has begun"),
+        ("stages.long.steps", "4", "trained for longer"),
+        ("stages.long.merge.last", "2", "merged already[\\s\\S]*openling merge"),
+        ("stages.short.name", "first", "order of the stages"),
+        ("model.overrides.hidden_size", "64", "model.overrides.hidden_size\\n.*64\\n.*32"),
+        ("seed", "1", "the recipe has changed"),
+    ):
+        with pytest.raises(UserError, match=told):
+            go(tmp_path, run, resume=True, changes=[(name, value)])
+    assert (run / "recipe.json").read_text() == record
+    shutil.move(run / "corpora" / "texts", tmp_path / "elsewhere")
+    moved = [("corpora.texts", json.dumps({"path": str(tmp_path / "elsewhere")}))]
+    changes = [*moved, ("stages.long.steps", "8"), ("stages.long.merge.last", "2"), ("sources.0.repeat", "2000")]
+    go(tmp_path, run, resume=True, changes=changes)
+    told = json.loads((run / "models" / "long" / "openling.json").read_text())
+    assert told["steps"] == 8 and [m["step"] for m in told["merged"]] == [6, 8]
 
 
 def _child(folder, run, resume, steps):

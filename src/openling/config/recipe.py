@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import json
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openling.config.data import MIXTURES, MixtureConfig, SourceConfig, read_mixture
 from openling.config.presets import PRESETS
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
+
+# Names become folders: none that is hidden, or that means the folder itself or the one above.
+NAME = r"^[\w-][\w.-]*$"
 
 
 class _Section(BaseModel):
@@ -41,6 +44,10 @@ class StartConfig(_Section):
         if self.preset is not None and self.preset not in PRESETS:
             close = nearest(self.preset, PRESETS)
             raise ValueError(f"unknown preset {self.preset!r}" + (f", did you mean {close!r}?" if close else ""))
+        known = {key for preset in PRESETS.values() for key in preset()} if self.overrides else set()
+        if unknown := next((key for key in self.overrides if key not in known), None):
+            close = nearest(unknown, known)
+            raise ValueError(f"unknown key {unknown!r} in overrides" + (f", did you mean {close!r}?" if close else ""))
         return self
 
 
@@ -98,7 +105,7 @@ class ParallelConfig(_Section):
 class StageConfig(TrainConfig):
     """One stage. `sequence_length` is the mixture's row and is filled in from there."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=NAME)
     mixture: MixtureConfig
     trainable: tuple[str, ...] = Field(("",), description="expressions for parameters that train; all by default")
     rope_theta: float | None = Field(None, gt=0, description="null: as before")
@@ -114,21 +121,13 @@ class StageConfig(TrainConfig):
 class RecipeConfig(_Section):
     """Everything that one `openling train` does."""
 
-    name: str = Field(pattern=r"^[\w.-]+$")
+    name: str = Field(pattern=NAME)
     model: StartConfig
     corpora: dict[str, CorpusConfig] = {}
     stages: tuple[StageConfig, ...] = Field(min_length=1)
     parallel: ParallelConfig = ParallelConfig()
-    trackers: tuple[str, ...] = Field((), description="tensorboard, trackio, wandb")
+    trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field((), description="who is told every step's metrics")
     seed: int = Field(0, ge=0, lt=2**63, description="of random first weights")
-
-    @field_validator("stages")
-    @classmethod
-    def _names_differ(cls, stages: tuple[StageConfig, ...]) -> tuple[StageConfig, ...]:
-        names = [s.name for s in stages]
-        if twice := [n for n in names if names.count(n) > 1]:
-            raise ValueError(f"two stages are named {twice[0]}")
-        return stages
 
     def corpus_path(self, name: str, run: Path) -> Path:
         """Where a corpus lies: built ones in the run's folder."""
@@ -152,6 +151,7 @@ def read_recipe(path: Path, changes: Sequence[tuple[str, str]] = ()) -> RecipeCo
 def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
     """A recipe from its tables: defaults of [train] and [[sources]] go into the stages, mixtures get their presets."""
     _known(data, [*RecipeConfig.model_fields, "train", "sources"], where, "")
+    _shaped(data, where)
     stage_keys = list(StageConfig.model_fields)
     sections: list[tuple[str, type[BaseModel]]] = [("model", StartConfig), ("parallel", ParallelConfig)]
     for name, section in sections:
@@ -168,6 +168,10 @@ def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
             expected = ", ".join(data["corpora"])
             raise UserError("no such corpus", where=f"sources.{i}", value=source.get("corpus"), expected=expected, nearest=close)
     stages = [_stage(stage, shared, sources, stage_keys, where) for stage in data.get("stages", [])]
+    names = [s.name for s in stages]
+    if twice := [name for name in names if names.count(name) > 1]:
+        place, listed = f"{where}, stages", ", ".join(names)
+        raise UserError(f"two stages are named {twice[0]}", where=place, value=listed, expected="a name each")
     rest = {key: value for key, value in data.items() if key not in ("train", "sources", "stages")}
     try:
         return RecipeConfig(**rest, stages=tuple(stages))
@@ -184,7 +188,9 @@ def _stage(stage: dict[str, Any], shared: dict[str, Any], sources: list[Any], ke
         fields["tokens"] = stage.get("tokens")
     elif "tokens" in stage:
         fields["steps"] = None
+    _tables(fields, dict, ("mixture", "ramp", "yarn", "merge"), where, place)
     table = dict(fields.get("mixture") or {})
+    _tables(table, dict, ("shares", "temperature", "long"), where, f"{place}.mixture")
     table.setdefault("sources", _fitting(sources, table, place))
     mixture = read_mixture(table, where=f"{where}, {place}.mixture")
     if fields.get("sequence_length", mixture.row_length) != mixture.row_length:
@@ -195,7 +201,42 @@ def _stage(stage: dict[str, Any], shared: dict[str, Any], sources: list[Any], ke
     try:
         return StageConfig(**fields | {"mixture": mixture, "sequence_length": mixture.row_length})
     except ValidationError as error:
-        raise _refusal(error, where, place) from error
+        field = str(error.errors()[0]["loc"][0]) if error.errors()[0]["loc"] else ""
+        raise _refusal(error, where, "train" if field in shared and field not in stage else place) from error
+
+
+def _shaped(data: dict[str, Any], where: object) -> None:
+    """Tables where tables belong, and no booleans, which would count as 0 and 1 where numbers are meant."""
+    _tables(data, dict, ("model", "parallel", "corpora", "train"), where)
+    _tables(data.get("corpora", {}), dict, data.get("corpora", {}), where, "corpora")
+    for name in ("sources", "stages"):
+        _tables(data, list, (name,), where)
+        for i, entry in enumerate(data.get(name, [])):
+            if not isinstance(entry, dict):
+                raise _no_table(where, f"{name}.{i}", entry, f"[[{name}]]")
+            _no_booleans(entry, where, f"{name}.{entry.get('name', i)}")
+    for name in ("train", "parallel"):
+        _no_booleans(data.get(name, {}), where, name)
+
+
+def _tables(table: dict[str, Any], kind: type, names: Iterable[str], where: object, place: str = "") -> None:
+    for name in names:
+        value = table.get(name)
+        if name in table and not isinstance(value, kind) and not (value is None and place):
+            dotted = f"{place}.{name}" if place else name
+            raise _no_table(where, dotted, value, f"[{dotted}]" if kind is dict else f"[[{dotted}]]")
+
+
+def _no_table(where: object, dotted: str, value: object, header: str) -> UserError:
+    return UserError("this is no table", where=f"{where}, {dotted}", value=value, expected=f"a table, as under {header}")
+
+
+def _no_booleans(table: dict[str, Any], where: object, place: str) -> None:
+    for name, value in table.items():
+        if isinstance(value, bool):
+            raise UserError("this setting is no switch", where=f"{where}, {place}.{name}", value=value, expected="a value")
+        if isinstance(value, dict):
+            _no_booleans(value, where, f"{place}.{name}")
 
 
 def _fitting(sources: list[Any], table: dict[str, Any], place: str) -> list[Any]:

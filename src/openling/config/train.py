@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -40,7 +40,7 @@ class TrainConfig(BaseModel):
     decay_steps: int = Field(0, ge=0, description="of wsd: the last steps, over which the rate falls in a straight line")
     min_lr_ratio: float = Field(0.1, ge=0, le=1, description="last learning rate of cosine and wsd over `lr`")
     optimizer: Literal["adamw", "muon"] = Field("adamw", description="muon: on matrices and experts; AdamW on the rest")
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.95)
     momentum: float = Field(0.95, ge=0, lt=1, description="of Muon")
     weight_decay: float = Field(0.1, ge=0, description="on matrices; vectors have none")
     clip: float = Field(1.0, gt=0, description="largest norm of the whole gradient")

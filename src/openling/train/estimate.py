@@ -9,6 +9,7 @@ from openling.model import count
 from openling.model.config import ModelConfig
 from openling.plan.numbers import short
 from openling.train.flops import training_flops
+from openling.train.rules import check_stages
 from openling.train.stages import first_config, stage_config
 
 # FP32 weights, gradients and two moments of AdamW; Muon has one moment.
@@ -18,6 +19,7 @@ BYTES_PER_PARAMETER = {"adamw": 16, "muon": 12}
 def estimate(recipe: RecipeConfig, out: Path) -> str:
     """A table of the stages, and what must be there before they can run."""
     config, _ = first_config(recipe, folder=False)
+    check_stages(recipe, config)
     total, active = count.total_parameters(config, mtp=True), count.active_parameters(config)
     state = max(BYTES_PER_PARAMETER[s.optimizer] for s in recipe.stages) * total
     lines = [

@@ -12,7 +12,6 @@ stopped and resumed ends with the same bits as one that was not, on the same mac
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
@@ -53,6 +52,7 @@ from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memo
 from openling.train.objective import Loss, Part, counts, mtp_steps, objective, objective_of, prepare, to_device
 from openling.train.optim import Optimizers, ParameterChoice, select_names
 from openling.train.ranks import Ranks
+from openling.train.rules import check_losses, check_parts, read_record
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
 
@@ -98,23 +98,15 @@ def train(
     """
     if batches.tokens_per_step != (expected := config.batch_size * config.sequence_length):
         raise UserError("the batches are not of the configured shape", value=batches.tokens_per_step, expected=expected)
-    term, weight = ("kl", config.kl) if config.kl else ("align", config.align)  # of the teacher, where there is one
-    if weight and teacher is None:
-        raise UserError("this loss needs a teacher", where=term, value=weight, expected=f"a teacher, or {term} = 0")
-    if config.mtp and not model.config.num_nextn_predict_layers:
-        raise UserError("the model has no MTP layer", where="mtp", value=config.mtp, expected=0)
-    if config.mtp_steps and config.mtp_steps < model.config.num_nextn_predict_layers:
-        least = model.config.num_nextn_predict_layers
-        raise UserError("there are fewer MTP steps than MTP layers", where="mtp_steps", value=config.mtp_steps, expected=least)
+    check_losses(config, model.config, teacher=teacher is not None)
     models = [model, teacher] if teacher is not None and config.follows else [model]
     ranks = ranks or Ranks(Parallel(model, None, {}))
-    if config.part_size % ranks.data_ranks:
+    check_parts(config, ranks.data_ranks)
+    if config.follows and ranks.parallel.pipeline is not None:
+        term = "kl" if config.kl else "align"
         raise UserError(
-            "the rows of a part cannot be shared evenly", where="batch_size / accumulation", value=config.part_size,
-            expected=f"a multiple of {ranks.data_ranks} data ranks",
-        )  # fmt: skip
-    if weight and ranks.parallel.pipeline is not None:
-        raise UserError("teachers are not cut into pipeline stages", where=term, value=weight, expected="0, or no pipeline")
+            "teachers are not cut into pipeline stages", where=term, value=getattr(config, term), expected="0, or no pipeline"
+        )
     here = dict(model.named_parameters())
     device = next(iter(here.values())).device
     config = ranks.told(lambda: settled(config, device, run))
@@ -139,8 +131,17 @@ def settled(config: TrainConfig, device: torch.device, run: Path) -> TrainConfig
     """The configuration with a precision in place of "auto": the one that `run` began with, else the device's faster one."""
     if config.precision != "auto":
         return config
-    begun = json.loads((run / "train.json").read_text())["config"] if (run / "train.json").exists() else {}
+    path = run / "train.json"
+    begun = _begun(path)["config"] if path.exists() else {}
     return config.model_copy(update={"precision": begun.get("precision", "bf16" if half_products(device) else "fp32")})
+
+
+def _begun(path: Path) -> dict[str, Any]:
+    """What a run began with."""
+    old = read_record(path, f"put it back, or remove {path.parent} and train again")
+    if not ("config" in old and "parameters" in old):
+        raise UserError("a record of the run cannot be read", where=path, value=", ".join(old), expected="config, parameters")
+    return old
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
@@ -156,7 +157,7 @@ def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -
         )
     if not resume:
         return write_json(path, {"config": config.model_dump(mode="json"), "parameters": names})
-    old = json.loads(path.read_text())
+    old = _begun(path)
     for field, (value, before) in config.differences(old["config"]).items():
         raise UserError("the run has another configuration", where=field, value=value, expected=before)
     if different := sorted(set(old["parameters"]) ^ set(names)):

@@ -17,23 +17,28 @@ from openling.train.muon import Muon
 ParameterChoice = Sequence[str] | Callable[[str], bool]
 
 
-def select_names(names: Sequence[str], choice: ParameterChoice) -> list[str]:
-    """Those chosen, in their order; an expression that finds none is a `UserError`."""
+def select_names(names: Sequence[str], choice: ParameterChoice, where: str = "trainable parameters") -> list[str]:
+    """Those chosen, in their order; an expression that finds none, or is none, is a `UserError`."""
     if callable(choice):
         chosen = [name for name in names if choice(name)]
     else:
         for pattern in choice:
-            if not any(re.search(pattern, name) for name in names):
+            try:
+                found = any(re.search(pattern, name) for name in names)
+            except re.error as error:
+                what = f"this is no regular expression: {error}"
+                raise UserError(what, where=where, value=pattern, expected="one that is found in parameters' names") from error
+            if not found:
                 raise UserError(
                     "no parameter has this name",
-                    where="trainable parameters",
+                    where=where,
                     value=pattern,
                     expected="an expression found in a parameter's name",
                     nearest=nearest(pattern, names),
                 )
         chosen = [name for name in names if any(re.search(pattern, name) for pattern in choice)]
     if not chosen:
-        raise UserError("no parameter is chosen for training", where="trainable parameters", expected="at least one")
+        raise UserError("no parameter is chosen for training", where=where, expected="at least one")
     return chosen
 
 

@@ -43,14 +43,12 @@ from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint,
 from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
+from openling.train.rules import begun_stages, check_same, check_stages, read_record
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
 from openling.weights.folder import check_tied, load_tokenizer, open_folder, read_binding
 from openling.weights.io import read_hf_config
-
-# Changes of these do not change what was trained so far.
-FREE_ON_RESUME = ("stages", "trackers", "parallel")
 
 
 @dataclass(frozen=True)
@@ -113,6 +111,8 @@ class Pipeline:
 
     def go(self, *, resume: bool = False) -> Outcome:
         """Everything that is not done yet; a stage that stops ends it."""
+        ranks = 1 if self.mesh is None else self.mesh.data_ranks
+        told(lambda: check_stages(self.recipe, first_config(self.recipe)[0], ranks), self.group)
         with ExitStack() as stack:
             told(lambda: stack.enter_context(self._entered(resume)), self.group)
             self.tokenizer = self._tokenizer()
@@ -132,7 +132,11 @@ class Pipeline:
                     if result.stopped == "time":
                         self.say(f"  stopped by the clock ({stage.max_seconds:.0f} s) after step {result.steps}")
                 last = whole_checkpoint(folder, self.say, self.group)
-                assert last is not None
+                if last is None:
+                    raise UserError(
+                        "a finished stage has no checkpoint, and what follows begins with it", where=folder / "checkpoints",
+                        next=f"put it back, or continue from {out}: model.folder of a new recipe",
+                    )  # fmt: skip
                 before.append(last)
                 if not done:
                     told(partial(self._write, config, stage, folder, out, before), self.group)
@@ -147,19 +151,13 @@ class Pipeline:
                 "there is nothing to resume", where=self.run, expected="recipe.json of an earlier run",
                 next="the same without --resume",
             )  # fmt: skip
-        if not resume and path.exists():
+        if not resume and begun_stages(self.run):
             raise UserError(
                 "the folder holds a run already", where=self.run, expected="a new folder", next="add --resume, or choose --out"
             )
         with sole_writer(self.run):
             fields = self.recipe.model_dump(mode="json")
-            if resume:
-                old = json.loads(path.read_text())["recipe"]
-                for name, value in fields.items():
-                    if name not in FREE_ON_RESUME and old.get(name) != value:
-                        raise UserError(
-                            "the recipe has changed since this run began", where=name, value=value, expected=old.get(name)
-                        )
+            check_same(self.recipe, self.run)
             record = {"recipe": fields, "command": self.command, "hardware": hardware(), "versions": versions()}
             write_json(path, record | {"commit": commit(), "date": now()})
             yield
@@ -175,7 +173,7 @@ class Pipeline:
         return found
 
     def _build_corpora(self) -> None:
-        if not (self.run / "tokenizer").exists():
+        if not (begun_stages(self.run) and (self.run / "tokenizer").exists()):
             self.tokenizer.save_pretrained(self.run / "tokenizer")
         for name, corpus in self.recipe.corpora.items():
             out = self.recipe.corpus_path(name, self.run)
@@ -191,23 +189,27 @@ class Pipeline:
             else s
             for s in stage.mixture.sources
         )
-        return MixtureBatches(
-            stage.mixture.model_copy(update={"sources": placed}),
-            rows=stage.batch_size,
-            seed=stage.seed,
-            rank=0 if self.mesh is None else self.mesh.data_rank,
-            world=1 if self.mesh is None else self.mesh.data_ranks,
-            steps=stage.total_steps,
-            ramp=stage.stairs,
-            vocab_size=config.vocab_size,
-            tokenizer=self.tokenizer,
-        )
+        try:
+            return MixtureBatches(
+                stage.mixture.model_copy(update={"sources": placed}),
+                rows=stage.batch_size,
+                seed=stage.seed,
+                rank=0 if self.mesh is None else self.mesh.data_rank,
+                world=1 if self.mesh is None else self.mesh.data_ranks,
+                steps=stage.total_steps,
+                ramp=stage.stairs,
+                vocab_size=config.vocab_size,
+                tokenizer=self.tokenizer,
+            )
+        except UserError as error:
+            place = ", ".join(str(part) for part in (f"stages.{stage.name}", error.parts["where"]) if part is not None)
+            raise UserError(error.what, **error.parts | {"where": place}) from error
 
     def _is_done(self, folder: Path, out: Path, stage: StageConfig) -> bool:
         """Whether the stage's checkpoint folder stands for all of its steps: a longer stage goes on."""
         if not out.exists():
             return False
-        trained = json.loads((out / "openling.json").read_text())
+        trained = read_record(out / "openling.json", f"remove {out}: it is written again from the stage's checkpoints")
         return bool(trained.get("steps") == stage.total_steps or stage.max_seconds is not None)
 
     def _model(self, config: ModelConfig, before: list[Path], device: torch.device) -> Ling:

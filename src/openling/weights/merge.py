@@ -42,13 +42,13 @@ def from_decay(w: Sequence[float]) -> list[float]:
     return [a - b for a, b in zip((1.0, *w), (*w, 0.0), strict=True)]
 
 
-def coefficients(weighting: str, count: int) -> list[float]:
+def coefficients(weighting: str, count: int, *, where: str = "--weights") -> list[float]:
     """The weights of `count` checkpoints, oldest first; they come to 1.
 
     ema:ALPHA: a running mean m <- ALPHA theta + (1 - ALPHA) m that starts at the oldest. Numbers are scaled to come to 1.
     """
     if count < 1:
-        raise UserError("there is nothing to merge", value=f"{count} checkpoints", expected="1 or more")
+        raise UserError("there is nothing to merge", where=where, value=f"{count} checkpoints", expected="1 or more")
     if weighting in DECAYS:
         return from_decay([DECAYS[weighting](i / count) for i in range(1, count)])
     name, _, text = weighting.partition(":")
@@ -61,7 +61,7 @@ def coefficients(weighting: str, count: int) -> list[float]:
         numbers = []
     if len(numbers) != count or sum(numbers) <= 0 or not all(math.isfinite(c) for c in numbers):
         close = nearest(weighting, DECAYS)
-        raise UserError("there is no such weighting", where="--weights", value=weighting, expected=EXPECTED, nearest=close)
+        raise UserError("there is no such weighting", where=where, value=weighting, expected=EXPECTED, nearest=close)
     return [c / sum(numbers) for c in numbers]
 
 

@@ -1,0 +1,186 @@
+"""What is refused before a recipe's first step, and what may differ when its run goes on.
+
+A stage may come days after the first, so whatever its settings alone can tell is told at once.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from openling.config.recipe import RecipeConfig, StageConfig
+from openling.config.train import TrainConfig
+from openling.errors import UserError
+from openling.model.config import ModelConfig
+from openling.model.ling import Ling
+from openling.train.checkpoint import checkpoints
+from openling.train.optim import select_names
+from openling.weights.merge import coefficients
+
+# Changes of these do not change what was trained so far. What corpora hold is in the fingerprint of the batches.
+OTHERWISE = "the same setting as before, or train into a new folder"
+FREE_ON_RESUME = ("stages", "trackers", "parallel", "corpora")
+
+
+def check_losses(config: TrainConfig, model: ModelConfig, *, teacher: bool, place: str = "") -> None:
+    """A `UserError` where a loss lacks what it needs. place: what stands before a setting's name."""
+    term, weight = ("kl", config.kl) if config.kl else ("align", config.align)
+    if weight and not teacher:
+        fix = "0: recipes name no teacher, `openling migrate` warms up against one" if place else f"a teacher, or {term} = 0"
+        raise UserError("this loss needs a teacher", where=place + term, value=weight, expected=fix)
+    if config.mtp and not model.num_nextn_predict_layers:
+        raise UserError("the model has no MTP layer", where=f"{place}mtp", value=config.mtp, expected=0)
+    if config.mtp_steps and config.mtp_steps < model.num_nextn_predict_layers:
+        least = model.num_nextn_predict_layers
+        raise UserError(
+            "there are fewer MTP steps than MTP layers", where=f"{place}mtp_steps", value=config.mtp_steps, expected=least
+        )
+
+
+def check_parts(config: TrainConfig, data_ranks: int, *, place: str = "") -> None:
+    """A `UserError` where data ranks cannot have equal rows of every part."""
+    if config.part_size % data_ranks:
+        raise UserError(
+            "the rows of a part cannot be shared evenly", where=f"{place}batch_size / accumulation", value=config.part_size,
+            expected=f"a multiple of {data_ranks} data ranks",
+        )  # fmt: skip
+
+
+def check_stages(recipe: RecipeConfig, model: ModelConfig, data_ranks: int = 1) -> None:
+    """All of a recipe's stages: losses, rows of ranks, what trains, what is merged. Recipes name no teacher."""
+    for stage in recipe.stages:
+        place = f"stages.{stage.name}."
+        check_losses(stage, model, teacher=False, place=place)
+        check_parts(stage, data_ranks, place=place)
+        if stage.trainable != ("",):
+            with torch.device("meta"):
+                select_names([name for name, _ in Ling(model).named_parameters()], stage.trainable, where=f"{place}trainable")
+        if stage.merge is not None:
+            _check_merge(stage, place)
+
+
+def _check_merge(stage: StageConfig, place: str) -> None:
+    merge = stage.merge
+    assert merge is not None
+    coefficients(merge.weights, merge.last, where=f"{place}merge.weights")
+    most = stage.keep_last + (stage.total_steps // stage.keep_every if stage.keep_every else 0)
+    if most < merge.last:
+        raise UserError(
+            "the stage keeps fewer checkpoints than are to be merged", where=f"{place}merge.last", value=merge.last,
+            expected=f"at most {most}, by keep_last = {stage.keep_last} and keep_every = {stage.keep_every}",
+            next=f"keep_last = {merge.last}, or a keep_every of which {merge.last} multiples are in the stage's steps",
+        )  # fmt: skip
+
+
+def read_record(path: Path, fix: str) -> dict[str, Any]:
+    """A JSON object that a run keeps about itself; a `UserError` where it is damaged. fix: what to do then."""
+    try:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UserError("a record of the run cannot be read", where=path, value=error, expected="JSON", next=fix) from error
+    if not isinstance(found, dict):
+        raise UserError("a record of the run cannot be read", where=path, value=str(found)[:40], expected="an object", next=fix)
+    return found
+
+
+def begun_stages(run: Path) -> set[str]:
+    """Stages of which a step may have been taken."""
+    return {path.parent.name for path in run.glob("stages/*/train.json")}
+
+
+def check_same(recipe: RecipeConfig, run: Path) -> None:
+    """A `UserError` where the recipe asks otherwise for what this run has begun. Before the first stage all may change."""
+    path = run / "recipe.json"
+    begun = begun_stages(run)
+    if not begun and not path.exists():
+        return
+    old = read_record(path, f"put it back, or remove {run} and train again").get("recipe")
+    if not isinstance(old, dict):
+        raise UserError("the run's record has no recipe", where=path, next=f"put it back, or remove {run} and train again")
+    _check_corpora(recipe, old, run)
+    if not begun:
+        return
+    mine = recipe.model_dump(mode="json")
+    for name in mine.keys() - set(FREE_ON_RESUME):
+        if found := _difference(mine[name], old.get(name), name):
+            where, value, before = found
+            what = "the recipe has changed since this run began"
+            raise UserError(what, where=where, value=value, expected=before, next=OTHERWISE)
+    stages = {stage["name"]: stage for stage in old.get("stages", []) if stage["name"] in begun}
+    names = [stage.name for stage in recipe.stages]
+    if names[: len(stages)] != list(stages):
+        raise UserError(
+            "the order of the stages has changed since this run began", where="stages", value=", ".join(names),
+            expected=", ".join([*stages, "..."]), next="add stages behind those that have begun, or train into a new folder",
+        )  # fmt: skip
+    for stage in recipe.stages[: len(stages)]:
+        _check_stage(stage, stages[stage.name], run, followed=stage.name != list(stages)[-1])
+
+
+def _difference(mine: Any, old: Any, where: str) -> tuple[str, Any, Any] | None:
+    """The first place where two settings differ, with both values."""
+    if isinstance(mine, dict) and isinstance(old, dict):
+        parts = (_difference(mine.get(key), old.get(key), f"{where}.{key}") for key in mine | old)
+        return next((part for part in parts if part), None)
+    return None if mine == old else (where, mine, old)
+
+
+def _check_corpora(recipe: RecipeConfig, old: dict[str, Any], run: Path) -> None:
+    """What the run built for itself must be what the recipe says."""
+    for name, corpus in recipe.corpora.items():
+        before, folder = old.get("corpora", {}).get(name), recipe.corpus_path(name, run)
+        if corpus.build and before is not None and folder.exists():
+            found = _difference(corpus.model_dump(mode="json"), before, f"corpora.{name}")
+            if found:
+                raise UserError(
+                    "the run has built this corpus from something else", where=found[0], value=found[1], expected=found[2],
+                    next=f"remove {folder} and {folder}.run, or give the corpus another name",
+                )  # fmt: skip
+
+
+def _check_stage(stage: StageConfig, old: dict[str, Any], run: Path, *, followed: bool) -> None:
+    """One that has begun. followed: so has the next, with its weights."""
+    folder, place = run / "stages" / stage.name, f"stages.{stage.name}"
+    different = stage.differences(old)
+    different.pop("mixture", None)
+    if not (run / "models" / stage.name).exists() or (stage.steps, stage.tokens) != (old.get("steps"), old.get("tokens")):
+        different.pop("merge", None)  # nothing is merged yet, or is again
+    elif "merge" in different:
+        value, before = different["merge"]
+        again = f"openling merge {folder} OUT --last N --weights HOW"
+        raise UserError("the stage is merged already", where=f"{place}.merge", value=value, expected=before, next=again)
+    for name, (value, before) in different.items():
+        raise UserError(
+            "the stage has begun with another setting", where=f"{place}.{name}", value=value, expected=before, next=OTHERWISE
+        )
+    if found := _difference(_read(stage.model_dump(mode="json")), _read(old), f"{place}.mixture"):
+        where, value, before = found
+        raise UserError("the stage has begun with another mixture", where=where, value=value, expected=before, next=OTHERWISE)
+    _check_length(stage, old, max(checkpoints(folder), default=0), followed=followed)
+
+
+def _read(stage: dict[str, Any]) -> dict[str, Any]:
+    """A stage's mixture without where corpora lie and how often they may be repeated."""
+    mixture = dict(stage["mixture"])
+    mixture["sources"] = [{k: v for k, v in s.items() if k not in ("corpus", "repeat")} for s in mixture["sources"]]
+    return mixture
+
+
+def _check_length(stage: StageConfig, old: dict[str, Any], trained: int, *, followed: bool) -> None:
+    place = f"stages.{stage.name}"
+    if followed:
+        for name in ("steps", "tokens", "max_seconds"):
+            value, before = getattr(stage, name), old.get(name)
+            if value != before and not (name == "max_seconds" and None not in (value, before)):
+                raise UserError(
+                    "the next stage has begun where this one ended", where=f"{place}.{name}", value=value, expected=before,
+                    next="add a stage behind the others, or train into a new folder",
+                )  # fmt: skip
+    elif trained > stage.total_steps:
+        raise UserError(
+            "the stage has trained for longer than that", where=f"{place}", value=f"{stage.total_steps} steps",
+            expected=f"{trained} or more",
+        )  # fmt: skip
