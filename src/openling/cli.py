@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if error.errno not in USER_ERRNOS:
             raise
         where = f"\n  where:    {error.filename}" if error.filename else ""
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            where += "\n  next:     free some space, then the same command again, with --resume where it has that"
         print(f"openling: {error.strerror}{where}", file=sys.stderr)
         return 2
 

@@ -67,3 +67,14 @@ def test_what_is_asked_wrongly_is_refused(tmp_path, tokenizer, capsys):
         assert main(["data", "build", words[0], str(tmp_path / "out"), *words[1:]]) == 2
         assert message in capsys.readouterr().err
         assert not (tmp_path / "out").exists() and not (tmp_path / "out.run").exists()
+
+
+def test_bytes_are_a_tokenizer_and_recipes_no_mixture(tmp_path, capsys):
+    web = jsonl(tmp_path / "web.jsonl", ["one", "two"])
+    assert main(["data", "build", str(web), str(tmp_path / "out"), "--tokenizer", "bytes"]) == 0
+    assert "8 tokens in 1 shards" in capsys.readouterr().out  # three bytes and an end each
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('name = "small"\n[[stages]]\nname = "one"\n')
+    assert main(["data", "mix", str(recipe), "--rows", "2", "--steps", "2"]) == 2
+    told = capsys.readouterr().err
+    assert "this is a recipe" in told and "openling train" in told

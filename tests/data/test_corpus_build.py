@@ -280,6 +280,16 @@ def test_the_same_command_mends_damaged_shards(tmp_path):
     assert sorted(p.name for p in (tmp_path / "corpus.run").iterdir()) == ["done", "plan.json", "scan"]
 
 
+@pytest.mark.parametrize("dedup", ["none", "exact"])
+def test_a_finished_corpus_that_was_removed_is_built_again(tmp_path, dedup):
+    folder = built(tmp_path, config_unit_bytes=2000, config_dedup=dedup, **MANY)
+    before = contents(folder)
+    shutil.rmtree(folder)
+    sources = tuple(Source(n, str(tmp_path / f"{n}.jsonl"), "MIT", "en") for n in MANY)
+    build(BuildConfig(sources, dedup=dedup, unit_bytes=2000), folder, TOKENIZER)
+    assert contents(folder) == before
+
+
 def test_a_worker_that_dies_is_said(tmp_path):
     with pytest.raises(Failure, match="worker process died"):
         built(tmp_path, workers=2, config_filters=("dying_step.dies",), a=["one"], b=["two"])

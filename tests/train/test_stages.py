@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import shlex
 import shutil
 import time
 
@@ -15,7 +16,8 @@ from safetensors.torch import load_file
 from openling.cli import main
 from openling.config.recipe import read_recipe
 from openling.errors import UserError
-from openling.train.stages import Pipeline
+from openling.train.loop import TrainResult
+from openling.train.stages import Outcome, Pipeline
 from openling.weights.folder import load
 from openling.weights.merge import coefficients
 
@@ -197,6 +199,43 @@ def test_what_has_begun_stays_as_it_was(tmp_path):
     go(tmp_path, run, resume=True, changes=changes)
     told = json.loads((run / "models" / "long" / "openling.json").read_text())
     assert told["steps"] == 8 and [m["step"] for m in told["merged"]] == [6, 8]
+
+
+def test_the_command_that_goes_on_can_be_pasted(tmp_path, monkeypatch, capsys):
+    recipe(tmp_path)
+    run = tmp_path / "my runs" / "one"
+    words = ["train", str(tmp_path / "small.toml"), "--out", str(run), "--stages.long.steps", "7", "--device", "cpu"]
+    stopped = TrainResult(3, 96, 1.0, "signal", 2, {})
+    monkeypatch.setattr(Pipeline, "go", lambda self, *, resume: Outcome([], stopped))
+    assert main(words) == 130
+    assert f"next:     {shlex.join(['openling', *words])} --resume\n" in capsys.readouterr().err
+    assert main([*words, "--resume"]) == 130
+    assert f"next:     {shlex.join(['openling', *words])} --resume\n" in capsys.readouterr().err
+    monkeypatch.setattr(Pipeline, "go", lambda self, *, resume: Outcome([run / "models" / "long"], None))
+    assert main(words) == 0
+    assert f"openling generate '{run / 'models' / 'long'}' 'Once upon a time'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("record", ["recipe.json", "stages/long/train.json", "models/short/openling.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_a_damaged_record_is_named(tmp_path, record, text):
+    run = tmp_path / "run"
+    go(tmp_path, run)
+    shutil.rmtree(run / "models" / "long")
+    (run / record).write_text(text)
+    if (record, text) == ("models/short/openling.json", "{}"):
+        go(tmp_path, run, resume=True)  # written again
+        return
+    with pytest.raises(UserError, match=f"record[\\s\\S]*where: +{run / record}"):
+        go(tmp_path, run, resume=True)
+
+
+def test_a_finished_stage_without_checkpoints_is_told(tmp_path):
+    run = tmp_path / "run"
+    go(tmp_path, run)
+    shutil.rmtree(run / "stages" / "short" / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint[\\s\\S]*models/short: model.folder"):
+        go(tmp_path, run, resume=True)
 
 
 def _child(folder, run, resume, steps):

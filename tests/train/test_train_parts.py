@@ -14,6 +14,7 @@ from openling.train.guard import Guard
 from openling.train.muon import Muon, orthogonalised
 from openling.train.optim import in_muon
 from openling.train.schedule import learning_rate
+from openling.train.wsm import chosen_checkpoints
 
 
 @pytest.mark.parametrize(
@@ -185,6 +186,25 @@ def test_checkpoints_are_pruned_and_a_damaged_one_is_passed_over(tmp_path):
     for p, q in zip(straight.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, 12))
+
+
+@pytest.mark.parametrize("wrong", ["", "[]", "{}", "nothing"])
+def test_what_is_damaged_is_put_aside_and_the_run_can_be_merged(tmp_path, wrong):
+    source = Ramped(documents(), length=24, rows=2)
+    config = MIXED(batch_size=2, sequence_length=24, checkpoint_steps=2, keep_last=4, steps=5)
+    run(tmp_path, config, source)
+    newest = tmp_path / "checkpoints" / "step_5"
+    if wrong == "nothing":
+        (newest / "state.json").unlink()
+    else:
+        (newest / "manifest.json").write_text(wrong)
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    lines[1:3] = ["\0\0\0", '{"step": 3, "lo']  # as a machine that lost power may leave them
+    (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    run(tmp_path, config.model_copy(update={"steps": 6}), source, resume=True)
+    assert list(checkpoints(tmp_path)) == [2, 4, 6] and (newest.parent / "damaged_step_5").is_dir()
+    assert list(chosen_checkpoints(tmp_path, last=3)) == [2, 4, 6]
+    assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 4, 5, 6]
 
 
 def test_a_longer_run_goes_on_where_the_rate_is_constant(tmp_path):

@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources", nargs="+", metavar="[NAME=]SOURCE", help="JSONL, Parquet, text, code, a folder of them, a built-in text"
     )
     build.add_argument("out", type=Path, metavar="OUT", help="new folder; OUT.run beside it keeps plan and journal")
-    build.add_argument("--tokenizer", type=Path, required=True, metavar="MODEL", help="checkpoint folder whose tokenizer is used")
+    build.add_argument("--tokenizer", type=Path, required=True, metavar="MODEL", help="folder with a tokenizer, or bytes")
     build.add_argument(
         "--licence", action="append", default=[], metavar="[NAME=]L", help="of a source, or of all without their own"
     )
@@ -94,6 +94,7 @@ def _named(words: list[str], names: list[str]) -> dict[str, str]:
 def _build(args: argparse.Namespace) -> int:
     from openling.commands.migrate import open_console
     from openling.data.build import BuildConfig, build
+    from openling.data.byte_tokenizer import byte_tokenizer
     from openling.data.sources import Fields, parse_source
     from openling.weights.folder import load_tokenizer
 
@@ -102,7 +103,8 @@ def _build(args: argparse.Namespace) -> int:
     names = [parse_source(w, licences={}, languages={}).name for w in args.sources]
     licences, languages = _named(args.licence, names), _named(args.language, names)
     sources = tuple(parse_source(w, licences=licences, languages=languages) for w in args.sources)
-    tokenizer = load_tokenizer(args.tokenizer)
+    own = str(args.tokenizer) == "bytes" and not args.tokenizer.exists()
+    tokenizer = byte_tokenizer() if own else load_tokenizer(args.tokenizer)
     if tokenizer is None:
         raise UserError("the folder has no tokenizer", where=args.tokenizer, expected="tokenizer.json")
     fields = Fields(args.text_field, args.source_field, args.licence_field, args.language_field)
@@ -152,6 +154,11 @@ def _mix(args: argparse.Namespace) -> int:
         fields = tomllib.loads(args.mixture.read_text())
     except (OSError, ValueError) as error:
         raise UserError("the mixture cannot be read", where=args.mixture, value=error, expected="a TOML file") from error
+    if "stages" in fields:
+        raise UserError(
+            "this is a recipe, which has a mixture in every stage", where=args.mixture, expected="sources, shares or preset",
+            next=f"openling train {args.mixture} checks all of them before its first step",
+        )  # fmt: skip
     batches = MixtureBatches(read_mixture(fields, where=args.mixture), rows=args.rows, seed=args.seed)
     needs = batches.needs(args.steps)
     total, width = sum(n.tokens for n in needs), max(len(n.source) for n in needs)

@@ -69,6 +69,7 @@ def _train(recipe: RecipeConfig, args: argparse.Namespace, out: Path, device: to
     """The recipe's stages; a `Failure` with the signal's exit code where one stopped them."""
     from openling.commands.migrate import open_console
     from openling.ops.pick import kernels_reason
+    from openling.parallel import world as ranks
     from openling.train.stages import Pipeline
 
     console = open_console(stderr=True)
@@ -82,11 +83,13 @@ def _train(recipe: RecipeConfig, args: argparse.Namespace, out: Path, device: to
     pipeline = Pipeline(recipe, out, device=device, command=args.command, say=say, progress=progress)
     outcome = pipeline.go(resume=args.resume)
     if outcome.stopped is not None:
-        again = f"openling train {shlex.quote(args.recipe)} --out {shlex.quote(str(out))} --resume, with the same settings"
+        start = "by torchrun as before: " if ranks.started_by_torchrun() else ""
+        again = f"{start}{args.command}{'' if args.resume else ' --resume'}"
         failure = Failure("stopped by a signal", where=f"step {outcome.stopped.steps}, which is in a checkpoint", next=again)
         failure.exit_code = 128 + (outcome.stopped.signal or 0)  # as a shell reports a process that died of it
         raise failure
-    say(f"\nCheckpoint: {outcome.models[-1]}\nTry:        openling generate {outcome.models[-1]} 'Once upon a time'")
+    last = str(outcome.models[-1])
+    say(f"\nCheckpoint: {last}\nTry:        openling generate {shlex.quote(last)} 'Once upon a time'")
 
 
 def find_recipe(word: str) -> Path:

@@ -139,10 +139,13 @@ def _enter(run: Path, plan: dict[str, Any], tokenizer_json: str) -> None:
     """Write the plan of a new run; compare with that of one that goes on."""
     run.mkdir(parents=True, exist_ok=True)
     if (run / "plan.json").exists():
-        return _compare(run, plan, "the folder holds another build that is not finished")
+        _compare(run, plan, "the folder holds another build that is not finished")
+        if not (run / "tokenizer.json").exists():  # it was finished, and somebody removed the corpus
+            _lay_out(run, tokenizer_json)
+        return
     _lay_out(run, tokenizer_json)
     write_json(run / "plan.json", plan)
-    return None
+    return
 
 
 def _lay_out(run: Path, tokenizer_json: str) -> None:

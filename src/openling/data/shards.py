@@ -27,7 +27,10 @@ COLUMNS = ("source", "licence", "language", "provenance")
 # Opening a shard reads this many blocks, evenly spread, first and last among them; `verify` reads everything.
 SAMPLES, BLOCK = 8, 4096
 _NUMPY = {"U8": np.uint8, "U16": np.uint16, "U32": np.uint32, "I64": np.int64}
-REBUILD = "openling data verify FOLDER names every damaged shard; openling data build again, with the same command, mends them"
+REBUILD = (
+    "openling data verify FOLDER names every damaged shard; openling data build again, with the same command, mends them "
+    "(one that a run built for itself: remove its folder, and --resume builds it again)"
+)
 
 
 def text_hash(text: str) -> bytes:

@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -216,6 +216,8 @@ def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the files of a checkpoint, or None; every byte is read. share: (part, of parts) of the files."""
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
+        if "state.json" not in manifest:
+            return "manifest.json does not name the files"
         for name, line in list(manifest.items())[share[0] :: share[1]]:
             path = checkpoint / name
             if not path.exists():
@@ -224,29 +226,39 @@ def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes instead of {line['bytes']}"
             if hashed(path) != line["sha256"]:
                 return f"{name} has changed since it was written"
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         return f"manifest.json cannot be read: {error}"
     return None
 
 
 def whole_checkpoint(run: Path, say: Callable[[str], None], group: dist.ProcessGroup | None = None) -> Path | None:
-    """The newest checkpoint that is whole, damaged ones told; None where there are none, a `UserError` where none is whole.
+    """The newest checkpoint that is whole; damaged ones after it are told and get another name, so that nothing merges them.
+    None where there are none, a `UserError` where none is whole.
 
     group: ranks that share the reading; all of them call it.
     """
-    left_out: list[str] = []
+    left_out: dict[Path, str] = {}
     for path in told(lambda: list(reversed(checkpoints(run).values())), group):
         wrong = _damage(path, group)
         if wrong is None:
+            told(lambda: _set_aside(list(left_out)), group)
             return path
-        left_out.append(f"{path.name}: {wrong}")
-        say(f"this checkpoint is damaged and left out: {left_out[-1]}")
+        left_out[path] = f"{path.name}: {wrong}"
+        say(f"this checkpoint is damaged and left out: {left_out[path]}")
     if left_out:
         raise UserError(
-            "the checkpoint is damaged, and there is no other", where=run / "checkpoints", value="; ".join(left_out),
+            "the checkpoint is damaged, and there is no other", where=run / "checkpoints", value="; ".join(left_out.values()),
             next=f"remove {run} and train again",
         )  # fmt: skip
     return None
+
+
+def _set_aside(damaged: list[Path]) -> None:
+    for path in damaged:
+        aside = path.with_name(f"damaged_{path.name}")
+        with suppress(OSError):
+            shutil.rmtree(aside, ignore_errors=True)
+            path.rename(aside)
 
 
 def _damage(checkpoint: Path, group: dist.ProcessGroup | None) -> str | None:

@@ -27,7 +27,7 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
         f"memory   {state / 2**30:,.1f} GiB of weights, gradients and optimiser state, over all ranks; activations besides",
         f"run      {out}",
         "",
-        f"{'stage':<14}{'tokens':>10}{'steps':>11}{'rows':>8}{'length':>9}{'tokens/step':>13}{'lr':>10}{'FLOPs':>10}",
+        f"{'stage':<14}{'tokens':>10}{'steps':>15}{'rows':>9}{'length':>11}{'tokens/step':>13}{'lr':>10}{'FLOPs':>10}",
     ]
     flops = 0.0
     for stage in recipe.stages:
@@ -36,7 +36,7 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
         flops += cost
         step = stage.batch_size * stage.sequence_length
         lines.append(
-            f"{stage.name:<14}{short(tokens):>10}{stage.total_steps:>11,}{stage.batch_size:>8,}{stage.sequence_length:>9,}"
+            f"{stage.name:<14}{short(tokens):>10}{stage.total_steps:>15,}{stage.batch_size:>9,}{stage.sequence_length:>11,}"
             f"{short(step):>13}{stage.lr:>10.3g}{cost:>10.2g}"
         )
     lines += ["", f"{flops:.3g} FLOPs in all (forward and backward, MTP included, documents as long as rows)"]

@@ -31,13 +31,21 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
+def _step(line: str) -> int:
+    """The step that a line is about, 0 where it cannot be read."""
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, TypeError, KeyError):
+        return 0
+
+
 class MetricsLog:
     """`metrics.jsonl`, continued after `step`: later lines, left by a run that was killed, are dropped."""
 
     def __init__(self, path: Path, *, step: int) -> None:
         lines = path.read_text().splitlines(keepends=True) if path.exists() else []
-        # Only the last line can be torn, and it is later than any checkpoint.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+        # A process that dies can tear the last line only, which is later than any checkpoint; a machine or a disk, any.
+        kept = [line for line in lines if line.endswith("\n") and 0 < _step(line) <= step]
         whole = path.with_suffix(".tmp")
         whole.write_text("".join(kept))
         whole.replace(path)

@@ -285,9 +285,10 @@ class Pipeline:
         shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(exist_ok=True)
         dtype = getattr(torch, self.recipe.model.dtype)
-        state = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])
+        state = read_record(before[-1] / "state.json", f"remove {before[-1]}, and --resume goes on from the one before")
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
         about = {"recipe": self.recipe.name, "stage": stage.name, "steps": state["step"], "tokens": state["tokens"]}
-        about |= {"loss": state["loss"], "command": self.command or None}
+        about |= {"loss": json.loads(lines[-1])["loss"] if lines else None, "command": self.command or None}
         companions = self.run / "tokenizer"
         source = self.recipe.model.folder
         title = f"{self.recipe.name}-{stage.name}"

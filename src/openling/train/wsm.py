@@ -27,13 +27,16 @@ def chosen_checkpoints(run: Path, *, last: int | None = None, steps: Sequence[in
     if last is not None and len(wanted) < last:
         raise UserError(
             "the run has fewer checkpoints than are to be merged", where=run, value=f"{len(found)}: {listed}", expected=last,
-            next="checkpoint_steps and keep_every say which ones stay",
+            next="checkpoint_steps and keep_every say which ones stay; a smaller --last, or merge.last of the recipe",
         )  # fmt: skip
     if not wanted:
         raise UserError("the run has no checkpoint", where=run)
     for step in wanted:
         if wrong := damage(found[step]):
-            raise UserError("a checkpoint is damaged", where=found[step], value=wrong, next="name other steps")
+            raise UserError(
+                "a checkpoint is damaged", where=found[step], value=wrong,
+                next="leave it out: other --steps of `openling merge`, or a smaller merge.last of the recipe",
+            )  # fmt: skip
     return {step: found[step] for step in sorted(wanted)}
 
 

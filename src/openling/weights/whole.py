@@ -36,9 +36,5 @@ def write_all(out: int, view: memoryview) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     """Write JSON whole or not at all; several processes may write the same."""
-    draft = path.with_name(f".{path.name}.{os.uname().nodename}.{os.getpid()}.tmp")
-    with draft.open("w") as file:
-        json.dump(value, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    draft.replace(path)
+    with new_file(path) as handle:
+        write_all(handle, memoryview(json.dumps(value, indent=1).encode()))
