@@ -290,6 +290,14 @@ def test_a_finished_corpus_that_was_removed_is_built_again(tmp_path, dedup):
     assert contents(folder) == before
 
 
+def test_what_is_no_corpus_is_left_alone(tmp_path):
+    source = jsonl(tmp_path / "a.jsonl", ["one"])
+    (tmp_path / "folder").mkdir()
+    for out in (source, tmp_path / "folder"):
+        with pytest.raises(UserError, match="no corpus[\\s\\S]*behind the sources"):
+            build(BuildConfig((Source("a", str(source), "MIT", "en"),)), out, TOKENIZER)
+
+
 def test_a_worker_that_dies_is_said(tmp_path):
     with pytest.raises(Failure, match="worker process died"):
         built(tmp_path, workers=2, config_filters=("dying_step.dies",), a=["one"], b=["two"])

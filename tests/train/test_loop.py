@@ -19,6 +19,7 @@ from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.ops.cpu import settle_bf16_matmuls
 from openling.train import checkpoint as checkpoint_module
+from openling.train import loop as loop_module
 from openling.train.checkpoint import latest_checkpoint, sole_writer
 from openling.train.loop import train
 from openling.train.optim import adamw, select_parameters
@@ -218,24 +219,39 @@ def test_the_clock_does_not_wait_for_a_slow_disk(tmp_path, monkeypatch):
     assert latest_checkpoint(tmp_path).name == "step_40"
 
 
+class Interrupting:
+    """A tracker that the main thread calls behind every step."""
+
+    def __init__(self, number, times=1):
+        self.number, self.times = number, times
+
+    def log(self, row):
+        if row["step"] == 3:
+            for _ in range(self.times):
+                signal.raise_signal(self.number)
+
+    def finish(self):
+        pass
+
+
+def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(loop_module, "ONE_SIGNAL_SECONDS", -1.0)  # what comes at once is another one then
+    before = signal.getsignal(signal.SIGINT)
+    batches = Batches(tiny_windows(), batch_size=8, seed=5)
+    options = {"parameters": ATTENTION, "run": tmp_path, "progress": False}
+    with pytest.raises(KeyboardInterrupt):
+        train(tiny_model(), tiny_config(), batches, **options, trackers=[Interrupting(signal.SIGINT, times=2)])
+    assert signal.getsignal(signal.SIGINT) is before and latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("times", [1, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_on_a_whole_step_with_a_checkpoint(tmp_path, number):
+def test_a_signal_ends_on_a_whole_step_with_a_checkpoint(tmp_path, number, times):
     before = signal.getsignal(number)
-
-    class Interrupting:
-        """A tracker that the main thread calls behind every step."""
-
-        def log(self, row):
-            if row["step"] == 3:
-                signal.raise_signal(number)
-
-        def finish(self):
-            pass
-
     config = tiny_config()
     batches = Batches(tiny_windows(), batch_size=8, seed=5)
     options = {"parameters": ATTENTION, "run": tmp_path, "progress": False}
-    result = train(tiny_model(), config, batches, **options, trackers=[Interrupting()])
+    result = train(tiny_model(), config, batches, **options, trackers=[Interrupting(number, times)])
     assert (result.stopped, result.signal, result.steps) == ("signal", number, 3)
     assert latest_checkpoint(tmp_path).name == "step_3"
     assert signal.getsignal(number) is before

@@ -196,6 +196,8 @@ def test_what_has_begun_stays_as_it_was(tmp_path):
     shutil.move(run / "corpora" / "texts", tmp_path / "elsewhere")
     moved = [("corpora.texts", json.dumps({"path": str(tmp_path / "elsewhere")}))]
     changes = [*moved, ("stages.long.steps", "8"), ("stages.long.merge.last", "2"), ("sources.0.repeat", "2000")]
+    own = json.dumps([{"corpus": "gone", "group": "all", "repeat": 1000}])
+    changes += [("corpora.gone.path", '"gone"'), ("stages.short.mixture.sources", own)]  # what a finished stage read may go
     go(tmp_path, run, resume=True, changes=changes)
     told = json.loads((run / "models" / "long" / "openling.json").read_text())
     assert told["steps"] == 8 and [m["step"] for m in told["merged"]] == [6, 8]

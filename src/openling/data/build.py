@@ -78,6 +78,10 @@ def build(
     info, tokenizer_json = describe(tokenizer)
     run = out.with_name(out.name + ".run")
     plan = _plan(config, info)
+    if out.exists() and not (out / INDEX).exists():
+        raise UserError(
+            "there is something else already, which is no corpus", where=out, expected="a new folder, named behind the sources"
+        )
     if out.exists():
         return _mend(out, run, plan, tokenizer_json, say)
     _enter(run, plan, tokenizer_json)

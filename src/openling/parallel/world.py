@@ -87,6 +87,8 @@ def ending_together(world: World) -> Iterator[None]:
 def _tell(error: BaseException, world: World) -> None:
     if isinstance(error, OpenlingError):
         print(f"openling: {error}" if world.main else f"openling, rank {world.rank}: {error}", file=sys.stderr, flush=True)
+    elif isinstance(error, KeyboardInterrupt):
+        print("openling: interrupted", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
         sys.stderr.flush()

@@ -56,6 +56,8 @@ from openling.train.rules import check_losses, check_parts, read_record
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
 
+# A signal that comes again within this time is one that a launcher handed on.
+ONE_SIGNAL_SECONDS = 0.5
 # The loss and its terms, as the metrics have them.
 TERMS = ("loss", "ce", "kl", "align", "z", "mtp")
 
@@ -212,8 +214,12 @@ def _cast_once(models: list[Ling], trained: set[nn.Parameter], config: TrainConf
 
 @contextmanager
 def _caught_signals() -> Iterator[Callable[[], int | None]]:
-    """Note SIGINT and SIGTERM instead of dying in mid-step; the first one brings the old handlers back for the second."""
+    """Note SIGINT and SIGTERM instead of dying in mid-step; a second one does what it did before.
+
+    Launchers hand on what a terminal or a scheduler sends to all processes already: what follows at once is the same signal.
+    """
     caught: list[int] = []
+    noted = 0.0
     if threading.current_thread() is not threading.main_thread():
         yield lambda: None
         return
@@ -224,8 +230,13 @@ def _caught_signals() -> Iterator[Callable[[], int | None]]:
             signal.signal(number, handler)
 
     def note(number: int, frame: FrameType | None) -> None:
-        caught.append(number)
-        restore()
+        nonlocal noted
+        if not caught:
+            caught.append(number)
+            noted = time.monotonic()
+        elif time.monotonic() - noted > ONE_SIGNAL_SECONDS:
+            restore()
+            signal.raise_signal(number)
 
     try:
         for number in before:

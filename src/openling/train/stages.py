@@ -118,14 +118,15 @@ class Pipeline:
             self.tokenizer = self._tokenizer()
             told(self._build_corpora, self.group)
             config, _ = first_config(self.recipe)
-            sources = [self._batches(stage, config) for stage in self.recipe.stages]  # refused before the first step, if at all
+            finished = told(lambda: [self._is_done(stage) for stage in self.recipe.stages], self.group)
+            # Refused before the first step, if at all; what finished stages read is not needed again.
+            sources = [None if d else self._batches(s, config) for s, d in zip(self.recipe.stages, finished, strict=True)]
             before: list[Path] = []
             models: list[Path] = []
             for stage, batches in zip(self.recipe.stages, sources, strict=True):
                 config = stage_config(config, stage)
                 folder, out = self.run / "stages" / stage.name, self.run / "models" / stage.name
-                done = told(partial(self._is_done, folder, out, stage), self.group)
-                if not done:
+                if batches is not None:
                     result = self._train(config, stage, batches, folder, before)
                     if result.stopped == "signal":
                         return Outcome(models, result)
@@ -138,7 +139,7 @@ class Pipeline:
                         next=f"put it back, or continue from {out}: model.folder of a new recipe",
                     )  # fmt: skip
                 before.append(last)
-                if not done:
+                if batches is not None:
                     told(partial(self._write, config, stage, folder, out, before), self.group)
                 models.append(out)
         return Outcome(models, None)
@@ -205,8 +206,9 @@ class Pipeline:
             place = ", ".join(str(part) for part in (f"stages.{stage.name}", error.parts["where"]) if part is not None)
             raise UserError(error.what, **error.parts | {"where": place}) from error
 
-    def _is_done(self, folder: Path, out: Path, stage: StageConfig) -> bool:
+    def _is_done(self, stage: StageConfig) -> bool:
         """Whether the stage's checkpoint folder stands for all of its steps: a longer stage goes on."""
+        out = self.run / "models" / stage.name
         if not out.exists():
             return False
         trained = read_record(out / "openling.json", f"remove {out}: it is written again from the stage's checkpoints")
