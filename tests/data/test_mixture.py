@@ -145,6 +145,9 @@ def test_a_mixture_that_cannot_be_met_is_refused_before_it_starts(corpus):
     assert [n.source for n in batches.needs(100) if n.epochs > n.repeat] == ["small"]
     with pytest.raises(UserError, match=r"cannot be met[\s\S]*small: 640 asked, 230 there, repeat 2[\s\S]*repeat = 3 for small"):
         MixtureBatches(config, rows=4, steps=100)
+    both = MixtureConfig(sources=[choice(corpus, "web", weight=9), choice(corpus, "small", weight=1)], length=16)
+    with pytest.raises(UserError, match=r"repeat = [\d,]+ for web, [\d,]+ for small"):
+        MixtureBatches(both, rows=4, steps=10**5)
     last = next(step for step in range(1000) if any(n.epochs > n.repeat for n in batches.needs(step + 1)))
     batches.batch(last - 1)
     with pytest.raises(UserError, match="cannot be met"):

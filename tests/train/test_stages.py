@@ -162,6 +162,12 @@ def test_what_a_later_stage_cannot_do_is_told_before_the_first_step(tmp_path, na
     assert not list(tmp_path.glob("run/stages/*"))
 
 
+@pytest.mark.parametrize("axis", ["pipeline", "shard", "expert"])
+def test_one_process_is_no_mesh(tmp_path, axis):
+    with pytest.raises(UserError, match=f"parallel.{axis}[\\s\\S]*torchrun"):
+        go(tmp_path, tmp_path / "run", changes=[(f"parallel.{axis}", "2")])
+
+
 def test_a_run_without_a_step_begins_anew_with_another_recipe(tmp_path):
     run = tmp_path / "run"
     with pytest.raises(UserError, match="cannot be met"):

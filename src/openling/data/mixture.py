@@ -162,13 +162,13 @@ class MixtureBatches:
         short = [need for need in self.needs(steps) if need.epochs > need.repeat]
         if short:
             lines = [f"{n.source}: {n.tokens:,} asked, {n.available:,} there, repeat {n.repeat:g}" for n in short]
-            worst = max(short, key=lambda n: n.epochs / n.repeat)
+            enough = ", ".join(f"{ceil(n.epochs):,} for {n.source}" for n in short)
             raise UserError(
                 "the mixture cannot be met",
-                where=f"{steps} steps of {self.tokens_per_step:,} tokens",
+                where=f"{steps:,} steps of {self.tokens_per_step:,} tokens",
                 value="; ".join(lines),
                 expected="at most `repeat` epochs of each source",
-                next=f"fewer steps, more text, other shares, or repeat = {ceil(worst.epochs)} for {worst.source}",
+                next=f"fewer steps, more text, other shares, or repeat = {enough}",
             )
 
     def batch(self, step: int) -> PackedBatch:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from openling.config.recipe import RecipeConfig, StageConfig
+from openling.config.recipe import ParallelConfig, RecipeConfig, StageConfig
 from openling.config.train import TrainConfig
 from openling.errors import UserError
 from openling.model.config import ModelConfig
@@ -47,6 +47,17 @@ def check_parts(config: TrainConfig, data_ranks: int, *, place: str = "") -> Non
             "the rows of a part cannot be shared evenly", where=f"{place}batch_size / accumulation", value=config.part_size,
             expected=f"a multiple of {data_ranks} data ranks",
         )  # fmt: skip
+
+
+def check_alone(parallel: ParallelConfig, world: int) -> None:
+    """A `UserError` where one process is to do what takes several."""
+    for axis in ("pipeline", "replicate", "shard", "context", "tensor", "expert"):
+        size = getattr(parallel, axis)
+        if world == 1 and size is not None and size > 1:
+            raise UserError(
+                "this takes more ranks than one", where=f"parallel.{axis}", value=size, expected="1, as in every single process",
+                next="torchrun --nproc-per-node N -m openling train RECIPE ... starts N",
+            )  # fmt: skip
 
 
 def check_stages(recipe: RecipeConfig, model: ModelConfig, data_ranks: int = 1) -> None:

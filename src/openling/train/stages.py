@@ -43,7 +43,7 @@ from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint,
 from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
-from openling.train.rules import begun_stages, check_same, check_stages, read_record
+from openling.train.rules import begun_stages, check_alone, check_same, check_stages, read_record
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
@@ -104,7 +104,12 @@ class Pipeline:
         c = recipe.parallel
         axes = Axes(c.pipeline, c.replicate, c.shard or 0, c.context, c.tensor, c.expert)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        fit(axes, self.world)
+        check_alone(c, self.world)
+        try:
+            fit(axes, self.world)
+        except UserError as error:  # which has Python's names of the axes
+            place = f"parallel.{str(error.parts['where']).removeprefix('data_')}"
+            raise UserError(error.what, **error.parts | {"where": place}) from error
         self.mesh = build(axes, first_config(recipe)[0], device.type) if self.world > 1 else None
         # Others may wait for hours, while a corpus is built or a folder written.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
