@@ -1,5 +1,6 @@
 """Recipes: every mistake is told with its place and the nearest valid name; those that come with openling are whole."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ from openling.cli import main
 from openling.commands.train import changes, find_recipe
 from openling.config.recipe import read_recipe
 from openling.errors import UserError
+from openling.train.rules import check_stages
+from openling.train.stages import first_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
 SMALL = """
@@ -128,3 +131,10 @@ def test_recipes_are_whole(name, capsys, monkeypatch, tmp_path):
     out = capsys.readouterr().out
     assert "FLOPs in all" in out and ("not there yet" in out) == (name != "nano")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_recipe_of_the_documentation_is_one(tmp_path):
+    page = (RECIPES.parent / "docs" / "training.md").read_text()
+    recipe = small(tmp_path, re.findall(r"```toml\n(.*?)```", page, re.DOTALL)[0])
+    assert [s.name for s in recipe.stages] == ["short", "long"] and recipe.stages[1].merge.last == 3
+    check_stages(recipe, first_config(small(tmp_path))[0])
