@@ -132,9 +132,20 @@ def test_the_best_checkpoints_on_a_text_are_merged(tmp_path, capsys):
         logits = one.model(windows)[:, :-1]
     expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), windows[:, 1:].flatten())
     assert losses[4] == pytest.approx(float(expected), rel=1e-5)
-    for words in (["--best", "2"], ["--eval-text", str(text)], ["--best", "9", "--eval-text", str(text)]):
+    for words in (
+        ["--last", "0"],
+        ["--last", "-2"],
+        ["--steps", ""],
+        ["--steps", "2,5"],
+        ["--best", "2"],
+        ["--eval-text", str(text)],
+        ["--best", "9", "--eval-text", str(text)],
+    ):
         assert main(["merge", str(stage), str(tmp_path / "no"), *words]) == 2
     assert not (tmp_path / "no").exists()
+    capsys.readouterr()
+    assert main(["merge", str(tmp_path / "run"), str(tmp_path / "no")]) == 2
+    assert f"nearest:  {tmp_path / 'run' / 'stages' / 'short'}" in capsys.readouterr().err
 
 
 def test_nothing_to_resume_and_changed_recipes_are_told(tmp_path):

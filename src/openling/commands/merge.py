@@ -50,6 +50,11 @@ def run(args: argparse.Namespace) -> int:
             raise UserError("one run at a time", where="SOURCE", value=str(args.sources[1]), expected="RUN/stages/NAME OUT")
         print(_merge_run(args))
         return 0
+    if stages := sorted(str(path.parent) for path in args.sources[0].glob("stages/*/checkpoints")):
+        raise UserError(
+            "this is a run of several stages, which are merged each by itself", where=args.sources[0],
+            expected="RUN/stages/NAME", nearest=stages[-1],
+        )  # fmt: skip
     if any(given is not None for given in (args.last, args.best, args.steps, args.base)):
         raise UserError(
             "--last, --best, --steps and --base are for the folder of a training run", where=args.sources[0],
@@ -78,7 +83,7 @@ def _merge_run(args: argparse.Namespace) -> Path:
             value=f"--best {args.best}, --eval-text {args.eval_text}", expected="both or neither",
         )  # fmt: skip
     try:
-        steps = [int(word) for word in args.steps.split(",")] if args.steps else []
+        steps = [int(word) for word in args.steps.split(",")] if args.steps is not None else []
     except ValueError as error:
         raise UserError("steps are whole numbers", where="--steps", value=args.steps, expected="100,200,300") from error
     sources = chosen_checkpoints(run, last=args.last, steps=steps)

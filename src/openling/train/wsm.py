@@ -19,6 +19,8 @@ from openling.weights.merge import coefficients, weighted_sum
 
 def chosen_checkpoints(run: Path, *, last: int | None = None, steps: Sequence[int] = ()) -> dict[int, Path]:
     """Some checkpoints of a run by step: the last few, those of these steps, or all. Absent and damaged ones are `UserError`s."""
+    if last is not None and last < 1:
+        raise UserError("there is nothing to merge", where="--last", value=last, expected="1 or more")
     found = checkpoints(run)
     wanted = list(steps) or list(found)[-(last or len(found)) :]
     listed = ", ".join(map(str, found)) or "none"
