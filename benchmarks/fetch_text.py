@@ -2,7 +2,7 @@
 
     python benchmarks/fetch_text.py FOLDER [PACKAGE ...]      needs apt-get, dpkg-deb and lxml
 
-Each line is {"id", "text", "source", "licence"}: what `openling data build` and `openling migrate --text` read. Nothing of it is
+Each line is {"id", "text", "source", "license"}: what `openling data build` and `openling migrate --text` read. Nothing of it is
 part of openling: every package keeps its licence, named here as its copyright file does in short.
 """
 
@@ -137,7 +137,7 @@ def fetch(package: str, out: Path) -> tuple[int, int]:
                     "id": f"{package}/{name}",
                     "text": text,
                     "source": package,
-                    "licence": PACKAGES.get(package, "see package"),
+                    "license": PACKAGES.get(package, "see package"),
                 }
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 documents, characters = documents + 1, characters + len(text)

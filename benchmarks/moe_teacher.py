@@ -116,8 +116,8 @@ def main() -> None:
     if not tokenizer.exists():
         make_tokenizer(files(args.text), args.vocabulary, tokenizer)
     if not corpus.exists():
-        fields = ("--licence-field", "licence", "--synthesis", f"recall:share={args.share}")
-        openling_command("data", "build", f"text={args.text}", corpus, "--tokenizer", tokenizer, *fields)
+        facts = ("--synthesis", f"recall:share={args.share}")
+        openling_command("data", "build", f"text={args.text}", corpus, "--tokenizer", tokenizer, *facts)
     settings = {"model.tokenizer": tokenizer, "model.overrides.vocab_size": args.vocabulary, "corpora.corpus.path": corpus}
     flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     resume = ["--resume"] if (run / "recipe.json").exists() else []

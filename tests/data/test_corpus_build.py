@@ -50,7 +50,8 @@ def test_documents_keep_text_and_labels(tmp_path):
     web = {text: rest for _, text, *rest in documents(folder, "web")}
     assert web == {"plain": ["MIT", "en", "web"], "own ü": ["CC0", "de", "wiki"]}
     assert [d[1] for d in documents(folder, "code")] == ["int main() {}"]
-    assert Dataset(folder).sources["web"]["documents"] == 2
+    source = Dataset(folder).sources["web"]
+    assert (source["documents"], source["licence"], source["language"]) == (2, "CC0, MIT", "de, en")
 
 
 def test_control_tokens_are_text_unless_they_are_meant(tmp_path):

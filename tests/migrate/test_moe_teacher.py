@@ -38,7 +38,7 @@ def test_a_teacher_is_trained_and_migrated(tmp_path: Path, monkeypatch: pytest.M
     draw = random.Random(0)
     texts = [" ".join(draw.choices(json.__doc__.split(), k=400)) for _ in range(40)]
     text = tmp_path / "text.jsonl"
-    text.write_text("".join(json.dumps({"text": t, "licence": "PSF-2.0"}) + "\n" for t in texts))
+    text.write_text("".join(json.dumps({"text": t, "license": "PSF-2.0"}) + "\n" for t in texts))
     settings = {f"model.overrides.{name}": value for name, value in SMALL.items()} | TRAINING
     flags = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
     results = tmp_path / "results"

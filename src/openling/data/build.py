@@ -46,6 +46,8 @@ from openling.weights.whole import new_file, write_all, write_json
 WORTH_A_PROCESS = 8 << 20
 # Unreadable lines and files that the report names; the rest are only counted.
 NAMED_BAD = 20
+# Licences or languages that a source is told with; the rest are only counted.
+MOST_LABELS = 12
 
 
 @dataclass(frozen=True)
@@ -448,6 +450,12 @@ def _finish(out: Path, run: Path, plan: dict[str, Any], say: Callable[[str], Non
     return read_index(out)
 
 
+def _told(lines: Sequence[dict[str, Any]], name: str) -> str:
+    """What the documents of a source say of themselves: all that occurs, in order."""
+    found = sorted({label for line in lines for label in line["labels"][name]})
+    return ", ".join(found[:MOST_LABELS]) + (f" and {len(found) - MOST_LABELS} more" if len(found) > MOST_LABELS else "")
+
+
 def _index(plan: dict[str, Any], results: Sequence[dict[str, Any]], removed: dict[str, int] | None) -> dict[str, Any]:
     lines = [r["shard"] for r in results if r["shard"]]
     steps: dict[str, dict[str, int]] = {}
@@ -470,7 +478,8 @@ def _index(plan: dict[str, Any], results: Sequence[dict[str, Any]], removed: dic
                 next="leave the source or the filter out",
             )
         counts = {key: sum(line[key] for line in own) for key in ("tokens", "documents")}
-        sources.append({key: source[key] for key in ("name", "licence", "language")} | counts)
+        labels = {name: _told(own, name) for name in ("licence", "language")}
+        sources.append({"name": source["name"], **labels, **counts})
     report = {
         "bad": sum(r["bad"] for r in results),
         "named": [text for r in results for text in r["named"]][:NAMED_BAD],

@@ -65,6 +65,7 @@ def write_shard(path: Path, documents: Sequence[tuple[Record, np.ndarray]], info
         "file": path.name,
         "tokens": int(tensors["ends"][-1]),
         "documents": len(documents),
+        "labels": {name: sorted(labels[name]) for name in ("licence", "language")},
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "samples": _samples(data),
