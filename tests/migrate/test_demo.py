@@ -115,7 +115,7 @@ def test_the_shipped_hybrid_stands_beside_the_run(
         assert "1.02K tokens on " in said
         assert f"{loss:.3f}" in said
         assert found["stage"]["samples"][0]["completion"].split("\n")[0].strip() in said
-    for line in (f"  openling chat {out / demo.SHIPPED}", f"  openling serve {out / demo.SHIPPED}"):
+    for line in (f"  openling generate {out / demo.SHIPPED} 'Once upon a time'", f"  openling serve {out / demo.SHIPPED}"):
         assert line in result.out.splitlines()[-2:]
 
 

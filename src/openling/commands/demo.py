@@ -162,7 +162,7 @@ class _Demo:
         try:
             self.console.print("The shipped hybrid: its delta, applied to the same teacher ...")
             shipped.applied(self.teacher, delta, self.shipped)
-            self.console.print(f"It is in {self.shipped}, for openling chat from now on.", highlight=False, soft_wrap=True)
+            self.console.print(f"It is in {self.shipped}, for openling generate from now on.", highlight=False, soft_wrap=True)
             if self.report().get("shipped", {}).get("delta") != shipped.identity(delta):
                 self._measure_shipped(delta)
         except OpenlingError as error:
@@ -217,7 +217,8 @@ class _Demo:
         if "shipped" in report:
             self.console.print(side_by_side(report))
             self.console.print(completions(report), highlight=False, markup=False, soft_wrap=True)
-            lines += ["", "Talk to the shipped hybrid:", f"  openling chat {self.shipped}", f"  openling serve {self.shipped}"]
+            try_it = f"  openling generate {self.shipped} 'Once upon a time'"
+            lines += ["", "Let the shipped hybrid write:", try_it, f"  openling serve {self.shipped}"]
         else:
             lines.append(f"Talk to the teacher: openling serve {self.teacher}")
         self.console.print("\n".join(lines), highlight=False, markup=False, soft_wrap=True)
