@@ -37,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="new folder (default: demo)")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue a demo that was interrupted")
-    parser.add_argument("--shipped", action="store_true", help="no migration: only the shipped hybrid, ready to talk to")
+    parser.add_argument("--shipped", action="store_true", help="no migration: only the shipped hybrid, ready to write")
 
 
 def settings() -> MigrateConfig:

@@ -256,7 +256,7 @@ def whole_checkpoint(run: Path, say: Callable[[str], None], group: dist.ProcessG
 def _set_aside(damaged: list[Path]) -> None:
     for path in damaged:
         aside = path.with_name(f"damaged_{path.name}")
-        with suppress(OSError):
+        with suppress(OSError):  # whoever reads it under its old name finds it damaged again, and says so
             shutil.rmtree(aside, ignore_errors=True)
             path.rename(aside)
 

@@ -20,8 +20,9 @@ from openling.train.checkpoint import checkpoints
 from openling.train.optim import select_names
 from openling.weights.merge import coefficients
 
-# Changes of these do not change what was trained so far. What corpora hold is in the fingerprint of the batches.
 OTHERWISE = "the same setting as before, or train into a new folder"
+# Changes of these do not change what was trained so far, or are looked at part by part: stages, and corpora, what they hold being
+# in the fingerprint of the batches.
 FREE_ON_RESUME = ("stages", "trackers", "parallel", "corpora")
 
 
