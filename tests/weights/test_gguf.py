@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 import openling
+from openling.data.tokens import describe
 from openling.errors import UserError
 from openling.weights.gguf import import_gguf, smollm2_gguf
 
@@ -43,7 +44,7 @@ def write_llama(path: Path, *, architecture: str = "llama", tensor: str | None =
 
 @pytest.fixture
 def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openling.weights.gguf._tokenizer_files", lambda path: {})
+    monkeypatch.setattr("openling.weights.gguf._tokenizer_files", lambda path, reader: {})
 
 
 @torch.no_grad()
@@ -59,6 +60,12 @@ def test_smollm2_equals_transformers(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ids = loaded.tokenizer(text).input_ids
         assert ids == tokenizer(text).input_ids
         assert loaded.tokenizer.decode(ids) == text
+    # llama.cpp's "smollm" parts text at every digit first, before GPT-2's pattern could give a digit's space away.
+    assert loaded.tokenizer.tokenize("x   12") == ["x", "ĠĠĠ", "1", "2"]
+    ends = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2, "unk_token_id": 0}
+    assert {name: getattr(loaded.tokenizer, name) for name in ends} == ends
+    # What corpora remember of it is the same whichever transformers wrote it.
+    assert describe(loaded.tokenizer)[0].sha256.startswith("d8a3ea1a10fd2632")
     assert loaded.tokenizer.chat_template == tokenizer.chat_template
     assert loaded.config.tie_word_embeddings
     assert (loaded.config.rope_theta, loaded.config.rms_norm_eps) == (1e5, 1e-5)

@@ -33,6 +33,14 @@ _NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+_TOKENIZER = "tokenizer.ggml."
+_SPECIAL = {
+    "bos_token_id": "bos_token", "eos_token_id": "eos_token", "unknown_token_id": "unk_token", "padding_token_id": "pad_token",
+}  # fmt: skip
+_PARTED = {"gpt-2": False, "smollm": True}
+"""Byte-level pre-tokenizers by llama.cpp's names: whether each digit is parted from everything first."""
+_CONTROL = 3
+"""GGUF's kind of tokens that text does not spell."""
 
 
 def smollm2_gguf() -> Path:
@@ -71,7 +79,7 @@ def import_gguf(gguf_path: str | Path, out: str | Path, *, dtype: torch.dtype = 
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
         writer.add_file("generation_config.json", json.dumps(ids, indent=2) + "\n")
         writer.add_file("README.md", _card(fields))
-        for name, data in _tokenizer_files(path).items():
+        for name, data in _tokenizer_files(path, reader).items():
             writer.add_file(name, data)
     return writer.out
 
@@ -148,14 +156,44 @@ def _weight(tensor: Any, name: str, config: dict[str, Any]) -> Tensor:
     return weight
 
 
-def _tokenizer_files(path: Path) -> dict[str, bytes]:
-    """tokenizer.json and its companions, made by transformers from the GGUF metadata."""
+def _tokenizer_files(path: Path, reader: Any) -> dict[str, bytes]:
+    """tokenizer.json and its companions; special tokens are those that the metadata name.
+
+    Byte-level vocabularies are put together here: from one file, versions of transformers make tokenizers that differ in their
+    decoder and in what ends a text, and none parts digits. It makes those of other kinds.
+    """
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    fields = {name.removeprefix(_TOKENIZER): field for name, field in reader.fields.items() if name.startswith(_TOKENIZER)}
+    known = {name: fields[name].contents() for name in ("model", "pre", "add_bos_token", *_SPECIAL) if name in fields}
+    whole = fields.keys() >= {"tokens", "merges", "token_type"} and not known.get("add_bos_token")
+    if whole and known.get("model") == "gpt2" and known.get("pre") in _PARTED:
+        tokenizer = _byte_level({name: fields[name].contents() for name in ("tokens", "merges", "token_type")}, known["pre"])
+        if (template := reader.fields.get("tokenizer.chat_template")) is not None:
+            tokenizer.chat_template = template.contents()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+    for name, role in _SPECIAL.items():
+        if name in known:
+            setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(known[name]))
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save_pretrained(folder)
         return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _byte_level(vocabulary: dict[str, list[Any]], pre: str) -> Any:
+    """A tokenizer of byte-level BPE, as GPT-2's, from GGUF's tokens, merges and kinds of tokens."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    tokens, merges = vocabulary["tokens"], [tuple(pair.split(" ")) for pair in vocabulary["merges"]]
+    inner = Tokenizer(models.BPE({token: i for i, token in enumerate(tokens)}, merges))
+    digits = [pre_tokenizers.Digits(individual_digits=True)] if _PARTED[pre] else []
+    inner.pre_tokenizer = pre_tokenizers.Sequence([*digits, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    inner.decoder = decoders.ByteLevel()
+    control = [token for token, kind in zip(tokens, vocabulary["token_type"], strict=True) if kind == _CONTROL]
+    inner.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    return PreTrainedTokenizerFast(tokenizer_object=inner)
 
 
 def _card(fields: dict[str, Any]) -> str:
