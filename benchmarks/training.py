@@ -255,12 +255,10 @@ def compared(lines: list[dict[str, Any]]) -> None:
             if ours and theirs:
                 ours |= {"peer": "experts in BF16", "peer_value": theirs["value"], "ratio": ours["value"] / theirs["value"]}
             if ours and theirs and "losses" in ours:
-                late, before = (statistics.mean(line["losses"][len(line["losses"]) // 2 :]) for line in (ours, theirs))
-                ours |= {
-                    "goal": "second half within 0.25 % of BF16",
-                    "gap": late / before - 1,
-                    "met": abs(late / before - 1) <= 0.0025,
-                }
+                both = min(len(ours["losses"]), len(theirs["losses"]))  # a run may have been stopped
+                late, before = (statistics.mean(line["losses"][both // 2 : both]) for line in (ours, theirs))
+                ours |= {"goal": "second half within 0.25 % of BF16", "gap": late / before - 1}
+                ours |= {"met": abs(late / before - 1) <= 0.0025, "steps_compared": both}
     ours, theirs = (speed.get(f"{name}: training, median") for name in ("128k", "128k of the GQA model"))
     if ours and theirs:
         ratio = ours["value"] / theirs["value"]
