@@ -122,6 +122,24 @@ def test_four_single_stages_make_the_same_bits(migrated: Migrated, place: Place,
     assert (model / "config.json").read_text() == (migrated.out / "config.json").read_text()
 
 
+def test_a_teacher_does_not_learn_along(place: Place, tmp_path: Path, quick: None) -> None:
+    """Where all mixers train, some are the teacher's own in memory. A stage that reads both models anew ends with the same bits.
+
+    In FP32: for BF16 a CPU casts what the teacher has, and so parts them.
+    """
+    train = {"trainable": "attention", "train.lr": "0.05", "train.precision": "fp32"}
+    flags = [word for name, value in train.items() for word in (f"--linear_warmup.{name}", value)]
+    assert place.migrate(tmp_path / "both", "--stages", "lightning,linear-warmup", *flags).code == 0
+    assert place.migrate(tmp_path / "half", "--stage", "lightning").code == 0
+    teacher = ["--teacher", place.teacher]
+    result = place.migrate(tmp_path / "apart", "--stage", "linear-warmup", *teacher, *flags, model=tmp_path / "half")
+    assert result.code == 0, result.err
+    assert weights(tmp_path / "apart") == weights(tmp_path / "both")
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("half", "both"))
+    shared = "model.layers.3.attention.dense.weight"
+    assert not torch.equal(before[shared], after[shared])
+
+
 def test_paper_preset_needs_no_teacher_for_a_single_warmup(place: Place, tmp_path: Path, quick: None) -> None:
     assert place.migrate(tmp_path / "a", "--stage", "lightning", "--preset", "paper").code == 0
     result = place.migrate(tmp_path / "b", "--stage", "linear-warmup", "--preset", "paper", model=tmp_path / "a")

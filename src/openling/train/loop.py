@@ -118,6 +118,7 @@ def train(
         some = f"of {len(names)} chosen tensors some in every stage"
         raise UserError("a pipeline stage has nothing to train", where="trainable parameters", expected=some)
     with ExitStack() as stack:
+        _leave(teacher, chosen)
         ranks.told(lambda: stack.enter_context(sole_writer(run)))
         stack.enter_context(_only_gradients_of(model, chosen))
         stack.enter_context(_in_training(model))
@@ -165,6 +166,14 @@ def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -
     if different := sorted(set(old["parameters"]) ^ set(names)):
         raise UserError("the run trains other parameters", where=different[0], expected=f"{len(old['parameters'])} as in {path}")
     return None
+
+
+def _leave(teacher: Ling | None, chosen: dict[str, nn.Parameter]) -> None:
+    """Parameters that a derived model shares with its teacher get memory of their own: what is followed must not learn along."""
+    theirs = set() if teacher is None else {p.data_ptr() for p in teacher.parameters() if not isinstance(p, DTensor)}
+    for p in chosen.values():
+        if not isinstance(p, DTensor) and p.data_ptr() in theirs:
+            p.data = p.data.clone()
 
 
 @contextmanager
