@@ -3,12 +3,14 @@
     python benchmarks/migration.py TEACHER WORK ARM ... --text CORPUS [--tokens N] [--seed S] [-- FLAGS OF openling migrate]
 
 TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `benchmarks/fetch_text.py`'s files (for a teacher of
-`moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling migrate`
-with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most reach);
-`scratch`, the hybrid from random weights. Arms run in turn; one whose results are there is left out, and one that was stopped
-goes on with the same command. Each writes benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each
-stage by domain, drift of routers, recall of one fact among one or several beside the teacher's, and the training curve
-(cross-entropy of text before it is learned from) at tokens spaced by a fifth of a decade.
+`moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling
+migrate` with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most
+reach); `scratch`, the hybrid from random weights; `trained-on`, all of what `best-all-mixers` left in WORK, on the 2 N tokens
+that come after those, as Ling-2.6 went on after its migration (its peer is `continued` with twice the N). Arms run in turn; one
+whose results are there is left out, and one that was stopped goes on with the same command. Each writes
+benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by domain, drift of routers, recall of
+one fact among one or several beside the teacher's, and the training curve (cross-entropy of text before it is learned from) at
+tokens spaced by a fifth of a decade.
 """
 
 from __future__ import annotations
@@ -58,7 +60,12 @@ MIGRATED: dict[str, list[str]] = {
     "groups-of-15": ["--group-size", "15"],
 }
 # A model that is trained from random weights needs its routers balanced; of others they stay as they are.
-TRAINED: dict[str, dict[str, float]] = {"continued": {"lr": 1e-4}, "scratch": {"lr": 1e-3, "bias_rate": 1e-2}}
+TRAINED: dict[str, dict[str, float]] = {
+    "continued": {"lr": 1e-4},
+    "scratch": {"lr": 1e-3, "bias_rate": 1e-2},
+    "trained-on": {"lr": 3e-4},
+}
+MIGRATED_BEFORE = "best-all-mixers"
 
 
 def curve(rows: list[dict[str, Any]], before: int) -> list[dict[str, float]]:
@@ -144,25 +151,28 @@ def migrated(args: argparse.Namespace, arm: str, out: Path) -> list[dict[str, An
 
 
 def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any]]:
-    """The teacher, or the hybrid from random weights, on the text of both warm-ups."""
+    """The teacher, or the hybrid from random weights, on the text of both warm-ups; or a hybrid on what comes after it."""
     device = pick_device(args.device)
     loaded = openling.load(args.teacher, device=device)
     teacher, tokenizer = loaded.model.float(), loaded.tokenizer
-    model = openling.load(args.teacher, device=device).model.float()
+    after = arm == "trained-on"
+    begin = args.work / f"{MIGRATED_BEFORE}-{args.seed}" if after else args.teacher
+    model = openling.load(begin, device=device).model.float()
     if arm == "scratch":
         with device:
             model = Ling(target_config(loaded.config))
         model.init_weights(torch.Generator(device).manual_seed(args.seed))
     fields = {"tokens": 2 * args.tokens, "batch_size": args.rows, "sequence_length": args.length, "seed": args.seed}
     config = TrainConfig(**SCHEDULE | fields | {"schedule": "cosine", "weight_decay": 0.0} | TRAINED[arm])
-    tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=2 * args.tokens)
-    batches = Batches(cut_windows(tokens, args.length), batch_size=args.rows, seed=args.seed)
+    seen = 2 * args.tokens if after else 0
+    tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=seen + 2 * args.tokens)
+    batches = Batches(cut_windows(tokens[seen:], args.length), batch_size=args.rows, seed=args.seed)
     train(model, config, batches, parameters=[""], run=run, resume=(run / "train.json").exists())
     rows, teacher = [], teacher.eval()
     for name, windows in domain_windows(tokenizer, loaded.config.vocab_size, args.length).items():
         rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher, windows, bf16=device.type == "cuda"))))
     steps = read_metrics(run / "metrics.jsonl")
-    rows.append({"name": f"{arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, 0)})
+    rows.append({"name": f"{arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, seen)})
     return [*rows, *compared_recall(arm, model, teacher, tokenizer, args.length)]
 
 

@@ -1,4 +1,4 @@
-"""The benchmark's own teacher of Ling-2.0's shape and two arms on it, a few steps long."""
+"""The benchmark's own teacher of Ling-2.0's shape and three arms on it, a few steps long."""
 
 from __future__ import annotations
 
@@ -55,14 +55,15 @@ def test_a_teacher_is_trained_and_migrated(tmp_path: Path, monkeypatch: pytest.M
     assert (config["num_experts"], config["num_experts_per_tok"], config["partial_rotary_factor"]) == (8, 4, 0.5)
     common = ["--text", corpus, "--tokens", 512, "--rows", 2, "--length", 128, "--device", "cpu", "--results", results]
     common += ["--", "--text.calibration_tokens", 512]
-    call(monkeypatch, migration, teacher, tmp_path / "arms", "best", "continued", *common)
-    for arm in ("best", "continued"):
+    arms = ("best-all-mixers", "continued", "trained-on")
+    call(monkeypatch, migration, teacher, tmp_path / "arms", *arms, *common)
+    for arm in arms:
         found = {row["name"]: row for row in json.loads((results / f"ling-moe-{arm}-0.json").read_text())["rows"]}
         assert 0 <= found[f"{arm}, recall of 1 of 1"]["peer_value"] <= 1
-        assert ("lightning, experts kept" in found) == (arm == "best")
+        assert ("lightning, experts kept" in found) == (arm == "best-all-mixers")
     # What is there is left alone; of what was lost only the rows are made again.
     kept = (results / "ling-moe-continued-0.json").stat().st_mtime_ns
-    (results / "ling-moe-best-0.json").unlink()
-    call(monkeypatch, migration, teacher, tmp_path / "arms", "best", "continued", *common)
-    assert (results / "ling-moe-best-0.json").exists()
+    (results / "ling-moe-best-all-mixers-0.json").unlink()
+    call(monkeypatch, migration, teacher, tmp_path / "arms", *arms, *common)
+    assert (results / "ling-moe-best-all-mixers-0.json").exists()
     assert (results / "ling-moe-continued-0.json").stat().st_mtime_ns == kept
