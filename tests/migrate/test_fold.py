@@ -7,9 +7,11 @@ from tiny_gqa import T, build, config, context, moment_of, randn, relative, with
 from openling.config.migrate import Conversion, preset
 from openling.errors import UserError
 from openling.migrate.convert import to_mla
-from openling.migrate.fold import attention_outputs, best_fold, check_fold, folds, partly_rotated_outputs
+from openling.migrate.fold import attention_outputs, attention_received, best_fold, check_fold, folds, partly_rotated_outputs
 from openling.migrate.layout import target_config
 from openling.migrate.mla import Projections, concentrate, pairs, split_rope
+from openling.ops.attention import softmax_attention
+from openling.ops.rope import apply_rope
 
 
 def layer(**changes):
@@ -122,3 +124,17 @@ def test_a_conversion_takes_the_fold_it_is_told():
     measured = {a.measure.split()[-1]: a.value for a in rows["auto"] if a.step == "RoPE folding"}
     best = min(measured, key=lambda f: measured[f])
     assert kept["auto"] == kept[int(best)]
+
+
+@pytest.mark.parametrize("heads", [{}, {"num_key_value_heads": 1}, {"partial_rotary_factor": 0.5}])
+@torch.no_grad()
+def test_attention_received(heads):
+    """The column sums of the mixer's own softmax, read through its values: one-hot values of every position."""
+    c, m, x = layer(**heads)
+    w, tables = Projections.of(m), context(c).tables
+    received = attention_received(w, x, tables).unflatten(0, (2, T))
+    assert torch.allclose(received.sum(-1), torch.full((2,), float(T)).double(), rtol=1e-6)
+    q, k = (apply_rope(torch.einsum("hdm,nm->nhd", r, x).unflatten(0, (2, T)), *tables.head) for r in (w.q, w.k))
+    identity = torch.eye(T, dtype=x.dtype)[None, :, None].expand(2, T, w.k.shape[0], T)
+    rows = softmax_attention(q, k, identity, scale=16**-0.5)  # [2, T queries, H, T keys]
+    assert relative(received, rows.mean(2).sum(1)) < 1e-5

@@ -4,6 +4,7 @@ import pytest
 import torch
 from tiny_gqa import T, build, config, energy, moment_of, randn, relative, with_ones
 
+from openling.migrate import mla
 from openling.migrate.mla import (
     Projections,
     after_norm,
@@ -162,3 +163,24 @@ def test_inner_tensors_follow_the_inputs_device():
                 options = {"rotary": 8, "balance": balance, "latent_norm": mode, "query_weighted": query_weighted}
                 fill_mla(target, Projections.of(source), source.dense, inputs, **options)
             assert all(p.device.type == "cpu" for p in target.parameters())
+
+
+@pytest.mark.parametrize("balance", ["ratio", "weighted"])
+@pytest.mark.parametrize("mode", LATENT_NORMS)
+@torch.no_grad()
+def test_attention_counts_tokens(balance, mode):
+    """A token that receives no attention is as if it were not there, one that receives three times as much as if it stood there
+    three times; queries, of which every token asks one, count all alike."""
+    c, x = config(kv_lora_rank=12, qk_rope_head_dim=4), with_ones(randn(1, T, 32, seed=5))
+    w, dense = Projections.of(build(c).model.layers[0].attention), build(c).model.layers[0].attention.dense.weight
+    received = [torch.tensor([0.0, 1.0, 3.0, 2.0]).double().repeat(T // 4)]
+    read = x.repeat_interleave(received[0].long(), dim=0)
+    moment, attended = moment_of(x), moment_of(read) * len(read) / len(x)
+    assert torch.allclose(mla.moment_of([x], received), attended)
+    metric = balance_metric(w, w.k, moment, dense, balance, attended)
+    rows = torch.cat((w.k, w.v)).flatten(0, 1)
+    factors = low_rank(rows, attended, 12, metric)
+    norms = after_norm(factors, rows, [x], 1e-6, mode, received)
+    scale = {"inverse": 1.5, "rms": 1.5}.get(mode, 1.0)  # means over attention that is 1.5 on average here
+    for found, expected in zip(norms, after_norm(factors, rows, [read], 1e-6, mode), strict=True):
+        assert torch.allclose(found, expected * (scale if found.dim() == 1 else 1.0))

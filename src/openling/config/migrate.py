@@ -45,12 +45,14 @@ class Conversion(Strict):
     refit_output: bool = Field(True, description="ridge regression of every output projection on propagated activations")
     layer_score: Literal["kl", "local"] = Field("kl", description="what a layer's Lightning mixer costs, for selected layers")
     damping: float = Field(1e-3, gt=0, description="ridge strength over the mean squared activation")
+    mla_damping: float = Field(0.1, gt=0, description="the same for outputs of MLA: old weights are near, texts differ")
     qk_norm_removal: Literal["pooled", "scalar", "ridge", "best"] = Field("best", description="best: least held-out error")
     query_weighted_rope: bool = Field(True, description="choose the shared rotated key by key and query energy")
     rope_fold: Literal["auto"] | int = Field(
         "auto", description="neighbouring frequencies that share the rotated key's components (FreqFold); auto: measured by layer"
     )
     balance: Literal["ratio", "weighted"] = Field("weighted", description="metric in which K and V share the latent")
+    attention_weighted: bool = Field(True, description="fit MLA's keys and values by the attention that each token receives")
     kv_rank_budget: int | None = Field(
         None, gt=0, description="mean latent rank over the MLA layers, shared out by need; kv_lora_rank stays the width of all"
     )
@@ -173,6 +175,7 @@ def preset(name: str, *, tokens: int = 1_000_000, **changes: Any) -> MigrateConf
             rope_fold=1,
             query_weighted_rope=False,
             balance="ratio",
+            attention_weighted=False,
             latent_norm="rms",
         )
         # The published start is worse than guessing, and the published MLA conversions add up to 1.44 nats to QK-norm's 0.515.

@@ -16,7 +16,7 @@ from openling.config.migrate import Conversion
 from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.findings import Approximation, Findings, HeadSpans, Spectrum
-from openling.migrate.fold import best_fold, check_fold
+from openling.migrate.fold import attention_received, best_fold, check_fold
 from openling.migrate.lightning import look_back, match_heads, refit_norm_and_gate, refit_output, widen
 from openling.migrate.mla import Projections, fill_mla, kv_spectrum
 from openling.migrate.qknorm import best_removal, removal_error, remove_norm
@@ -99,6 +99,7 @@ def _ranks(source: Ling, config: ModelConfig, windows: Sequence[Tensor], options
             rope=config.qk_rope_head_dim or 0,
             balance=options.balance,
             query_weighted=options.query_weighted_rope,
+            attention=_attention(step, weights, inputs, options),
         )
     assert options.kv_rank_budget
     ranks = share_ranks(list(spectra.values()), options.kv_rank_budget, config.kv_lora_rank or 0)
@@ -136,7 +137,7 @@ def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool
         error = refit_norm_and_gate(step, order=order, damping=options.damping, gate=options.refit_gate)
         what = "relative error after the fit of norm and gate"
         found.approximations.append(Approximation("Lightning heads", step.index, what, error))
-    found.approximations += _refit(step, options, "softmax attention replaced by Lightning")
+    found.approximations += _refit(step, options, options.damping, "softmax attention replaced by Lightning")
     return found
 
 
@@ -150,7 +151,8 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int, *, rank: int 
     inputs = step.mixer_inputs(partial(_with_bias_input, attention=old))
     weights, removed = without_qk_norm(old, inputs, options)
     steps = [Approximation("QK-norm removal", step.index, f"{name}, relative error", e) for name, e in removed.items()]
-    fold, errors = _fold(step, target, weights, inputs, options, rotary_dim)
+    attention = _attention(step, weights, inputs, options)
+    fold, errors = _fold(step, target, weights, inputs, options, rotary_dim, attention)
     steps += [Approximation("RoPE folding", step.index, f"error of attention outputs at fold {f}", e) for f, e in errors.items()]
     kept = fill_mla(
         target,
@@ -163,22 +165,36 @@ def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int, *, rank: int 
         query_weighted=options.query_weighted_rope,
         fold=fold,
         rank=rank,
+        attention=attention,
     )
     steps += [Approximation("MLA factors", step.index, name, value) for name, value in kept.energy.items()]
     ranks = {"kv": rank or target.rank, "query": target.q_a_proj.weight.shape[0] if target.low_rank_query else 0}
     spectra = [Spectrum.of(step.index, part, values, ranks[part]) for part, values in kept.spectra.items()]
-    return Findings(steps + _refit(step, options, "GQA replaced by MLA"), spectra)
+    return Findings(steps + _refit(step, options, options.mla_damping, "GQA replaced by MLA"), spectra)
+
+
+def _attention(step: LayerStep, weights: Projections, inputs: Sequence[Tensor], options: Conversion) -> Sequence[Tensor] | None:
+    """What the tokens of every batch receive, where keys and values are fitted by it."""
+    if not options.attention_weighted:
+        return None
+    return [attention_received(weights, x, step.student_call.tables) for x in inputs]
 
 
 def _fold(
-    step: LayerStep, target: LatentAttention, weights: Projections, inputs: Sequence[Tensor], options: Conversion, rotary: int
+    step: LayerStep,
+    target: LatentAttention,
+    weights: Projections,
+    inputs: Sequence[Tensor],
+    options: Conversion,
+    rotary: int,
+    attention: Sequence[Tensor] | None,
 ) -> tuple[int, dict[int, float]]:
     """The fold of a layer's frequencies, and what was measured to choose it."""
     if options.rope_fold != "auto":
         return max(options.rope_fold, rotary // target.rope), {}
     tables = step.student_call.tables
-    chosen = options.query_weighted_rope
-    return best_fold(weights, inputs, tables, rotary=rotary, rope=target.rope, query_weighted=chosen)
+    how = {"rotary": rotary, "rope": target.rope, "query_weighted": options.query_weighted_rope}
+    return best_fold(weights, inputs, tables, **how, attention=attention)
 
 
 def without_qk_norm(
@@ -197,10 +213,10 @@ def without_qk_norm(
     return weights, errors
 
 
-def _refit(step: LayerStep, options: Conversion, what: str) -> list[Approximation]:
+def _refit(step: LayerStep, options: Conversion, damping: float, what: str) -> list[Approximation]:
     if not options.refit_output:
         return []
-    error = refit_output(step, damping=options.damping, correct_residual=False)
+    error = refit_output(step, damping=damping, correct_residual=False)
     return [Approximation(what, step.index, "relative error after the refit", error)]
 
 

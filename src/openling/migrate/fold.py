@@ -9,6 +9,7 @@ Legend: B windows, T tokens, H query heads, K key/value heads, D head dim, r rot
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Literal
 
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
-from openling.migrate.calibrate import Gram
-from openling.migrate.mla import Projections, concentrate, split_rope
+from openling.migrate.mla import Projections, concentrate, moment_of, split_rope
 from openling.model.ling import RopeTables
 from openling.ops.attention import softmax_attention
 from openling.ops.rope import apply_rope
@@ -45,24 +45,49 @@ def check_fold(fold: int | Literal["auto"], rotary: int, rope: int) -> None:
 
 @torch.no_grad()
 def best_fold(
-    w: Projections, inputs: Sequence[Tensor], tables: RopeTables, *, rotary: int, rope: int, query_weighted: bool
+    w: Projections,
+    inputs: Sequence[Tensor],
+    tables: RopeTables,
+    *,
+    rotary: int,
+    rope: int,
+    query_weighted: bool,
+    attention: Sequence[Tensor] | None = None,
 ) -> tuple[int, dict[int, float]]:
     """The fold with the least error of the heads' attention outputs, and the errors: fitted on the first batch, measured on
     windows of the last.
 
     inputs: batches of layer inputs [B * T, M1] in FP64. tables: of windows of T tokens, `latent` of MLA's rotated dims.
+    attention: what each token receives, by batch; see `concentrate`.
     """
-    gram, held_out = Gram(), inputs[-1][: FOLD_WINDOWS * tables.head[0].shape[1]]
-    gram.add(inputs[0])
+    first, held_out = inputs[:1], inputs[-1][: FOLD_WINDOWS * tables.head[0].shape[1]]
+    moment = moment_of(first)
+    attended = moment_of(first, attention[:1]) if attention else moment
     exact = attention_outputs(w, held_out, tables, rotary)
     errors: dict[int, float] = {}
     for fold in folds(rotary, rope):
-        basis = concentrate(w, gram.moment, rotary, fold, keep=fold * rope // rotary, query_weighted=query_weighted)
+        keep = fold * rope // rotary
+        basis = concentrate(w, moment, rotary, fold, keep=keep, query_weighted=query_weighted, attended=attended)
         found = partly_rotated_outputs(w, held_out, tables, *split_rope(w, basis, rotary, fold))
         errors[fold] = float((found - exact).square().sum() / exact.square().sum())
         if errors[fold] > min(errors.values()):
             break
     return min(errors, key=lambda fold: errors[fold]), errors
+
+
+@torch.no_grad()
+def attention_received(w: Projections, x: Tensor, tables: RopeTables) -> Tensor:
+    """The attention that each token receives from all queries of its window, mean over heads, FP64 [B * T]; 1 on average.
+
+    Scores of one head of one window exist at a time.
+    """
+    q, k = (apply_rope(_heads(rows, x, tables), *tables.head) for rows in (w.q, w.k))
+    future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=x.device).triu(1)
+    received = x.new_zeros(q.shape[:2])
+    for window, head in itertools.product(range(q.shape[0]), range(q.shape[2])):
+        scores = q[window, :, head] @ k[window, :, head // w.group].T * q.shape[-1] ** -0.5
+        received[window] += scores.masked_fill(future, -torch.inf).softmax(-1).sum(0)
+    return received.flatten() / q.shape[2]
 
 
 def attention_outputs(w: Projections, x: Tensor, tables: RopeTables, rotary: int) -> Tensor:

@@ -1,8 +1,9 @@
 """GQA to MLA: concentrate RoPE in one shared key, compress the rest of K with V into a latent, compress the query.
 
 Sources: TransMLA (arXiv 2502.07864) for RoRoPE, balance and joint PCA; Ling-2.6 report p. 7 for partial RoPE; the
-weighted basis and the regression on normalised latents are ours. All algebra is FP64 on small matrices: the second moment
-C = E[x x^T] of the layer input stands for the calibration text.
+weighted basis, weights of tokens and the regression on normalised latents are ours. All algebra is FP64 on small matrices: the
+second moment C = E[x x^T] of the layer input stands for the calibration text. An error of a token's key or value costs in
+proportion to the attention that the token receives: keys and values are fitted to A = E[a x x^T], a that attention.
 
 Legend: M1 hidden size + 1 (last column bias, last input 1), H query heads, K key/value heads, D head dim,
 p groups of f neighbouring frequencies that are taken as one (folded), j of their components kept; p j = r / 2 pairs are rotated,
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import repeat
 from typing import Literal
 
 import torch
@@ -80,8 +82,12 @@ def rorope_basis(key: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
     return values.flip(-1), vectors.flip(-1)
 
 
-def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query_weighted: bool, keep: int = 1) -> Concentration:
+def concentrate(
+    w: Projections, moment: Tensor, rotary: int, fold: int, *, query_weighted: bool, keep: int = 1, attended: Tensor | None = None
+) -> Concentration:
     """The `keep` best components per group of frequencies: of key energy (published), or of key energy times query energy.
+
+    moment: C; attended: A, for the keys (None: C too).
 
     The kept frequencies of a group are every (fold / keep)-th, and the components take them in the order of their own mean
     frequency. With fold = 1 nothing but dropped components is lost; a larger fold (FreqFold of TransMLA, arXiv 2502.07864)
@@ -94,7 +100,7 @@ def concentrate(w: Projections, moment: Tensor, rotary: int, fold: int, *, query
         energy = torch.einsum("ckgpfm,mn,ckgpfn->pkf", query, moment, query).flatten(1)
         weight = energy.clamp(min=1e-12 * float(energy.max())).sqrt()
     scaled = key * weight.unflatten(1, (-1, fold)).transpose(0, 1)[None, ..., None]
-    values, vectors = rorope_basis(scaled, moment)
+    values, vectors = rorope_basis(scaled, moment if attended is None else attended)
     best = vectors[..., :keep].transpose(1, 2)  # [p, j, K*f]
     index = torch.arange(fold, dtype=key.dtype, device=key.device).repeat(w.k.shape[0])
     order = (best.square() @ index).argsort(dim=-1, stable=True)
@@ -137,11 +143,11 @@ class LowRank:
         return LowRank(F.pad(self.down, (0, 0, 0, more)), F.pad(self.up, (0, more)), self.energy_kept, self.spectrum)
 
 
-def moment_of(inputs: Sequence[Tensor]) -> Tensor:
-    """E[x x^T] over batches [N, M1]."""
+def moment_of(inputs: Sequence[Tensor], attention: Sequence[Tensor] | None = None) -> Tensor:
+    """C over batches [N, M1]; A with the attention of their tokens, one [N] per batch, 1 on average."""
     gram = Gram()
-    for x in inputs:
-        gram.add(x)
+    for x, weight in zip(inputs, attention or repeat(None), strict=False):
+        gram.add(x if weight is None else x * weight[:, None].sqrt())
     return gram.moment
 
 
@@ -158,11 +164,14 @@ def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None
     return LowRank(basis.T @ scaled, up, float(spectrum[:rank].sum() / spectrum.sum()), spectrum)
 
 
-def balance_metric(w: Projections, left: Tensor, moment: Tensor, dense: Tensor, balance: Balance) -> Tensor:
+def balance_metric(
+    w: Projections, left: Tensor, moment: Tensor, dense: Tensor, balance: Balance, attended: Tensor | None = None
+) -> Tensor:
     """The metric [2KD, 2KD] in which K (without its rotated part) and V share the latent.
 
     ratio: K divided by alpha = |K| / |V| (root mean squares of the activations). weighted: K errors weighted by the
     queries that meet them, V errors by the output projection `dense` [M, H * D]; then balanced in the same way.
+    moment: C; attended: A, for the activations of K and V (None: C too).
     """
     kv_heads, dim = left.shape[:2]
     if balance == "ratio":
@@ -175,7 +184,7 @@ def balance_metric(w: Projections, left: Tensor, moment: Tensor, dense: Tensor, 
         blocks = [matrix_sqrt(x) for x in (*query, *reader)]
     metric = torch.block_diag(*blocks)
     rows = metric @ torch.cat((left, w.v)).flatten(0, 1)
-    energy = torch.einsum("pm,mn,pn->p", rows, moment, rows).unflatten(0, (2, -1)).sum(-1)
+    energy = torch.einsum("pm,mn,pn->p", rows, moment if attended is None else attended, rows).unflatten(0, (2, -1)).sum(-1)
     # Keys that went into the shared rotated key whole leave rounding noise, or nothing: that is not to be scaled up to V.
     metric[: kv_heads * dim] *= (energy[1] / energy[0].clamp(min=1e-12 * float(energy[1]))).sqrt()
     return metric
@@ -187,23 +196,32 @@ def matrix_sqrt(symmetric: Tensor) -> Tensor:
     return (vectors * values.clamp(min=1e-6 * float(values.mean())).sqrt()) @ vectors.T
 
 
-def after_norm(factors: LowRank, rows: Tensor, inputs: Sequence[Tensor], eps: float, mode: LatentNorm) -> tuple[Tensor, Tensor]:
+def after_norm(
+    factors: LowRank,
+    rows: Tensor,
+    inputs: Sequence[Tensor],
+    eps: float,
+    mode: LatentNorm,
+    attention: Sequence[Tensor] | None = None,
+) -> tuple[Tensor, Tensor]:
     """Norm weight [R] and up-projection [rows, R] once an RMSNorm stands between down and up.
 
     inverse: E[1 / rms] (as the public converter has it); rms: E[rms]; channel: least squares per latent channel;
-    refit: unit weight, and the up-projection regressed anew from the normalised latents to rows @ x.
+    refit: unit weight, and the up-projection regressed anew from the normalised latents to rows @ x. `attention` as in
+    `moment_of`: means and regression count a token by it.
     """
     rank = factors.down.shape[0]
     gram, moments = Gram(), factors.down.new_zeros(4, rank)
     count = 0
-    for x in inputs:
+    for x, received in zip(inputs, attention or repeat(None), strict=False):
+        weight = x.new_ones(len(x), 1) if received is None else received[:, None]
         latent = x @ factors.down.T
         rms = (latent.pow(2).mean(-1, keepdim=True) + eps).sqrt()
         normed = latent / rms
         if mode == "refit":
-            gram.add(normed, x @ rows.T)
+            gram.add(normed * weight.sqrt(), x @ rows.T * weight.sqrt())
         each = (1 / rms, rms, latent * normed, normed.pow(2))
-        moments += torch.stack([e.sum(0).expand(rank) for e in each])
+        moments += torch.stack([(e * weight).sum(0).expand(rank) for e in each])
         count += x.shape[0]
     inverse, root, cross, square = moments / count
     channel = cross / square.clamp(min=1e-300)  # a dim that is not in use is zero
@@ -238,23 +256,27 @@ def fill_mla(
     query_weighted: bool,
     fold: int | None = None,
     rank: int | None = None,
+    attention: Sequence[Tensor] | None = None,
 ) -> Kept:
     """Fill an MLA mixer from the projections of a softmax one (QK-norm already removed).
 
     fold: neighbouring frequencies taken as one, one of `folds`; None: no more than the target's rotated dims ask for.
     rank: latent dims in use, the target's others stay zero; None: all of them.
+    attention: what each token receives (`fold.attention_received`), by which keys and values are fitted; None: all alike.
     `inputs` are batches of layer inputs [N, M1] in FP64; the last column is 1, or 0 where `target` has no biases.
     """
     moment, dim = moment_of(inputs), w.q.shape[1]
+    attended = moment if attention is None else moment_of(inputs, attention)
     collapse = rotary // target.rope
     fold = fold or collapse
-    basis = concentrate(w, moment, rotary, fold, keep=fold // collapse, query_weighted=query_weighted)
+    keep = fold // collapse
+    basis = concentrate(w, moment, rotary, fold, keep=keep, query_weighted=query_weighted, attended=attended)
     k_rope, q_rope, left = split_rope(w, basis, rotary, fold)
 
     kv_rows = torch.cat((left, w.v)).flatten(0, 1)
-    kv = low_rank(kv_rows, moment, rank or target.rank, balance_metric(w, left, moment, dense.weight, balance))
-    kv = kv.padded(target.rank)
-    norm, up = after_norm(kv, kv_rows, inputs, target.kv_a_layernorm.eps, latent_norm)
+    metric = balance_metric(w, left, moment, dense.weight, balance, attended)
+    kv = low_rank(kv_rows, attended, rank or target.rank, metric).padded(target.rank)
+    norm, up = after_norm(kv, kv_rows, inputs, target.kv_a_layernorm.eps, latent_norm, attention)
     k_up, v_up = (x.unflatten(0, (-1, dim)).repeat_interleave(w.group, 0) for x in up.chunk(2))
     _set(target.kv_a_proj_with_mqa, torch.cat((kv.down, k_rope)))
     target.kv_a_layernorm.weight.copy_(norm)
@@ -282,13 +304,23 @@ def fill_mla(
 
 
 def kv_spectrum(
-    w: Projections, dense: Tensor, inputs: Sequence[Tensor], *, rotary: int, rope: int, balance: Balance, query_weighted: bool
+    w: Projections,
+    dense: Tensor,
+    inputs: Sequence[Tensor],
+    *,
+    rotary: int,
+    rope: int,
+    balance: Balance,
+    query_weighted: bool,
+    attention: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Squared singular values, descending, of what a latent has to hold, in the metric of `fill_mla` at the least fold."""
     moment, fold = moment_of(inputs), rotary // rope
-    _, _, left = split_rope(w, concentrate(w, moment, rotary, fold, query_weighted=query_weighted), rotary, fold)
-    scaled = balance_metric(w, left, moment, dense, balance) @ torch.cat((left, w.v)).flatten(0, 1)
-    return torch.linalg.eigvalsh(scaled @ moment @ scaled.T).flip(-1)
+    attended = moment if attention is None else moment_of(inputs, attention)
+    basis = concentrate(w, moment, rotary, fold, query_weighted=query_weighted, attended=attended)
+    _, _, left = split_rope(w, basis, rotary, fold)
+    scaled = balance_metric(w, left, moment, dense, balance, attended) @ torch.cat((left, w.v)).flatten(0, 1)
+    return torch.linalg.eigvalsh(scaled @ attended @ scaled.T).flip(-1)
 
 
 def _set(linear: torch.nn.Linear, rows_PM: Tensor) -> None:

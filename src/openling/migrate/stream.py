@@ -345,8 +345,8 @@ class _Conversion:
         options, seed, text = self.job.config.conversion, self.job.config.seed, self.job.windows is not None
         if not text:  # normal inputs say nothing about distances, or about what a mixer should output
             fold = 1 if options.rope_fold == "auto" else options.rope_fold
-            off = dict.fromkeys(("refit_norm", "refit_gate", "refit_output"), False)
-            options = options.model_copy(update={"match_heads": False, "rope_fold": fold, **off})
+            off = dict.fromkeys(("match_heads", "refit_norm", "refit_gate", "refit_output", "attention_weighted"), False)
+            options = options.model_copy(update={"rope_fold": fold, **off})
         if step.stage == "lightning":
             return fit_lightning(at, options, seed, text=text)
         return fit_mla(at, options, step.before.rotary_dim)
