@@ -72,6 +72,8 @@ ARMS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("lightning", "pure linear", {}, {"mla_layers": "none"}),
     ("mla", "frequencies not folded", {}, {}),
     ("mla", "output not refitted", {"refit_output": False}, {}),
+    ("mla", "tokens count alike", {"attention_weighted": False}, {}),
+    ("mla", "output refitted with damping 1e-3", {"mla_damping": 1e-3}, {}),
     ("mla", "rotated key by key energy alone", {"query_weighted_rope": False}, {}),
     ("mla", "frequencies folded by 2", {"rope_fold": 2}, {}),
     ("mla", "frequencies folded by 4", {"rope_fold": 4}, {}),

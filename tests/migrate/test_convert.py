@@ -156,14 +156,13 @@ def test_each_closed_form_step_helps_the_mla_layers(family):
     half, _ = to_lightning(teacher, half_config, windows(), BEST, seed=0, **quiet)
 
     def error(**changes) -> float:
-        options = Conversion(**{**BEST.model_dump(), "refit_output": False, **changes})
-        hybrid, _ = to_mla(half, full, windows(), options, **quiet)
+        hybrid, _ = to_mla(half, full, windows(), Conversion(**{**BEST.model_dump(), **changes}), **quiet)
         return sum(row["local"] for row in layer_measures(hybrid, half, ids).errors if row["kind"] == "mla")
 
     base = error()
-    assert error(refit_output=True) < base
-    assert error(latent_norm="inverse") > base
-    assert error(latent_norm="rms") > base
+    changes = {"refit_output": False, "latent_norm": "inverse", "attention_weighted": False}
+    for name, value in [*changes.items(), ("latent_norm", "rms")]:
+        assert error(**{name: value}) > base, (name, value)
 
 
 @torch.no_grad()
