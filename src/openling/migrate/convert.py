@@ -193,8 +193,8 @@ def _fold(
     if options.rope_fold != "auto":
         return max(options.rope_fold, rotary // target.rope), {}
     tables = step.student_call.tables
-    how = {"rotary": rotary, "rope": target.rope, "query_weighted": options.query_weighted_rope}
-    return best_fold(weights, inputs, tables, **how, attention=attention)
+    chosen = options.query_weighted_rope
+    return best_fold(weights, inputs, tables, rotary=rotary, rope=target.rope, query_weighted=chosen, attention=attention)
 
 
 def without_qk_norm(
