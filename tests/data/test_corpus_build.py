@@ -30,7 +30,7 @@ def documents(folder, source):
     """(id, text, licence, language, source column) of a source, from its shards."""
     dataset, found = Dataset(folder), []
     stream = dataset.stream(source)
-    for number in range(len(stream._lines)):
+    for number in range(len(stream._places)):
         shard = stream.shard(number)
         bounds = [0, *shard.ends.tolist()]
         columns = zip(*(shard.column(c) for c in ("licence", "language", "source")), strict=True)

@@ -193,7 +193,8 @@ def test_a_run_without_a_step_begins_anew_with_another_recipe(tmp_path):
 def test_what_has_begun_stays_as_it_was(tmp_path):
     run = tmp_path / "run"
     go(tmp_path, run)
-    record = (run / "recipe.json").read_text()
+    record = (run / "recipe.json").read_text().replace('"by": null,\n', "")  # as before sources could be divided
+    (run / "recipe.json").write_text(record)
     for name, value, told in (
         ("stages.short.lr", "1e-3", "begun with another setting"),  # finished, and would be left alone
         ("stages.long.rope_theta", "3e4", "begun with another setting"),

@@ -26,6 +26,16 @@ class SourceConfig(_Section):
     group: str = Field("all", description="which share it belongs to")
     weight: float | None = Field(None, gt=0, description="part of the group, in tokens; null: by size, see temperature")
     repeat: float = Field(1, gt=0, description="epochs at most; beyond it the mixture cannot be met")
+    by: Literal["language"] | None = Field(None, description="language: each of its languages is a source of its own")
+    languages: tuple[str, ...] | None = Field(None, min_length=1, description="which of them; null: all that are there")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.languages is not None and self.by is None:
+            raise ValueError('languages are chosen of a source with by = "language"')
+        if self.languages is not None and len(set(self.languages)) < len(self.languages):
+            raise ValueError(f"a language is named twice: {', '.join(self.languages)}")
+        return self
 
 
 class LongConfig(_Section):

@@ -10,9 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from openling.data.shards import Shard, read_index
+from openling.data.shards import Shard, language_ranges, read_index
+from openling.data.sources import UNKNOWN_LANGUAGE
 from openling.data.tokens import TokenizerInfo, describe
 from openling.errors import OpenlingError, UserError, nearest
+
+# Each holds a file descriptor, of which many systems give a process 1,024.
+OPEN_SHARDS = 512
+# A shard's line of the index, and the first token and the one behind the last of what is read there.
+Place = tuple[dict[str, Any], int, int]
 
 
 class Dataset:
@@ -25,6 +31,7 @@ class Dataset:
         self.folder = Path(folder)
         self.index = read_index(self.folder)
         self.tokenizer = TokenizerInfo(**self.index["tokenizer"])
+        self._open: dict[str, Shard] = {}
         for line in self.index["shards"] if check else ():
             path = self.folder / line["file"]
             size = path.stat().st_size if path.exists() else None
@@ -43,11 +50,36 @@ class Dataset:
 
     def stream(self, source: str) -> ShardStream:
         """The documents of one source, in the order of the build."""
+        return ShardStream(self, source, [(line, 0, line["tokens"]) for line in self._lines(source)])
+
+    def languages(self, source: str) -> dict[str, ShardStream]:
+        """The documents of each language of a source, by its name; a `UserError` where none names one."""
+        places: dict[str, list[Place]] = {}
+        for line in self._lines(source):
+            for name, (start, stop) in language_ranges(self.folder / line["file"], line).items():
+                places.setdefault(name, []).append((line, start, stop))
+        if set(places) == {UNKNOWN_LANGUAGE}:
+            raise UserError(
+                "no document of this source names its language", where=self.folder, value=source,
+                expected="a column that does, or a source of each language",
+                next="openling data build with --language-field NAME, or --language NAME=L for each source",
+            )  # fmt: skip
+        return {name: ShardStream(self, f"{source}/{name}", places[name]) for name in sorted(places)}
+
+    def shard(self, line: dict[str, Any]) -> Shard:
+        """A shard by its line of the index, checked when it is opened; those read last stay open."""
+        shard = self._open.pop(line["file"], None) or Shard(self.folder / line["file"], line, self.tokenizer)
+        self._open[line["file"]] = shard
+        if len(self._open) > OPEN_SHARDS:
+            del self._open[next(iter(self._open))]
+        return shard
+
+    def _lines(self, source: str) -> list[dict[str, Any]]:
         if source not in self.sources:
             close = nearest(source, self.sources)
             expected = ", ".join(self.sources)
             raise UserError("the corpus has no such source", where=self.folder, value=source, expected=expected, nearest=close)
-        return ShardStream(self, source)
+        return [line for line in self.index["shards"] if line["source"] == source]
 
     def check_tokenizer(self, tokenizer: Any) -> None:
         """A `UserError` where the corpus was tokenised with another tokenizer than this transformers one."""
@@ -117,31 +149,26 @@ def scattered_tokens(
 
 
 class ShardStream:
-    """A `TokenStream` over the shards of one source; a shard is opened when it is first read."""
+    """A `TokenStream` over shards of one source, or a range of each; a shard is opened when it is read."""
 
-    def __init__(self, dataset: Dataset, source: str) -> None:
-        self.dataset, self.name = dataset, source
-        lines = [line for line in dataset.index["shards"] if line["source"] == source]
-        self._ends = np.cumsum([line["tokens"] for line in lines], dtype=np.int64)
-        self._lines = lines
-        self._open: dict[int, Shard] = {}
+    def __init__(self, dataset: Dataset, name: str, places: Sequence[Place]) -> None:
+        self.dataset, self.name, self._places = dataset, name, places
+        self._ends = np.cumsum([stop - start for _, start, stop in places], dtype=np.int64)
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def shard(self, number: int) -> Shard:
-        """A shard of this source by its place."""
-        if number not in self._open:
-            line = self._lines[number]
-            self._open[number] = Shard(self.dataset.folder / line["file"], line, self.dataset.tokenizer)
-        return self._open[number]
+        """A shard of this stream by its place."""
+        return self.dataset.shard(self._places[number][0])
 
     def _parts(self, start: int, stop: int) -> Iterator[tuple[Shard, int, int, int]]:
-        """(shard, where it begins in the stream, start and stop inside it) of a range."""
+        """(shard, where its first token is or would be in the stream, start and stop inside it) of a range."""
         number = int(np.searchsorted(self._ends, start, side="right"))
         while start < stop:
             first = int(self._ends[number - 1]) if number else 0
             end = min(stop, int(self._ends[number]))
+            first -= self._places[number][1]
             yield self.shard(number), first, start - first, end - first
             start, number = end, number + 1
 
@@ -165,13 +192,17 @@ class ShardStream:
 
     def document_lengths(self) -> np.ndarray:
         """Tokens of every document, from the tables of all shards."""
-        lengths = [np.diff(self.shard(i).ends, prepend=0) for i in range(len(self._lines))]
-        return np.concatenate(lengths) if lengths else np.empty(0, np.int64)
+        lengths = [np.empty(0, np.int64)]
+        for number, (_, start, stop) in enumerate(self._places):
+            ends = self.shard(number).ends
+            first, last = np.searchsorted(ends, [start, stop], side="right")
+            lengths.append(np.diff(ends[first:last], prepend=start))
+        return np.concatenate(lengths)
 
     @cached_property
     def _fingerprint(self) -> str:
         digest = hashlib.sha256(f"{self.dataset.tokenizer.sha256} {self.name}".encode())
-        for line in self._lines:
+        for line, _, _ in self._places:
             digest.update(line["sha256"].encode())
         return digest.hexdigest()
 

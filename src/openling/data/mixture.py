@@ -1,8 +1,8 @@
 """Mixtures of built corpora: every batch in exact proportion, and batch number i a function of (seed, i, mixture) alone.
 
-Rows are dealt to lanes (short windows, long documents), windows within a lane to sources (`order.Shares`), and a source's
-draws walk through its shuffled windows, epoch after epoch (`batches.Windows`). All of it is arithmetic on the row's number:
-nothing is saved but the step, ranks only choose rows, and a mixture's needs are counted before the first step.
+Rows are dealt to lanes (short windows, long documents), windows within a lane to sources or their languages (`order.Shares`),
+and a source's draws walk through its shuffled windows, epoch after epoch (`batches.Windows`). All of it is arithmetic on the
+row's number: nothing is saved but the step, ranks only choose rows, and a mixture's needs are counted before the first step.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from openling.config.data import MixtureConfig, SourceConfig
 from openling.data.batches import ORDER_VERSION, PackedBatch, TokenStream, Windows, packed, rank_rows
 from openling.data.dataset import Dataset, ShardStream
 from openling.data.order import Shares, stable_key
-from openling.errors import UserError
+from openling.errors import UserError, nearest
 
 # Weights by temperature are irrational; this many decimals of them count.
 DIGITS = 9
@@ -123,8 +123,8 @@ class MixtureBatches:
         self._rank, self._world, self._rows, self._ramp = rank, world, rows, tuple(ramp)
         for count in (rows, *(r for _, r in ramp)):
             rank_rows(count, rank, world)
-        streams = _streams(config, vocab_size, tokenizer)
-        self._lanes = _lanes(config, streams, seed)
+        choices, streams = _streams(config, vocab_size, tokenizer)
+        self._lanes = _lanes(config, choices, streams, seed)
         self._lane_shares = Shares(_lane_weights(config), key=stable_key(seed, "lanes"))
         self._fingerprint = self._hash([s.fingerprint() for s in streams])
         if steps is not None:
@@ -208,10 +208,12 @@ class MixtureBatches:
         return hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()
 
 
-def _streams(config: MixtureConfig, vocab_size: int | None, tokenizer: Any) -> list[ShardStream]:
-    """Every source's stream; the corpora must have one tokenizer, and that of the model."""
+def _streams(config: MixtureConfig, vocab_size: int | None, tokenizer: Any) -> tuple[list[SourceConfig], list[ShardStream]]:
+    """Every source's stream, or those of its languages, beside what was asked for; the corpora must have one tokenizer, and
+    that of the model.
+    """
     opened: dict[Path, Dataset] = {}
-    streams = []
+    choices, streams, wholes = [], [], []
     for choice in config.sources:
         folder = Path(choice.corpus)
         dataset = opened.setdefault(folder, opened.get(folder) or Dataset(folder))
@@ -221,17 +223,31 @@ def _streams(config: MixtureConfig, vocab_size: int | None, tokenizer: Any) -> l
         names = list(dataset.sources)
         if choice.source is None and len(names) > 1:
             raise UserError("the corpus has several sources", where=folder, expected=f"source = one of {', '.join(names)}")
-        streams.append(dataset.stream(choice.source or names[0]))
+        whole = dataset.stream(choice.source or names[0])
+        parts = [whole] if choice.by is None else _languages(dataset, whole.name, choice.languages)
+        choices += [choice] * len(parts)
+        streams += parts
+        wholes += [whole.fingerprint()] * len(parts)
     for dataset in opened.values():
         if vocab_size is not None:
             dataset.check_model(vocab_size)
         if tokenizer is not None:
             dataset.check_tokenizer(tokenizer)
-    twice = [s.fingerprint() for s in streams]
-    if len(set(twice)) < len(twice):
-        name = next(s.name for s in streams if twice.count(s.fingerprint()) > 1)
-        raise UserError("a source stands in the mixture twice", value=name, expected="each once: raise its weight instead")
-    return streams
+    found = [s.fingerprint() for s in streams]
+    for stream, own, source in zip(streams, found, wholes, strict=True):
+        if found.count(own) > 1 or (own != source and source in found):
+            what, expected = "a source stands in the mixture twice", "each once: raise its weight instead"
+            raise UserError(what, value=stream.name, expected=expected)
+    return choices, streams
+
+
+def _languages(dataset: Dataset, source: str, wanted: Sequence[str] | None) -> list[ShardStream]:
+    """The streams of a source's languages: all of them, or those that are wanted."""
+    there = dataset.languages(source)
+    if unknown := next((name for name in wanted or () if name not in there), None):
+        what, expected = f"{source} has no documents of this language", ", ".join(there)
+        raise UserError(what, where=dataset.folder, value=unknown, expected=expected, nearest=nearest(unknown, there))
+    return [there[name] for name in wanted or there]
 
 
 def _lane_weights(config: MixtureConfig) -> list[Fraction]:
@@ -246,24 +262,28 @@ def _lane_weights(config: MixtureConfig) -> list[Fraction]:
     return [(1 - share) / per_row, share]
 
 
-def _lanes(config: MixtureConfig, streams: list[ShardStream], seed: int) -> list[_Lane]:
+def _lanes(config: MixtureConfig, choices: list[SourceConfig], streams: list[ShardStream], seed: int) -> list[_Lane]:
+    def lane(name: str, of: Sequence[TokenStream], length: int, per_row: int) -> _Lane:
+        return _lane(config, name, list(zip(choices, of, strict=True)), length, per_row, seed)
+
     if config.long is None:
-        return [_lane(config, "short", list(streams), config.length, 1, seed)]
+        return [lane("short", streams, config.length, 1)]
     least = config.long.min_document or config.long.length
     split = [by_length(stream, least) for stream in streams]
-    short = _lane(config, "short", [s for s, _ in split], config.length, config.long.length // config.length, seed)
-    return [short, _lane(config, "long", [s for _, s in split], config.long.length, 1, seed)]
+    short = lane("short", [s for s, _ in split], config.length, config.long.length // config.length)
+    return [short, lane("long", [s for _, s in split], config.long.length, 1)]
 
 
-def _lane(config: MixtureConfig, name: str, streams: Sequence[TokenStream], length: int, per_row: int, seed: int) -> _Lane:
+def _lane(
+    config: MixtureConfig, name: str, streams: list[tuple[SourceConfig, TokenStream]], length: int, per_row: int, seed: int
+) -> _Lane:
     """The sources that have a window of this length, weighed within their groups."""
-    chosen = [(c, Windows(s, length, f"{seed}/{name}/{s.fingerprint()}")) for c, s in zip(config.sources, streams, strict=True)]
+    chosen = [(c, Windows(s, length, f"{seed}/{name}/{s.fingerprint()}")) for c, s in streams]
     chosen = [(c, w) for c, w in chosen if w.count]
-    weights: list[Fraction] = []
-    for choice, windows in chosen:
-        group = [(c, w) for c, w in chosen if c.group == choice.group]
-        total = sum(_weight(config, c, w) for c, w in group)
-        weights.append(Fraction(str(config.shares[choice.group])) * _weight(config, choice, windows) / total)
+    within = _weights(config, chosen)
+    totals = {g: sum(w for (c, _), w in zip(chosen, within, strict=True) if c.group == g) for g in config.shares}
+    shares = {group: Fraction(str(share)) for group, share in config.shares.items()}
+    weights = [shares[c.group] * w / totals[c.group] for (c, _), w in zip(chosen, within, strict=True)]
     if missing := set(config.shares) - {c.group for c, _ in chosen}:
         long = config.long if name == "long" else None
         value = f"windows of {length} tokens" + (f", documents of {long.min_document or length} and more" if long else "")
@@ -277,9 +297,20 @@ def _lane(config: MixtureConfig, name: str, streams: Sequence[TokenStream], leng
     return _Lane(tuple(w for _, w in chosen), tuple(c for c, _ in chosen), Shares(weights, key=stable_key(seed, name)), per_row)
 
 
-def _weight(config: MixtureConfig, choice: SourceConfig, windows: Windows) -> Fraction:
-    if choice.weight is not None:
-        return Fraction(str(choice.weight))
+def _weights(config: MixtureConfig, chosen: list[tuple[SourceConfig, Windows]]) -> list[Fraction]:
+    """What each weighs in its group. Languages of a source that has a weight share it as they would share the group."""
+    sizes = [_size(config, choice, windows) for choice, windows in chosen]
+
+    def weight(choice: SourceConfig, size: Fraction) -> Fraction:
+        if choice.weight is None:
+            return size
+        of_source = sum(s for (c, _), s in zip(chosen, sizes, strict=True) if c is choice)
+        return Fraction(str(choice.weight)) * size / of_source
+
+    return [weight(choice, size) for (choice, _), size in zip(chosen, sizes, strict=True)]
+
+
+def _size(config: MixtureConfig, choice: SourceConfig, windows: Windows) -> Fraction:
     power = 1 / config.temperature.get(choice.group, 1.0)
     if power == 1:
         return Fraction(len(windows.stream))

@@ -2,7 +2,8 @@
 
 A shard holds `tokens` [N], `ends` [D] (where each document ends), and per document its content hash (`hash`, 16 bytes of
 BLAKE2b of the text), its id (`ids`, `id_ends`) and codes for `source`, `licence`, `language`, `provenance` (names in the
-header). Any safetensors reader opens it. `index.json` names the shards with their hashes; a folder without one is no corpus.
+header). Documents of one language lie together, so that each is a range of tokens. Any safetensors reader opens a shard.
+`index.json` names the shards with their hashes and the tokens of each language; a folder without one is no corpus.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ def write_shard(path: Path, documents: Sequence[tuple[Record, np.ndarray]], info
     """Write documents with their ids; returns the shard's line of the index."""
     from safetensors.numpy import save
 
+    documents = sorted(documents, key=lambda d: d[0].language)  # otherwise in the order that they came in
     tensors: dict[str, np.ndarray] = {
         "tokens": np.concatenate([ids for _, ids in documents]),
         "ends": np.cumsum([len(ids) for _, ids in documents], dtype=np.int64),
@@ -56,6 +58,7 @@ def write_shard(path: Path, documents: Sequence[tuple[Record, np.ndarray]], info
         labels[column] = sorted(set(values))
         code = {value: i for i, value in enumerate(labels[column])}
         tensors[column] = np.array([code[v] for v in values], np.uint16 if len(code) <= 1 << 16 else np.uint32)
+    lengths, languages = np.diff(tensors["ends"], prepend=0), tensors["language"]
     # One key only: the library writes several in any order, and equal documents must give equal bytes.
     about = {"format": FORMAT, "version": VERSION, "tokenizer": info.sha256, "labels": labels}
     data = save(tensors, metadata={"openling": json.dumps(about, sort_keys=True)})
@@ -66,10 +69,26 @@ def write_shard(path: Path, documents: Sequence[tuple[Record, np.ndarray]], info
         "tokens": int(tensors["ends"][-1]),
         "documents": len(documents),
         "labels": {name: sorted(labels[name]) for name in ("licence", "language")},
+        "languages": {name: int(lengths[languages == i].sum()) for i, name in enumerate(labels["language"])},
         "bytes": len(data),
         "sha256": hashlib.sha256(data).hexdigest(),
         "samples": _samples(data),
     }
+
+
+def language_ranges(path: Path, line: dict[str, Any]) -> dict[str, tuple[int, int]]:
+    """Where each language lies among the tokens of the shard at `path`, from the shard's line of the index."""
+    names, found, start = line["labels"]["language"], {}, 0
+    tokens = line.get("languages") or ({names[0]: line["tokens"]} if len(names) == 1 else {})
+    if not tokens:
+        raise UserError(
+            "the corpus was built before languages were kept apart", where=path, value=", ".join(names),
+            expected="one language, or the tokens of each in the index", next="openling data build, into a new folder",
+        )  # fmt: skip
+    for name in sorted(tokens):
+        found[name] = (start, start + tokens[name])
+        start += tokens[name]
+    return found
 
 
 def _samples(data: bytes | mmap.mmap) -> str:

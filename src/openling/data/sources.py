@@ -34,6 +34,8 @@ UNIT_BYTES = 64 << 20
 FILES_OF_A_UNIT = 10_000
 # One line longer than this is no document but a file of another kind.
 LONGEST_LINE = 1 << 30
+# "Undetermined", as ISO 639 has it.
+UNKNOWN_LANGUAGE = "und"
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Source:
     name: str
     path: str
     licence: str = "unknown"
-    language: str = "und"
+    language: str = UNKNOWN_LANGUAGE
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,7 @@ def parse_source(word: str, *, licences: dict[str, str], languages: dict[str, st
     name = name or re.sub(r"(\.\w+)+$", "", Path(path).absolute().name)
     if not re.fullmatch(r"[\w.+-]+", name):
         raise UserError("a source needs a plain name", value=name, expected="letters, digits, . + - _", next=f"NAME={path}")
-    return Source(name, str(Path(path).absolute()), licences.get(name, "unknown"), languages.get(name, "und"))
+    return Source(name, str(Path(path).absolute()), licences.get(name, "unknown"), languages.get(name, UNKNOWN_LANGUAGE))
 
 
 def kind_of(path: Path) -> Kind | None:

@@ -175,9 +175,10 @@ def _check_stage(stage: StageConfig, old: dict[str, Any], run: Path, *, followed
 
 
 def _read(stage: dict[str, Any]) -> dict[str, Any]:
-    """A stage's mixture without where corpora lie and how often they may be repeated."""
+    """A stage's mixture without where corpora lie and how often they may be repeated, and without what nobody has set."""
     mixture = dict(stage["mixture"])
-    mixture["sources"] = [{k: v for k, v in s.items() if k not in ("corpus", "repeat")} for s in mixture["sources"]]
+    sources = mixture["sources"]
+    mixture["sources"] = [{k: v for k, v in s.items() if k not in ("corpus", "repeat") and v is not None} for s in sources]
     return mixture
 
 
