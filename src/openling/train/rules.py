@@ -18,6 +18,7 @@ from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.train.checkpoint import checkpoints
 from openling.train.optim import select_names
+from openling.train.trackers import check_trackers
 from openling.weights.merge import coefficients
 
 OTHERWISE = "the same setting as before, or train into a new folder"
@@ -62,7 +63,8 @@ def check_alone(parallel: ParallelConfig, world: int) -> None:
 
 
 def check_stages(recipe: RecipeConfig, model: ModelConfig, data_ranks: int = 1) -> None:
-    """All of a recipe's stages: losses, rows of ranks, what trains, what is merged. Recipes name no teacher."""
+    """Trackers, and all of a recipe's stages: losses, rows of ranks, what trains, what is merged. Recipes name no teacher."""
+    check_trackers(recipe.trackers)
     for stage in recipe.stages:
         place = f"stages.{stage.name}."
         check_losses(stage, model, teacher=False, place=place)

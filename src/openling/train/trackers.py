@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from hashlib import sha256
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -31,7 +32,7 @@ def numbers(row: dict[str, Any]) -> dict[str, float]:
 
 class _Tensorboard:
     def __init__(self, run: Path, name: str, config: dict[str, Any]) -> None:
-        self._writer = _module("torch.utils.tensorboard", "tensorboard").SummaryWriter(str(run / "tensorboard"))
+        self._writer = import_module("torch.utils.tensorboard").SummaryWriter(str(run / "tensorboard"))
         self._writer.add_text("config", f"```\n{config}\n```")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -46,7 +47,7 @@ class _Runs:
     """trackio and wandb, which speak alike."""
 
     def __init__(self, package: str, run: Path, name: str, config: dict[str, Any]) -> None:
-        self._module = _module(package, package)
+        self._module: Any = import_module(package)
         # A run that resumes goes on under its name (trackio) or under the id of its folder (wandb).
         folder = sha256(str(run.absolute()).encode()).hexdigest()[:12]
         where = {"dir": str(run), "id": folder} if package == "wandb" else {}
@@ -60,13 +61,6 @@ class _Runs:
         self._module.finish()
 
 
-def _module(name: str, package: str) -> Any:
-    try:
-        return import_module(name)
-    except ImportError as error:
-        raise UserError("this tracker is not installed", value=package, next=f"pip install {package}") from error
-
-
 KNOWN: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
     "tensorboard": _Tensorboard,
     "trackio": lambda run, name, config: _Runs("trackio", run, name, config),
@@ -74,10 +68,18 @@ KNOWN: dict[str, Callable[[Path, str, dict[str, Any]], Tracker]] = {
 }
 
 
-def open_trackers(names: Sequence[str], run: Path, name: str, config: dict[str, Any]) -> list[Tracker]:
-    """The trackers of these names; a `UserError` for an unknown or missing one."""
+def check_trackers(names: Sequence[str]) -> None:
+    """A `UserError` for a tracker that is unknown or not installed; none is imported."""
     for wanted in names:
         if wanted not in KNOWN:
             close = nearest(wanted, KNOWN)
             raise UserError("there is no such tracker", value=wanted, expected=", ".join(KNOWN), nearest=close)
+        found = find_spec(wanted)
+        if found is None or found.origin is None:  # a plain folder of that name, as wandb writes one, has no origin
+            raise UserError("this tracker is not installed", where="trackers", value=wanted, next=f"pip install {wanted}")
+
+
+def open_trackers(names: Sequence[str], run: Path, name: str, config: dict[str, Any]) -> list[Tracker]:
+    """The trackers of these names; a `UserError` for an unknown or missing one."""
+    check_trackers(names)
     return [KNOWN[wanted](run, name, config) for wanted in names]
