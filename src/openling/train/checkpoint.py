@@ -88,7 +88,7 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, trained: dict[str, Tensor], optimizers: Optimizers, state: dict[str, Any]) -> None:
-        """Begin `step_N`; an error of the one before is raised here."""
+        """Begin `step_N`; an error of the one before is raised here, unless `wait` did."""
         self.wait()
         held = optimizers.tensors() | rng_tensors(self.ranks)
         if self.ranks.saving is None:
@@ -104,6 +104,11 @@ class Saver:
     def busy(self) -> bool:
         """Whether the last one is still being written."""
         return self._thread is not None and self._thread.is_alive()
+
+    @property
+    def failed(self) -> bool:
+        """Whether the last one could not be written: `wait` says why."""
+        return self._error is not None
 
     def wait(self) -> None:
         """Until what was begun is on the disk."""

@@ -58,6 +58,8 @@ from openling.train.trackers import Tracker
 
 # A signal that comes again within this time is one that a launcher handed on.
 ONE_SIGNAL_SECONDS = 0.5
+# Above any signal's number, among which ranks find the highest.
+NOT_WRITTEN = 1 << 10
 # The loss and its terms, as the metrics have them.
 TERMS = ("loss", "ce", "kl", "align", "z", "mtp")
 
@@ -321,7 +323,7 @@ class _Run:
             with self.display, _caught_signals() as caught, Prefetcher(self.batches, prepare=self._pinned) as source:
                 self.balance.clear()
                 stall = 0.0
-                while (stopped := self._ended(number := self.ranks.highest(caught() or 0))) is None:
+                while (stopped := self._ended(number := self._interrupted(caught() or 0))) is None:
                     row = self._advance(source)
                     self.seconds = time.monotonic() - began
                     self._tell(row | {"seconds": self.seconds, "data_seconds": source.last_wait_seconds, "save_seconds": stall})
@@ -357,6 +359,15 @@ class _Run:
         self.display.update(row)
         for tracker in self.trackers:
             tracker.log(row)
+
+    def _interrupted(self, caught: int) -> int:
+        """The signal that any rank has caught, or 0. A checkpoint that could not be written is an error now, not when the next is
+        due: what is trained until then would be lost as well.
+        """
+        number = self.ranks.highest(NOT_WRITTEN if self.saver.failed else caught)
+        if number == NOT_WRITTEN:  # by all ranks' threads, some of which may not have noticed yet
+            self.saver.wait()
+        return number
 
     def _ended(self, caught: int) -> Literal["finished", "time", "signal"] | None:
         if self.step >= self.config.total_steps:

@@ -16,6 +16,9 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from openling.weights.io import write_error
+from openling.weights.whole import write_all
+
 PLAIN_LINE_SECONDS = 10.0
 
 
@@ -50,21 +53,25 @@ class MetricsLog:
         whole.write_text("".join(kept))
         whole.replace(path)
         self.last: dict[str, Any] = json.loads(kept[-1]) if kept else {}
-        self._file = path.open("a")
+        self._path, self._file = path, os.open(path, os.O_WRONLY | os.O_APPEND)
 
     def write(self, row: dict[str, Any]) -> None:
         """Append a line; it survives the process from here on."""
         self.last = row
-        self._file.write(json.dumps({name: plain(value) for name, value in row.items()}) + "\n")
-        self._file.flush()
+        line = json.dumps({name: plain(value) for name, value in row.items()}) + "\n"
+        try:
+            write_all(self._file, memoryview(line.encode()))
+        except OSError as error:
+            resume = "free some space, then the same command with --resume"
+            raise write_error(error, self._path, kept="the last checkpoint is kept", resume=resume) from error
 
     def sync(self) -> None:
         """Make the lines survive the machine too."""
-        os.fsync(self._file.fileno())
+        os.fsync(self._file)
 
     def close(self) -> None:
         """Close the file."""
-        self._file.close()
+        os.close(self._file)
 
 
 def _clock(seconds: float) -> str:
