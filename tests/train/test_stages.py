@@ -268,6 +268,13 @@ def logged(run):
     return sum(path.read_text().count("\n") for path in run.glob("stages/*/metrics.jsonl"))
 
 
+def ready_processes():
+    """Where processes start that have what a run imports."""
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["openling.train.stages", "torch._dynamo"])
+    return processes
+
+
 def kill_somewhere(child, run, rng):
     """Before the first step or a few steps on, at any moment of one."""
     ahead = rng.randrange(8)
@@ -280,17 +287,21 @@ def kill_somewhere(child, run, rng):
     child.join()
 
 
+def assert_same_run(one, two):
+    """The same steps and, to the bit, the same weights of both stages."""
+    for stage in ("short", "long"):
+        assert rows(one, stage) == rows(two, stage)
+        here, there = (load_file(run / "models" / stage / "model.safetensors") for run in (one, two))
+        assert here.keys() == there.keys() and all(torch.equal(here[name], there[name]) for name in here)
+
+
 def test_a_run_killed_at_random_ends_with_the_same_weights(tmp_path):
     run, rng, steps = tmp_path / "killed", random.Random(1), 8 * KILLS
-    processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["openling.train.stages", "torch._dynamo"])
+    processes = ready_processes()
     for _ in range(KILLS):
         child = processes.Process(target=_child, args=(tmp_path, run, (run / "recipe.json").exists(), steps))
         child.start()
         kill_somewhere(child, run, rng)
     go(tmp_path, run, resume=(run / "recipe.json").exists(), steps=steps)
     go(tmp_path, tmp_path / "straight", steps=steps)
-    for stage in ("short", "long"):
-        assert rows(run, stage) == rows(tmp_path / "straight", stage)
-        one, two = (load_file(r / "models" / stage / "model.safetensors") for r in (run, tmp_path / "straight"))
-        assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    assert_same_run(run, tmp_path / "straight")

@@ -1,7 +1,9 @@
-"""`openling train` under torchrun: a rank that is killed, an error of one rank, a signal."""
+"""`openling train` under torchrun: ranks that are killed, an error of one rank, a signal."""
 
 import os
+import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -10,9 +12,10 @@ import psutil
 import pytest
 import torch
 import torch.distributed as dist
-from test_stages import RECIPE, recipe, rows
+from test_stages import KILLS, RECIPE, assert_same_run, kill_somewhere, ready_processes, recipe, rows
 
 from openling.config.recipe import read_recipe
+from openling.parallel.world import ending_together, join
 from openling.train.checkpoint import damage, latest_checkpoint
 from openling.train.stages import Pipeline
 
@@ -92,3 +95,43 @@ def test_killed_stopped_and_resumed_on_other_meshes(tmp_path):
         # FP32 sums in another order differ by 1e-6; AdamW's first steps have the size of the rate whatever the gradient is, so
         # gradients that are rounding alone move their weights by lr = 2e-3 either way.
         assert row["loss"] == pytest.approx(expected["loss"], rel=1e-3)
+
+
+def _rank(number, port, path, run, resume):
+    """What torchrun starts, in a process that has what it imports."""
+    os.environ |= {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+    with ending_together(join(torch.device("cpu"))):
+        go(path, run, resume=resume)
+
+
+def two_ranks(path, run):
+    """Started, to go on with what is there."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    resume = (run / "recipe.json").exists()
+    ranks = [ready_processes().Process(target=_rank, args=(n, port, path, run, resume), daemon=True) for n in range(2)]
+    for rank in ranks:
+        rank.start()
+    return ranks
+
+
+def test_ranks_killed_at_random_end_with_the_same_weights(tmp_path):
+    """One rank dies at any moment, the other goes on alone until torchrun would end it: nothing of that is seen afterwards."""
+    recipe(tmp_path)  # writes the text
+    path, run, rng = tmp_path / "two.toml", tmp_path / "killed", random.Random(2)
+    path.write_text(RECIPE.replace("batch_size = 1", "batch_size = 2").format(folder=tmp_path, steps=4 * KILLS))
+    for _ in range(KILLS):
+        first, second = rng.sample(two_ranks(path, run), 2)
+        kill_somewhere(first, run, rng)
+        second.join(rng.uniform(0, 0.3))
+        second.kill()
+        second.join()
+    for place in (run, tmp_path / "straight"):
+        ranks = two_ranks(path, place)
+        for rank in ranks:
+            rank.join(120)
+        assert [rank.exitcode for rank in ranks] == [0, 0]
+    assert_same_run(run, tmp_path / "straight")
