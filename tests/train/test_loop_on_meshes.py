@@ -8,9 +8,11 @@ All processes of a world are started once and go through every case; those of `M
 import json
 import multiprocessing
 import os
+import resource
 import shutil
 import signal
 import sys
+import time
 from collections import Counter
 from datetime import timedelta
 from pathlib import Path
@@ -135,6 +137,32 @@ class Poisoned(MemoryBatches):
         return found
 
 
+class Filling(MemoryBatches):
+    """From its twentieth batch on the last rank's files may not grow, once the first checkpoint is there."""
+
+    run = None
+
+    def batch(self, step):
+        if step == 19 and dist.get_rank() == dist.get_world_size() - 1:
+            while not (self.run / "checkpoints" / "step_10").exists():
+                time.sleep(0.01)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+        return super().batch(step)
+
+
+def full(folder):
+    """One rank's disk is full: all say so before the next checkpoint is due, and go on from the one before as if nothing were."""
+    often, Filling.run = {"steps": 30, "checkpoint_steps": 10}, folder / "full"
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with pytest.raises(UserError, match=r"no space left while writing; the previous checkpoint is kept[\s\S]*step_20\n"):
+        go(folder / "full", Axes(), Filling, **often)
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert 20 <= len(rows(folder / "full")) < 30
+    assert latest_checkpoint(folder / "full").name == "step_10"
+    go(folder / "full", Axes(), **often)
+    go(folder / "never full", Axes(), **often)
+
+
 def skip(folder):
     """What one rank cannot use is left out by all, evidence kept by each."""
     _, ranks = go(folder / "poisoned", Axes(), Poisoned, nan_word=61, max_skips=1)
@@ -207,6 +235,7 @@ def everything(rank, world, folder):
         skip(folder)
         agree(folder)
         resume(folder)
+        full(folder)
         refusals(folder)
     dist.barrier()  # nobody leaves while another still talks
     dist.destroy_process_group()
@@ -227,6 +256,7 @@ def test_every_mesh_trains_as_one_rank(world, tmp_path):
         assert_close(tmp_path / name, alone[key])
     if world == 2:
         assert_same_bits(tmp_path / "same", tmp_path / "shard")
+        assert_same_bits(tmp_path / "full", tmp_path / "never full")
         go(tmp_path / "alone")
         for name in ("other", "alone", "stages"):
             assert_close(tmp_path / name, alone["{}"])
