@@ -7,7 +7,7 @@ import pytest
 
 from openling.cli import main
 from openling.commands.train import changes, find_recipe
-from openling.config.recipe import read_recipe
+from openling.config.recipe import read_recipe, resolve
 from openling.errors import UserError
 from openling.train.rules import check_stages
 from openling.train.stages import first_config
@@ -92,6 +92,39 @@ def test_mistakes_are_told(tmp_path, old, new, told):
         small(tmp_path, SMALL.replace(old, new, 1))
     for words in told:
         assert words in str(error.value)
+
+
+def test_a_stage_s_own_mesh_and_recomputing(tmp_path):
+    parallel = '[parallel]\nexpert = 2\nrecompute = "selective"\n[[stages]]\nname = "one"\n'
+    text = SMALL.replace('[[stages]]\nname = "one"\n', parallel)
+    recipe = small(tmp_path, text, stages__two__parallel__recompute="layer", stages__two__parallel__context="4")
+    one, two = map(recipe.parallel_of, recipe.stages)
+    assert one == recipe.parallel and recipe.stages[0].parallel is None
+    assert (two.expert, two.context, two.recompute, two.gather) == (2, 4, "layer", "accumulate")
+    again = resolve(recipe.model_dump(mode="json"))  # as a run's record has it
+    assert [again.parallel_of(stage) for stage in again.stages] == [one, two]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "told"),
+    [
+        ("stages__two__parallel__recomput", "layer", "nearest: +stages.two.parallel.recompute"),
+        ("stages__two__parallel__recompute", "all", "stages.two.parallel.recompute\n.*all"),
+        ("stages__two__parallel__context", "true", "no switch"),
+        ("stages__two__parallel", "3", "no table[\\s\\S]*stages.two.parallel"),
+        ("train__parallel__context", "2", "unknown setting[\\s\\S]*train.parallel"),
+    ],
+)
+def test_mistakes_in_a_stage_s_parallel_are_told(tmp_path, name, value, told):
+    with pytest.raises(UserError, match=told):
+        small(tmp_path, **{name: value})
+
+
+def test_a_stage_s_mesh_must_go_with_the_recipe_s_gather(tmp_path):
+    text = SMALL.replace("[train]", '[parallel]\ngather = "step"\n[train]')
+    with pytest.raises(UserError, match="pipeline do not go together") as error:
+        small(tmp_path, text, stages__two__parallel__pipeline="2")
+    assert "stages.two.parallel" in str(error.value)
 
 
 @pytest.mark.parametrize("name", ["train", "model", "corpora", "sources", "stages"])

@@ -2,7 +2,7 @@
 
 [model] where training starts    [corpora.NAME] text to tokenise or a built corpus    [[sources]] what stages may read
 [train] defaults of every stage  [[stages]] name, mixture, length of the run, and whatever differs from [train]
-[parallel] how many ranks share what, and recomputing
+[parallel] how many ranks share what, and recomputing; [stages.parallel] inside of a stage, what differs there
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ class StageConfig(TrainConfig):
     yarn: YarnConfig | None = Field(None, description="null: as before")
     max_position_embeddings: int | None = Field(None, gt=0, description="null: as before, or the rows where these are longer")
     merge: MergeConfig | None = None
+    parallel: ParallelConfig | None = Field(None, description="in a file: what differs from [parallel]; null: nothing")
 
     def run(self) -> TrainConfig:
         """What the loop needs of it."""
@@ -128,6 +129,10 @@ class RecipeConfig(_Section):
     parallel: ParallelConfig = ParallelConfig()
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field((), description="who is told every step's metrics")
     seed: int = Field(0, ge=0, lt=2**63, description="of random first weights")
+
+    def parallel_of(self, stage: StageConfig) -> ParallelConfig:
+        """What ranks share in a stage, its own settings over those of the recipe."""
+        return stage.parallel or self.parallel
 
     def corpus_path(self, name: str, run: Path) -> Path:
         """Where a corpus lies: built ones in the run's folder."""
@@ -159,7 +164,7 @@ def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
     for name, corpus in data.get("corpora", {}).items():
         _known(corpus, list(CorpusConfig.model_fields), where, f"corpora.{name}")
     shared = data.get("train", {})
-    _known(shared, [k for k in stage_keys if k not in ("name", "mixture")], where, "train")
+    _known(shared, [k for k in stage_keys if k not in ("name", "mixture", "parallel")], where, "train")
     sources = data.get("sources", [])
     for i, source in enumerate(sources):
         _known(source, list(SourceConfig.model_fields), where, f"sources.{i}")
@@ -167,7 +172,8 @@ def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
             close = nearest(str(source.get("corpus")), data["corpora"])
             expected = ", ".join(data["corpora"])
             raise UserError("no such corpus", where=f"sources.{i}", value=source.get("corpus"), expected=expected, nearest=close)
-    stages = [_stage(stage, shared, sources, stage_keys, where) for stage in data.get("stages", [])]
+    tables = [_with_parallel(stage, data.get("parallel", {}), where) for stage in data.get("stages", [])]
+    stages = [_stage(stage, shared, sources, stage_keys, where) for stage in tables]
     names = [s.name for s in stages]
     if twice := [name for name in names if names.count(name) > 1]:
         place, listed = f"{where}, stages", ", ".join(names)
@@ -177,6 +183,16 @@ def resolve(data: dict[str, Any], *, where: object = None) -> RecipeConfig:
         return RecipeConfig(**rest, stages=tuple(stages))
     except ValidationError as error:
         raise _refusal(error, where, "") from error
+
+
+def _with_parallel(stage: dict[str, Any], shared: dict[str, Any], where: object) -> dict[str, Any]:
+    """A stage whose [parallel] is whole: the recipe's where it says nothing else. One without such a table stays as it is."""
+    if stage.get("parallel") is None:
+        return stage
+    place = f"stages.{stage.get('name', 'without a name')}"
+    _tables(stage, dict, ("parallel",), where, place)
+    _known(stage["parallel"], list(ParallelConfig.model_fields), where, f"{place}.parallel")
+    return stage | {"parallel": shared | stage["parallel"]}
 
 
 def _stage(stage: dict[str, Any], shared: dict[str, Any], sources: list[Any], keys: list[str], where: object) -> StageConfig:
