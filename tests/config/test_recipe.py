@@ -9,7 +9,7 @@ from openling.cli import main
 from openling.commands.train import changes, find_recipe
 from openling.config.recipe import read_recipe, resolve
 from openling.errors import UserError
-from openling.train.rules import check_stages
+from openling.train.rules import check_mesh, check_stages
 from openling.train.stages import first_config
 
 RECIPES = Path(__file__).parents[2] / "recipes"
@@ -158,12 +158,53 @@ def test_recipes_are_whole(name, capsys, monkeypatch, tmp_path):
     if name != "nano":
         assert [s.tokens for s in recipe.stages] == [8 * 10**12, 250 * 10**9, 425 * 10**9, 525 * 10**9]
         assert [s.sequence_length for s in recipe.stages] == [4096, 32768, 32768, 262144]
-        steps = {s.batch_size * s.sequence_length for s in recipe.stages}
-        assert max(steps) / min(steps) < 1.02  # one batch in tokens, as near as whole rows allow
+        assert len({s.batch_size * s.sequence_length for s in recipe.stages}) == 1  # one batch in tokens
     assert main(["train", name, "--dry-run"]) == 0
     out = capsys.readouterr().out
+    assert [len(re.findall(rf"^{s.name} ", out, re.MULTILINE)) for s in recipe.stages] == [2] * 4  # what it costs, and its mesh
     assert "FLOPs in all" in out and ("not there yet" in out) == (name != "nano")
     assert not list(tmp_path.iterdir())
+
+
+# What docs/parallel.md says of each recipe: worlds, and what is to be set there. The first is what its mesh was chosen for.
+WORLDS = [
+    *[("nano", world, {}) for world in (1,)],
+    ("mini", 8, {}),
+    ("mini", 16, {"train.accumulation": 36}),
+    ("mini", 32, {"train.accumulation": 18, "stages.cpt.accumulation": 144}),
+    ("mini", 64, {"train.accumulation": 9, "stages.cpt.accumulation": 72}),
+    *[("flash", 1024 // accumulation, {"train.accumulation": accumulation}) for accumulation in (8, 4, 2)],
+    ("flash", 64, {"train.accumulation": 16, "stages.mid3.accumulation": 32, "stages.mid3.parallel.context": 16}),
+    *[("1t", 147456 // accumulation, {"train.accumulation": accumulation}) for accumulation in (72, 144, 36)],
+]
+
+
+@pytest.mark.parametrize(("name", "world", "changed"), WORLDS)
+def test_every_stage_of_the_recipes_fits_its_ranks(name, world, changed):
+    recipe = read_recipe(RECIPES / f"{name}.toml", [(key, str(value)) for key, value in changed.items()])
+    model = first_config(recipe, folder=False)[0]
+    check_stages(recipe, model, world)
+    for stage in recipe.stages:
+        axes = check_mesh(recipe, stage, model, world)
+        assert axes.world == world and stage.sequence_length % axes.context == 0
+
+
+def test_what_ranks_cannot_share_is_told_with_its_setting(tmp_path):
+    mini = read_recipe(RECIPES / "mini.toml")
+    model = first_config(mini, folder=False)[0]
+    for world, told in (
+        (16, "rows of a part[\\s\\S]*stages.mid1.batch_size / accumulation[\\s\\S]*16 data ranks"),
+        (6, "cannot be cut so[\\s\\S]*where: +parallel.expert"),
+        (4, "as large as the world[\\s\\S]*where: +stages.mid3.parallel.context"),
+        (1, "more ranks than one[\\s\\S]*where: +parallel.expert"),
+    ):
+        with pytest.raises(UserError, match=told):
+            check_stages(mini, model, world)
+    text = SMALL.replace("steps = 5", "steps = 5\nramp = { start = 1, tokens = 64, stairs = 1 }")
+    with pytest.raises(UserError, match="smaller first batch[\\s\\S]*stages.one.ramp"):
+        check_stages(small(tmp_path, text), model, 2)
+    with pytest.raises(UserError, match="fewer parts[\\s\\S]*where: +stages.two.parallel.pipeline"):
+        check_stages(small(tmp_path, stages__two__parallel__pipeline="2"), model, 2)
 
 
 def test_the_recipe_of_the_documentation_is_one(tmp_path):

@@ -199,6 +199,7 @@ def test_what_has_begun_stays_as_it_was(tmp_path):
         ("stages.short.lr", "1e-3", "begun with another setting"),  # finished, and would be left alone
         ("stages.long.rope_theta", "3e4", "begun with another setting"),
         ("stages.long.yarn.factor", "4", "begun with another setting"),
+        ("stages.long.batch_size", "2", "begun with another setting"),
         ("stages.long.mixture.length", "32", "begun with another"),
         ("stages.short.steps", "8", "next stage has begun"),
         ("stages.short.max_seconds", "8", "next stage has begun"),

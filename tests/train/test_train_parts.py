@@ -6,7 +6,7 @@ import pytest
 import torch
 from packed_training import MIXED, Ramped, documents, hybrid, run
 
-from openling.config.train import TrainConfig
+from openling.config.train import BatchRamp, TrainConfig
 from openling.errors import Failure, UserError
 from openling.train.balance import imbalance, shifted_bias
 from openling.train.checkpoint import checkpoints
@@ -102,6 +102,14 @@ def test_batch_ramp_is_whole_parts_and_counts_tokens():
     assert c.rows(c.stairs[-1][0]) == 32
     one = TrainConfig(tokens=600, batch_size=32, accumulation=8, sequence_length=64, ramp=ramp)
     assert one.total_steps == 2
+
+
+def test_parts_of_a_batch_may_change_on_resume_unless_a_ramp_goes_by_them():
+    even = TrainConfig(steps=9, batch_size=32, accumulation=8)
+    assert even.differences(even.model_dump(mode="json") | {"accumulation": 4}) == {}
+    growing = even.model_copy(update={"ramp": BatchRamp(start=4, tokens=10**5, stairs=3)})
+    assert growing.differences(growing.model_dump(mode="json") | {"accumulation": 4}) == {"accumulation": (8, 4)}
+    assert set(even.differences(growing.model_dump(mode="json"))) == {"ramp"}
 
 
 RARE = 60

@@ -132,10 +132,14 @@ class TrainConfig(BaseModel):
         return done + -(-left // (self.batch_size * self.sequence_length))
 
     def differences(self, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
-        """Fields in which a run that resumes may not differ from `old`, with both values; a longer run is the same where no
-        learning rate depends on its end."""
+        """Fields in which a run that resumes may not differ from `old`, with both values.
+
+        A longer run is the same where no learning rate depends on its end; other parts of a batch are, but for the order of sums,
+        where none of a ramp's batches depends on them.
+        """
         defaults = {name: field.default for name, field in type(self).model_fields.items()}
         free = {*FREE_ON_RESUME, *(("steps", "tokens") if self.schedule == "constant" else ())}
+        free |= {"accumulation"} if self.ramp is None else set()
         mine = self.model_dump(mode="json")
         pairs = {name: (value, old.get(name, defaults[name])) for name, value in mine.items() if name not in free}
         return {name: both for name, both in pairs.items() if both[0] != both[1]}

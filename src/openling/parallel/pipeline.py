@@ -118,6 +118,36 @@ def loss_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def check_runs(layers: int, ranks: int, per_rank: int) -> None:
+    """A `UserError` where layers cannot be dealt to so many stages."""
+    if not ranks <= ranks * per_rank <= layers:
+        raise UserError(
+            "every stage has a layer, and every rank a stage",
+            where="stages_per_rank",
+            value=per_rank,
+            expected=f"1 to {layers // ranks} ({layers} layers over pipeline = {ranks} ranks)",
+        )
+
+
+def check_count(parts: int, ranks: int, per_rank: int) -> None:
+    """A `UserError` where the schedule cannot take so many parts of a step."""
+    rounds = max(1, parts // ranks)
+    if per_rank == 1 and parts < ranks:
+        raise UserError(
+            "a step has fewer parts than the pipeline has stages",
+            where="pipeline",
+            value=ranks,
+            expected=f"at most {parts}, or smaller parts of the batch",
+        )
+    if per_rank > 1 and parts % rounds:
+        raise UserError(
+            "interleaved stages take a step's parts in rounds of one size",
+            where="stages_per_rank",
+            value=f"{parts} parts on {ranks} ranks",
+            expected=f"a multiple of {rounds} parts, or one stage per rank",
+        )
+
+
 def cut(model: Ling, mesh: Mesh, *, per_rank: int, seq_len: int) -> list[Stage]:
     """This rank's stages, in order; everything else leaves the model.
 
@@ -125,13 +155,7 @@ def cut(model: Ling, mesh: Mesh, *, per_rank: int, seq_len: int) -> list[Stage]:
     """
     ranks, rank, layers = mesh.axes.pipeline, mesh.rank("pipeline"), model.config.num_hidden_layers
     count = ranks * per_rank
-    if not ranks <= count <= layers:
-        raise UserError(
-            "every stage has a layer, and every rank a stage",
-            where="stages_per_rank",
-            value=per_rank,
-            expected=f"1 to {layers // ranks} ({layers} layers over pipeline = {ranks} ranks)",
-        )
+    check_runs(layers, ranks, per_rank)
     runs = stage_layers(model.config, count, seq_len)
     stages = [Stage(model, runs[s], first=s == 0, last=s == count - 1) for s in range(rank, count, ranks)]
     here = {module for stage in stages for module in stage.modules()}
@@ -203,22 +227,8 @@ class Pipeline:
 
     def _tokens(self, batches: Sequence[MicroBatch]) -> int:
         """Local tokens of a micro-batch."""
-        sizes, number = sorted({batch.ids_BT.numel() for batch in batches}), len(batches)
-        rounds = max(1, number // self.ranks)
-        if len(self.stages) == 1 and number < self.ranks:
-            raise UserError(
-                "a step has fewer parts than the pipeline has stages",
-                where="pipeline",
-                value=self.ranks,
-                expected=f"at most {number}, or smaller parts of the batch",
-            )
-        if len(self.stages) > 1 and number % rounds:
-            raise UserError(
-                "interleaved stages take a step's parts in rounds of one size",
-                where="stages_per_rank",
-                value=f"{number} parts on {self.ranks} ranks",
-                expected=f"a multiple of {rounds} parts, or one stage per rank",
-            )
+        check_count(len(batches), self.ranks, len(self.stages))
+        sizes = sorted({batch.ids_BT.numel() for batch in batches})
         if len(sizes) > 1:
             raise UserError(
                 "the parts of a pipeline's step differ in size", where="pipeline", value=sizes, expected="equally many tokens"

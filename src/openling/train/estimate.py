@@ -1,4 +1,4 @@
-"""What a recipe will cost, from the recipe alone: parameters, tokens, FLOPs, memory of training, and what is not there yet."""
+"""What a recipe will cost, from the recipe alone: parameters, tokens, FLOPs, memory, meshes, and what is not there yet."""
 
 from __future__ import annotations
 
@@ -39,6 +39,7 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
             f"{stage.name:<14}{short(tokens):>10}{stage.total_steps:>15,}{stage.batch_size:>9,}{stage.sequence_length:>11,}"
             f"{short(step):>13}{stage.lr:>10.3g}{cost:>10.2g}"
         )
+    lines += ["", *meshes(recipe)]
     lines += ["", f"{flops:.3g} FLOPs in all (forward and backward, MTP included, documents as long as rows)"]
     fp8 = {stage.fp8_experts for stage in recipe.stages} - {"none"}
     lines += [
@@ -47,6 +48,18 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
     ]
     lines += [f"not there yet: {name}" for name in absent(recipe)]
     return "\n".join(lines)
+
+
+def meshes(recipe: RecipeConfig) -> list[str]:
+    """A table of what ranks share in each stage, and what backward computes again."""
+    lines = [f"{'stage':<14}{'recompute':<12}{'gather':<12}mesh"]
+    for stage in recipe.stages:
+        c = recipe.parallel_of(stage)
+        sizes = {axis: getattr(c, axis) for axis in ("pipeline", "stages_per_rank", "replicate", "context", "tensor", "expert")}
+        axes = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
+        axes.append(f"shard={'all that are left' if c.shard is None else c.shard}")
+        lines.append(f"{stage.name:<14}{c.recompute:<12}{c.gather:<12}{', '.join(axes)}")
+    return lines
 
 
 def tokens_of(stage: StageConfig) -> int:

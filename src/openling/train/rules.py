@@ -16,6 +16,8 @@ from openling.config.train import TrainConfig
 from openling.errors import UserError
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
+from openling.parallel.mesh import Axes, check, fit
+from openling.parallel.pipeline import check_count, check_runs
 from openling.train.checkpoint import checkpoints
 from openling.train.optim import select_names
 from openling.train.trackers import check_trackers
@@ -49,26 +51,55 @@ def check_parts(config: TrainConfig, data_ranks: int, *, place: str = "") -> Non
             "the rows of a part cannot be shared evenly", where=f"{place}batch_size / accumulation", value=config.part_size,
             expected=f"a multiple of {data_ranks} data ranks",
         )  # fmt: skip
+    for _, rows in config.stairs:
+        if rows % data_ranks:
+            raise UserError(
+                "the rows of a smaller first batch cannot be shared evenly", where=f"{place}ramp", value=rows,
+                expected=f"a multiple of {data_ranks} data ranks",
+            )  # fmt: skip
 
 
-def check_alone(parallel: ParallelConfig, world: int) -> None:
+def check_alone(parallel: ParallelConfig, world: int, *, place: str = "parallel") -> None:
     """A `UserError` where one process is to do what takes several."""
     for axis in ("pipeline", "replicate", "shard", "context", "tensor", "expert"):
         size = getattr(parallel, axis)
         if world == 1 and size is not None and size > 1:
             raise UserError(
-                "this takes more ranks than one", where=f"parallel.{axis}", value=size, expected="1, as in every single process",
+                "this takes more ranks than one", where=f"{place}.{axis}", value=size, expected="1, as in every single process",
                 next="torchrun --nproc-per-node N -m openling train RECIPE ... starts N",
             )  # fmt: skip
 
 
-def check_stages(recipe: RecipeConfig, model: ModelConfig, data_ranks: int = 1) -> None:
-    """Trackers, and all of a recipe's stages: losses, rows of ranks, what trains, what is merged. Recipes name no teacher."""
+def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, world: int) -> Axes:
+    """A stage's axes in such a world, `data_shard` filled in; a `UserError` with the setting that cannot be."""
+    c = recipe.parallel_of(stage)
+    place = "parallel" if stage.parallel is None else f"stages.{stage.name}.parallel"
+    check_alone(c, world, place=place)
+    try:
+        axes = fit(Axes(c.pipeline, c.replicate, c.shard or 0, c.context, c.tensor, c.expert), world)
+        check(axes, model)
+        if axes.pipeline > 1:
+            check_runs(model.num_hidden_layers, axes.pipeline, c.stages_per_rank)
+            for _, rows in (*stage.stairs, (0, stage.batch_size)):
+                check_count(max(1, rows // stage.part_size), axes.pipeline, c.stages_per_rank)
+    except UserError as error:  # which has Python's names of the axes
+        name = str(error.parts["where"]).removeprefix("data_")
+        raise UserError(error.what, **error.parts | {"where": f"{place}.{name}"}) from error
+    return axes
+
+
+def check_stages(recipe: RecipeConfig, model: ModelConfig, world: int | None = None) -> None:
+    """Trackers, and all of a recipe's stages: losses, what trains, what is merged; with a world their meshes and ranks' rows too.
+
+    Recipes name no teacher.
+    """
     check_trackers(recipe.trackers)
     for stage in recipe.stages:
         place = f"stages.{stage.name}."
         check_losses(stage, model, teacher=False, place=place)
-        check_parts(stage, data_ranks, place=place)
+        if world is not None:
+            axes = check_mesh(recipe, stage, model, world)
+            check_parts(stage, axes.data_replicate * axes.data_shard, place=place)
         if stage.trainable != ("",):
             with torch.device("meta"):
                 select_names([name for name, _ in Ling(model).named_parameters()], stage.trainable, where=f"{place}trainable")
@@ -159,7 +190,8 @@ def _check_stage(stage: StageConfig, old: dict[str, Any], run: Path, *, followed
     """One that has begun. followed: so has the next, with its weights."""
     folder, place = run / "stages" / stage.name, f"stages.{stage.name}"
     different = stage.differences(old)
-    different.pop("mixture", None)
+    for name in ("mixture", "parallel"):  # the one is looked at below, the other changes nothing that was trained
+        different.pop(name, None)
     if not (run / "models" / stage.name).exists() or (stage.steps, stage.tokens) != (old.get("steps"), old.get("tokens")):
         different.pop("merge", None)  # nothing is merged yet, or is again
     elif "merge" in different:

@@ -4,7 +4,8 @@
     RUN/stages/NAME/     a stage's training run        RUN/models/NAME/    its checkpoint, in Hugging Face's layout
 
 A stage begins with the training state of the one before: unrounded weights, optimiser moments, router biases. What it writes is
-those weights, or the mean of its last checkpoints where the recipe merges. A run that is stopped anywhere goes on with `resume`.
+those weights, or the mean of its last checkpoints where the recipe merges. It has a mesh of its own, on which the model is made
+anew and filled from that state. A run that is stopped anywhere goes on with `resume`.
 
 On several ranks, all of which see the same folder, everyone trains and the main rank does the rest: corpora, records, folders.
 """
@@ -38,12 +39,12 @@ from openling.model.families import read_config
 from openling.model.ling import Ling, first_values
 from openling.parallel.apply import Parallel, apply
 from openling.parallel.fill import fill, give_memory
-from openling.parallel.mesh import Axes, build, fit
+from openling.parallel.mesh import Mesh, build
 from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint, write_json
 from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
-from openling.train.rules import begun_stages, check_alone, check_same, check_stages, read_record
+from openling.train.rules import begun_stages, check_mesh, check_same, check_stages, read_record
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
@@ -101,23 +102,14 @@ class Pipeline:
         """Where torch.distributed is up, every rank makes one, with its own device."""
         self.recipe, self.run, self.device, self.command = recipe, run, device, command
         self.say, self.progress = say, progress
-        c = recipe.parallel
-        axes = Axes(c.pipeline, c.replicate, c.shard or 0, c.context, c.tensor, c.expert)
         self.world = dist.get_world_size() if dist.is_initialized() else 1
-        check_alone(c, self.world)
-        try:
-            fit(axes, self.world)
-        except UserError as error:  # which has Python's names of the axes
-            place = f"parallel.{str(error.parts['where']).removeprefix('data_')}"
-            raise UserError(error.what, **error.parts | {"where": place}) from error
-        self.mesh = build(axes, first_config(recipe)[0], device.type) if self.world > 1 else None
+        self.meshes = self._meshes()
         # Others may wait for hours, while a corpus is built or a folder written.
         self.group = dist.new_group(backend="gloo", timeout=timedelta(days=7)) if self.world > 1 else None
 
     def go(self, *, resume: bool = False) -> Outcome:
         """Everything that is not done yet; a stage that stops ends it."""
-        ranks = 1 if self.mesh is None else self.mesh.data_ranks
-        told(lambda: check_stages(self.recipe, first_config(self.recipe)[0], ranks), self.group)
+        told(lambda: check_stages(self.recipe, first_config(self.recipe)[0], self.world), self.group)
         with ExitStack() as stack:
             told(lambda: stack.enter_context(self._entered(resume)), self.group)
             self.tokenizer = self._tokenizer()
@@ -148,6 +140,15 @@ class Pipeline:
                     told(partial(self._write, config, stage, folder, out, before), self.group)
                 models.append(out)
         return Outcome(models, None)
+
+    def _meshes(self) -> dict[str, Mesh | None]:
+        """Each stage's mesh, by its name; stages with the same axes share one."""
+        config, _ = first_config(self.recipe)
+        wanted = {stage.name: check_mesh(self.recipe, stage, config, self.world) for stage in self.recipe.stages}
+        if self.world == 1:
+            return dict.fromkeys(wanted)
+        built = {axes: build(axes, config, self.device.type) for axes in dict.fromkeys(wanted.values())}
+        return {name: built[axes] for name, axes in wanted.items()}
 
     @contextmanager
     def _entered(self, resume: bool) -> Iterator[None]:
@@ -189,6 +190,7 @@ class Pipeline:
                 build_corpus(BuildConfig(sources, filters=corpus.filters), out, self.tokenizer, say=self.say)
 
     def _batches(self, stage: StageConfig, config: ModelConfig) -> MixtureBatches:
+        mesh = self.meshes[stage.name]
         placed = tuple(
             s.model_copy(update={"corpus": str(self.recipe.corpus_path(s.corpus, self.run))})
             if s.corpus in self.recipe.corpora
@@ -200,8 +202,8 @@ class Pipeline:
                 stage.mixture.model_copy(update={"sources": placed}),
                 rows=stage.batch_size,
                 seed=stage.seed,
-                rank=0 if self.mesh is None else self.mesh.data_rank,
-                world=1 if self.mesh is None else self.mesh.data_ranks,
+                rank=0 if mesh is None else mesh.data_rank,
+                world=1 if mesh is None else mesh.data_ranks,
                 steps=stage.total_steps,
                 ramp=stage.stairs,
                 vocab_size=config.vocab_size,
@@ -254,14 +256,14 @@ class Pipeline:
         )
         run = told(lambda: settled(stage.run(), self.device, folder), self.group)
         dtype = torch.bfloat16 if run.precision == "bf16" else None
-        c = self.recipe.parallel
+        c = self.recipe.parallel_of(stage)
         with torch.device("meta"):
             model = Ling(config)
         if c.pipeline > 1:  # whose stages are no part of the model, so that memory must be there before they are cut
             model = self._model(config, before, self.device)
         parallel = apply(
-            model, self.mesh, recomputing=c.recompute, model_dtype=dtype, gather=c.gather, stages_per_rank=c.stages_per_rank,
-            seq_len=stage.sequence_length,
+            model, self.meshes[stage.name], recomputing=c.recompute, model_dtype=dtype, gather=c.gather,
+            stages_per_rank=c.stages_per_rank, seq_len=stage.sequence_length,
         )  # fmt: skip
         if c.pipeline == 1:
             self._fill(parallel, before, self.device)
