@@ -106,8 +106,25 @@ def test_a_stage_s_own_mesh_and_recomputing(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("changed", "world", "ranks"),
+    [
+        ({}, 4, (4, 1)),
+        ({"context": 2}, 4, (2, 2)),
+        ({"rest": '"context"'}, 4, (1, 4)),
+        ({"rest": '"context"', "shard": 2, "replicate": 2}, 8, (2, 2)),
+        ({"rest": '"context"'}, 1, (1, 1)),
+    ],
+)
+def test_ranks_that_are_left(tmp_path, changed, world, ranks):
+    recipe = small(tmp_path, **{f"parallel__{name}": str(value) for name, value in changed.items()})
+    axes = check_mesh(recipe, recipe.stages[0], first_config(recipe)[0], world)
+    assert (axes.data_shard, axes.context, axes.world) == (*ranks, world)
+
+
+@pytest.mark.parametrize(
     ("name", "value", "told"),
     [
+        ("stages__two__parallel", '{"rest": "context", "context": 2}', "leave one of them out"),
         ("stages__two__parallel__recomput", "layer", "nearest: +stages.two.parallel.recompute"),
         ("stages__two__parallel__recompute", "all", "stages.two.parallel.recompute\n.*all"),
         ("stages__two__parallel__context", "true", "no switch"),
@@ -168,7 +185,7 @@ def test_recipes_are_whole(name, capsys, monkeypatch, tmp_path):
 
 # What docs/parallel.md says of each recipe: worlds, and what is to be set there. The first is what its mesh was chosen for.
 WORLDS = [
-    *[("nano", world, {}) for world in (1,)],
+    *[("nano", world, {}) for world in (1, 2, 4)],
     ("mini", 8, {}),
     ("mini", 16, {"train.accumulation": 36}),
     ("mini", 32, {"train.accumulation": 18, "stages.cpt.accumulation": 144}),

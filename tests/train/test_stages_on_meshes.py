@@ -27,7 +27,7 @@ LAST = '[[stages]]\nname = "last"\nsteps = 4\nmixture = {{ length = 32 }}\naccum
 BATCHES = [("stages.long.batch_size", "2")]
 OWN = [
     ("parallel.gather", "step"),
-    ("stages.long.parallel", '{"context": 2, "expert": 2, "recompute": "layer", "gather": "layer"}'),
+    ("stages.long.parallel", '{"rest": "context", "expert": 2, "recompute": "layer", "gather": "layer"}'),
     ("stages.last.parallel", '{"pipeline": 2, "recompute": "selective", "gather": "accumulate"}'),
 ]
 OTHER = [("stages.long.parallel", '{"tensor": 2, "recompute": "selective"}'), ("stages.long.accumulation", "2")]

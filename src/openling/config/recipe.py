@@ -85,10 +85,11 @@ class ParallelConfig(_Section):
     pipeline: int = Field(1, gt=0, description="ranks that each hold a run of layers; parts of a step are at least as many")
     stages_per_rank: int = Field(1, gt=0, description="runs of layers of a pipeline rank; more than one are interleaved")
     replicate: int = Field(1, gt=0, description="copies of the sharded model, each with other rows")
-    shard: int | None = Field(None, gt=0, description="ranks that share weights, each with other rows; null: all that are left")
+    shard: int | None = Field(None, gt=0, description="ranks that share weights, each with other rows; null: see rest")
     context: int = Field(1, gt=0, description="ranks that share every row")
     tensor: int = Field(1, gt=0, description="ranks that share every matrix product")
     expert: int = Field(1, gt=0, description="ranks that share the experts; taken from shard x context")
+    rest: Literal["shard", "context"] = Field("shard", description="which of the two takes all the ranks that are left")
     recompute: Literal["none", "layer", "selective"] = Field("none", description="what backward computes again to save memory")
     gather: Literal["layer", "accumulate", "step"] = Field(
         "accumulate",
@@ -99,7 +100,16 @@ class ParallelConfig(_Section):
     def _gathered(self) -> Self:
         if self.pipeline > 1 and self.gather != "accumulate":
             raise ValueError(f'gather = "{self.gather}" and a pipeline do not go together: its stages go by "accumulate"')
+        if self.rest == "context" and self.context > 1:
+            raise ValueError(f'rest = "context" chooses context, which is {self.context} here: leave one of them out')
         return self
+
+    def leaving(self, world: int) -> tuple[int, int]:
+        """Shard and context ranks of a world; shard is 0 where `parallel.mesh` is to take what is left."""
+        if self.rest == "shard":
+            return self.shard or 0, self.context
+        shard = self.shard or 1
+        return shard, max(1, world // (self.pipeline * self.replicate * shard * self.tensor))
 
 
 class StageConfig(TrainConfig):

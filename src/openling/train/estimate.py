@@ -55,9 +55,10 @@ def meshes(recipe: RecipeConfig) -> list[str]:
     lines = [f"{'stage':<14}{'recompute':<12}{'gather':<12}mesh"]
     for stage in recipe.stages:
         c = recipe.parallel_of(stage)
-        sizes = {axis: getattr(c, axis) for axis in ("pipeline", "stages_per_rank", "replicate", "context", "tensor", "expert")}
-        axes = [f"{axis}={size}" for axis, size in sizes.items() if size > 1]
-        axes.append(f"shard={'all that are left' if c.shard is None else c.shard}")
+        names = ("pipeline", "stages_per_rank", "replicate", "shard", "context", "tensor", "expert")
+        axes = [f"{name}={getattr(c, name)}" for name in names if (getattr(c, name) or 1) > 1]
+        if c.shard is None or c.rest == "context":
+            axes.append(f"{c.rest}=all that are left")
         lines.append(f"{stage.name:<14}{c.recompute:<12}{c.gather:<12}{', '.join(axes)}")
     return lines
 

@@ -76,7 +76,7 @@ def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, wor
     place = "parallel" if stage.parallel is None else f"stages.{stage.name}.parallel"
     check_alone(c, world, place=place)
     try:
-        axes = fit(Axes(c.pipeline, c.replicate, c.shard or 0, c.context, c.tensor, c.expert), world)
+        axes = fit(Axes(c.pipeline, c.replicate, *c.leaving(world), c.tensor, c.expert), world)
         check(axes, model)
         if axes.pipeline > 1:
             check_runs(model.num_hidden_layers, axes.pipeline, c.stages_per_rank)
