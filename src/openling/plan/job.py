@@ -162,7 +162,9 @@ def plan_training(
     search = _Search(inventory(config), fixed, world, batch_tokens, recompute, gather)
     if mesh == "auto":
         return search.best()
-    return search.given(meshes.parse_mesh(mesh, world) if isinstance(mesh, str) else mesh)
+    chosen = meshes.parse_mesh(mesh, world) if isinstance(mesh, str) else mesh
+    meshes.check_gather(chosen, gather)
+    return search.given(chosen)
 
 
 class _Search:
@@ -179,13 +181,14 @@ class _Search:
         self.tried = 0
 
     def setups(self, mesh: Mesh) -> list[Setup]:
-        """A mesh with every policy that is open; none if the batch does not divide."""
+        """A mesh with every policy that is open and that training takes; none if the batch does not divide."""
         unit = self.fixed.seq_len * mesh.data * self.fixed.micro_batch
-        batch = self.batch or max(1, round(mesh.world * TOKENS_PER_RANK / unit)) * unit
-        if batch % unit or batch < unit:
+        batch = self.batch or max(mesh.pipeline, round(mesh.world * TOKENS_PER_RANK / unit)) * unit
+        if batch % unit or batch < unit * mesh.pipeline:
             return []
         base = dataclasses.replace(self.fixed, mesh=mesh, batch_tokens=batch)
-        return [dataclasses.replace(base, recompute=p, gather=g) for p in self.policies for g in self.gathers]
+        gathers = [g for g in self.gathers if g in meshes.gathers(mesh)]
+        return [dataclasses.replace(base, recompute=p, gather=g) for p in self.policies for g in gathers]
 
     def weigh(self, setup: Setup) -> Candidate:
         """Its memory; its time too if it fits."""

@@ -158,6 +158,23 @@ def check(c: ModelConfig, mesh: Mesh, *, seq_len: int) -> None:
         )
 
 
+def gathers(mesh: Mesh) -> tuple[Gather, ...]:
+    """What training takes on the mesh: the stages of a pipeline reduce their gradients once a step."""
+    return GATHERS if mesh.pipeline == 1 else ("accumulate",)
+
+
+def check_gather(mesh: Mesh, gather: Gather | None) -> None:
+    """UserError for one that training refuses there. None: whatever fits."""
+    if gather is not None and gather not in gathers(mesh):
+        raise UserError(
+            "a pipeline keeps whole gradients through a step and nothing else",
+            where="--gather",
+            value=f"{gather} with --mesh pipeline={mesh.pipeline}",
+            expected="accumulate, or no pipeline",
+            nearest="--gather accumulate",
+        )
+
+
 def _close(value: int, allowed: list[int]) -> int:
     """The allowed degree nearest in ratio; the smaller of two equally near."""
     return min(allowed, key=lambda d: (abs(math.log(d / value)), d))

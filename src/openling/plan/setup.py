@@ -46,10 +46,18 @@ class Setup:
         return Cut(self.mesh.tensor, self.mesh.context, self.mesh.expert)
 
     def check_batch(self) -> None:
-        """UserError unless every rank gets whole micro-batches of whole sequences."""
+        """UserError unless every rank gets whole micro-batches of whole sequences, and a pipeline one for each stage."""
         unit = self.seq_len * self.mesh.data * self.micro_batch
+        if self.batch_tokens % unit == 0 and 0 < self.micro_batches < self.mesh.pipeline:
+            raise UserError(
+                "a step has fewer micro-batches than the pipeline has stages",
+                where="--batch-tokens",
+                value=f"{self.batch_tokens:,}: {self.micro_batches} micro-batches for {self.mesh.pipeline} stages",
+                expected=f"at least {self.mesh.pipeline} micro-batches, or fewer stages",
+                nearest=f"--batch-tokens {self.mesh.pipeline * unit}",
+            )
         if self.batch_tokens % unit or not self.batch_tokens:
-            whole = max(1, round(self.batch_tokens / unit))
+            whole = max(self.mesh.pipeline, round(self.batch_tokens / unit))
             raise UserError(
                 "the batch does not divide over the ranks",
                 where="--batch-tokens",

@@ -155,17 +155,11 @@ def _traffic(console: Console, plan: TrainingPlan) -> None:
 
 def _runners_up(console: Console, plan: TrainingPlan) -> None:
     console.print(f"\n[bold]Runners-up[/bold] of {plan.tried:,} setups tried")
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    table.add_column("--mesh", overflow="fold")
-    for title in ("recompute", "gather"):
-        table.add_column(title, no_wrap=True)
-    for title in ("GiB", "tokens/s", "vs best"):
-        table.add_column(title, justify="right", no_wrap=True)
     for r in plan.runners_up:
         behind = r.tokens_per_second / plan.tokens_per_second - 1
-        s = r.setup
-        table.add_row(str(s.mesh), s.recompute, s.gather, f"{r.bytes / GIB:.1f}", short(r.tokens_per_second), f"{behind:+.0%}")
-    console.print(table)
+        console.print(str(r.setup.mesh), soft_wrap=True)
+        rates = f"{r.bytes / GIB:.1f} GiB, {short(r.tokens_per_second)} tokens/s, {behind:+.0%}"
+        console.print(f"  {rates}; recompute {r.setup.recompute}, gather {r.setup.gather}", style="dim")
 
 
 def _placement(console: Console, plan: TrainingPlan) -> None:
