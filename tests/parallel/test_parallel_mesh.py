@@ -14,7 +14,8 @@ from openling.parallel.apply import apply
 from openling.parallel.mesh import Axes, check, fit
 from openling.parallel.pieces import load, pieces, save
 from openling.parallel.recompute import recompute
-from openling.parallel.table import TABLE, Run, holdings, placement, split, within
+from openling.parallel.table import Run, holdings, split, within
+from openling.plan.table import TABLE, placement
 from openling.train.objective import counts, objective, prepare
 
 
@@ -80,7 +81,7 @@ def test_no_row_is_in_vain() -> None:
     names = [name for config in (CONFIG, DENSE) for name, _ in model_of(config).named_parameters()]
     used = {id(placement(name)) for name in names}
     assert all(id(row) in used for _, row in TABLE)
-    with pytest.raises(KeyError, match=r"parallel/table\.py"):
+    with pytest.raises(KeyError, match=r"plan/table\.py"):
         placement("model.layers.0.attention_gate.weight")
 
 

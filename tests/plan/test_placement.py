@@ -1,4 +1,4 @@
-"""Meshes and placements against the real model: optimiser states of real steps, and FSDP's own shards on a fake process group."""
+"""Meshes and placements against the real model: optimiser states of real steps, and `parallel.apply` on fake ranks."""
 
 import math
 from contextlib import contextmanager
@@ -8,8 +8,8 @@ import torch
 import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from openling.config.presets import PRESETS
@@ -18,11 +18,13 @@ from openling.model import count
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
+from openling.parallel.apply import Parallel, apply
+from openling.parallel.mesh import Axes, build
 from openling.plan.devices import device
 from openling.plan.memory import memory
 from openling.plan.mesh import Mesh, check, meshes, parse_mesh
 from openling.plan.placement import inventory, is_muon
-from openling.plan.setup import Setup
+from openling.plan.setup import Setup, Stage, stages
 from openling.plan.stages import layer_costs
 
 
@@ -60,7 +62,9 @@ def test_parameters_gradients_and_adamw_states_to_the_byte(changes):
     c = preset("tiny", **changes)
     model, (adamw,) = stepped(c, lambda model: [torch.optim.AdamW(model.parameters())])
     parts = parts_of(c)
-    assert parts["master weights, FP32, sharded"] == sum(p.nbytes for p in model.parameters())
+    assert parts["master weights of matrices, FP32, sharded"] + parts["vectors and routers, FP32, on every rank"] == sum(
+        p.nbytes for p in model.parameters()
+    )
     assert parts["FP32, sharded"] == sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
     assert parts["AdamW: exp_avg, FP32"] == state_bytes(adamw, "exp_avg")
     assert parts["AdamW: exp_avg_sq, FP32"] == state_bytes(adamw, "exp_avg_sq")
@@ -94,50 +98,78 @@ def test_muon_states_to_the_byte():
 
 
 @contextmanager
-def fake_ranks(world: int):
-    """A process group of which only rank 0 exists. It is the fullest: torch gives it the first part of every dim."""
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+def fake_ranks(world: int, rank: int = 0):
+    """A process group of which only one rank exists; collectives do nothing."""
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     try:
         yield
     finally:
         dist.destroy_process_group()
 
 
-def cut_by_tensor_and_expert(model: Ling, shapes: dict[str, tuple[int, ...]]) -> None:
-    """Parameters of these shapes, as tensor and expert ranks hold them before FSDP."""
-    for prefix, module in model.named_modules():
-        for name, _ in list(module.named_parameters(recurse=False)):
-            full = f"{prefix}.{name}" if prefix else name
-            module._parameters[name] = torch.nn.Parameter(torch.empty(shapes[full], device="meta"))
-
-
-@pytest.mark.parametrize(
-    ("name", "changes", "mesh"),
-    [
-        ("tiny", {"num_experts": 0}, Mesh(shard=8)),
-        ("tiny", {}, Mesh(shard=6, tensor=2, expert=2)),
-        ("ling-2.6-1t", {"num_hidden_layers": 8}, Mesh(shard=1024, tensor=2, expert=64)),
-        ("ling-2.6-1t", {"num_hidden_layers": 8}, Mesh(shard=21, context=4, expert=4)),
-    ],
-)
-def test_shards_are_those_of_fsdp(name, changes, mesh):
-    """Every parameter, sharded by FSDP2 itself on up to 2048 ranks that do not exist; 1T as a group of 8 layers and MTP."""
-    c = read_config(PRESETS[name]() | changes)
-    tensors = [t for t in inventory(c).tensors if not t.buffer]
+def applied(c: ModelConfig, mesh: Mesh) -> Parallel:
+    """The model as training places it on this rank, on the meta device."""
+    axes = Axes(mesh.pipeline, mesh.replicate, mesh.shard, mesh.context, mesh.tensor, mesh.expert)
     with torch.device("meta"):
         model = Ling(c)
-    cut_by_tensor_and_expert(model, {t.name: t.whole(mesh) for t in tensors})
-    with fake_ranks(mesh.world):
-        dense = init_device_mesh("cpu", (mesh.fsdp, mesh.tensor), mesh_dim_names=("shard", "tensor"))["shard"]
-        sizes = (mesh.expert_fsdp, mesh.expert, mesh.tensor)
-        experts = init_device_mesh("cpu", sizes, mesh_dim_names=("shard", "expert", "tensor"))["shard"]
-        for layer in model.model.layers:
-            if hasattr(layer.mlp, "experts"):
-                fully_shard(layer.mlp.experts, mesh=experts)
-            fully_shard(layer, mesh=dense)
-        fully_shard(model, mesh=dense)
-        real = {name: tuple(p.to_local().shape) for name, p in model.named_parameters()}
-    assert real == {t.name: t.local(mesh) for t in tensors}
+    return apply(model, build(axes, c, "cpu"), model_dtype=torch.bfloat16, seq_len=4096)
+
+
+def real_places(model: Ling) -> dict[str, tuple[int, ...]]:
+    """Shapes of this rank's parts of every parameter."""
+    return {n: tuple((p.to_local() if isinstance(p, DTensor) else p).shape) for n, p in model.named_parameters()}
+
+
+def gathered_places(parallel: Parallel) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    """Whole shape and dtype of what FSDP gathers."""
+    roots = [parallel.model, *(parallel.pipeline.stages if parallel.pipeline else [])]
+    modules = {m for root in roots for m in root.modules() if isinstance(m, FSDPModule)}
+    found = {}
+    for group in filter(None, (fully_shard.state(m)._fsdp_param_group for m in modules)):
+        for one in group.fsdp_params:
+            found[one.sharded_param] = (tuple(one._orig_size), one.mp_policy.param_dtype or one.sharded_param.dtype)
+    return {n: found[p] for n, p in parallel.model.named_parameters() if p in found}
+
+
+SMALL = [
+    Mesh(shard=8),
+    Mesh(replicate=2, shard=4),
+    Mesh(replicate=4),
+    Mesh(shard=6, tensor=2, expert=2),
+    Mesh(shard=2, context=2, tensor=2, expert=4),
+    Mesh(shard=8, expert=8),
+    Mesh(replicate=2, shard=4, context=2, expert=2),
+    Mesh(tensor=2),
+    Mesh(pipeline=2, shard=4, expert=2),
+    Mesh(pipeline=4, replicate=2, tensor=2),
+    Mesh(pipeline=3),
+]
+LARGE = [Mesh(shard=2048, expert=64), Mesh(pipeline=16, shard=64, tensor=2, expert=16), Mesh(pipeline=8, shard=64, context=4)]
+
+
+@pytest.mark.parametrize(("name", "mesh"), [*(("tiny", m) for m in SMALL), *(("ling-2.6-1t", m) for m in LARGE)], ids=str)
+def test_places_are_those_that_training_makes(name, mesh):
+    """Every tensor of the whole model as `parallel.apply` itself places it; the first rank of every stage is the fullest."""
+    c = preset(name)
+    inv = inventory(c)
+    planned = stages(inv, Setup(mesh, device("h100"), 4096, 4096 * mesh.data * mesh.pipeline))
+    for stage in planned if name == "tiny" else (planned[0], planned[-1]):
+        with fake_ranks(mesh.world, stage.index * mesh.world // mesh.pipeline):
+            parallel = applied(c, mesh)
+            real, gathered = real_places(parallel.model), gathered_places(parallel)
+            buffers = {n: tuple(b.shape) for n, b in parallel.model.named_buffers()}
+        here = {t.name: t for t in inv.tensors if t.layer in stage.layers or (t.layer is None and outer(t.name, stage))}
+        assert real == {n: t.local(mesh) for n, t in here.items() if not t.buffer}
+        assert buffers == {n: t.local(mesh) for n, t in here.items() if t.buffer}
+        assert sum(map(math.prod, real.values())) == sum(b.local for b in stage.blocks.values())
+        wide = {n: torch.bfloat16 if t.layer is not None else torch.float32 for n, t in here.items()}
+        expected = {n: (t.whole(mesh), wide[n]) for n, t in here.items() if not t.apart} if mesh.all_data > 1 else {}
+        assert gathered == expected
+
+
+def outer(name: str, stage: Stage) -> bool:
+    """Whether a tensor outside the layers is planned for the stage."""
+    return ("embeddings" if "word_embeddings" in name else "head") in stage.blocks
 
 
 @pytest.mark.parametrize("name", ["ling-2.6-flash", "ling-1t", "tiny"])
@@ -150,7 +182,7 @@ def test_every_tensor_has_a_place_and_none_is_lost(name, text):
     parameters = [t for t in inv.tensors if not t.buffer]
     assert sum(math.prod(t.shape) for t in parameters) == count.total_parameters(c, mtp=True)
     for t in parameters:
-        ranks = mesh.fsdp * (mesh.tensor if t.rule.tensor_dim is not None else 1)
+        ranks = t.shards(mesh) * (mesh.tensor if t.row.tensor is not None else 1) * (mesh.expert if t.row.expert else 1)
         assert math.prod(t.local(mesh)) * ranks >= math.prod(t.shape), t.name
         # Nor does the fullest rank hold more than a full part of every cut, rounded up.
         cuts = [-(-a // b) for a, b in zip(t.shape, t.local(mesh), strict=True)]

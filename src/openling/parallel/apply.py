@@ -37,6 +37,7 @@ from openling.parallel.recompute import Recompute, recompute
 from openling.parallel.table import Held, holdings, take_parts
 from openling.parallel.tensor import split_over
 from openling.plan.mesh import Gather
+from openling.plan.table import is_apart
 
 T = TypeVar("T")
 EMBEDDINGS = "model.word_embeddings.weight"
@@ -201,7 +202,7 @@ def _shard(root: nn.Module, layers: list[nn.Module], mesh: Mesh, model_dtype: to
     """
     axes = mesh.axes
     dims = ("data_replicate", "shard") if axes.data_replicate > 1 else ("shard",)
-    apart = {p for name, p in root.named_parameters() if p.dim() == 1 or name.endswith("mlp.gate.weight")}
+    apart = {p for name, p in root.named_parameters() if is_apart(name, p.dim())}
     own = next(root.parameters()).dtype
     cast = MixedPrecisionPolicy(param_dtype=model_dtype, reduce_dtype=own if model_dtype else None, cast_forward_inputs=False)
     sharded: list[Any] = []

@@ -1,7 +1,8 @@
 """Bytes on the fullest rank of every pipeline stage, by kind.
 
 Exact: parameters, gradients, optimiser states (shapes of the real model) and what autograd keeps (`activations`). Derived from
-how FSDP2 works: gathered blocks. Estimates: temporaries of a layer's backward pass, communication buffers, reserve.
+how FSDP2 and torch.distributed.pipelining work: gathered blocks, whole gradients, buffers of a pipeline's stages. Estimates:
+temporaries of a layer's backward pass, other communication buffers, reserve.
 """
 
 from __future__ import annotations
@@ -92,15 +93,14 @@ def _stage(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> lis
 
 
 def _states(setup: Setup, stage: Stage) -> list[Part]:
-    """Weights and optimiser states, sharded over all ranks that share them; what gradients are whole through a step."""
+    """Weights and optimiser states: this rank's shards, and vectors and routers in whole."""
     blocks = list(stage.blocks.values())
-    local, buffers = sum(b.local for b in blocks), sum(b.buffers for b in blocks)
+    local, buffers, apart = (sum(getattr(b, what) for b in blocks) for what in ("local", "buffers", "apart"))
     parts = [
-        Part("parameters", "master weights, FP32, sharded", 4 * local),
+        Part("parameters", "master weights of matrices, FP32, sharded", 4 * (local - apart)),
+        Part("parameters", "vectors and routers, FP32, on every rank", 4 * apart),
         Part("parameters", "router bias, FP32, on every rank", 4 * buffers),
     ]
-    if setup.gather != "layer":
-        parts.append(Part("gradients", "FP32, whole until the step's last micro-batch", 4 * sum(b.whole for b in blocks)))
     matrices, tensors = 0, sum(b.tensors for b in blocks)
     if setup.optimizer == "muon":
         matrices = sum(b.matrices for b in blocks)
@@ -116,49 +116,68 @@ def _moments(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> l
     """When a step may be fullest: in the loss, in the first layer that goes backward, in the last.
 
     The gradients of a step's only micro-batch come into being from the first of these to the last; those of several are there
-    from the second on.
+    from the second on. Where they are kept whole, the last micro-batch reduces them; a pipeline does so behind it.
     """
     layers = [costs.of(first, setup) for first, _ in stage.kinds.values()]
-    several = setup.micro_batches > 1
-    gradients = Part("gradients", "FP32, sharded", 4 * sum(b.local for b in stage.blocks.values()))
+    several, pipeline = setup.micro_batches > 1, setup.mesh.pipeline > 1
+    whole, sharded = _gradients(setup, stage)
+    before = [whole if setup.accumulates else sharded] if several else []
     kept, loss = _kept(c, setup, stage, costs), _loss(c, setup) if stage.last else []
     passing = [
         Part("activations", "one layer, recomputed", max(layer.recomputed for layer in layers)),
         Part("activations", "temporaries of one layer's backward pass (estimate)", max(layer.passing for layer in layers)),
     ]
-    at_work = _gathered(setup, stage)
-    first = [*([gradients] if several else []), kept, *loss[-1:], *passing, *at_work, *_block_gradients(stage)]
-    one = min(layer.kept for layer in layers)
-    left = Part("activations", "kept, of the first layer", one if in_flight(setup, stage) == 1 else kept.bytes)
-    last = [gradients, left, *passing, *_gathered(setup, stage, last=True), *_block_gradients(stage)]
-    in_loss = [*([gradients] if several else []), kept, *loss, *_gathered(setup, stage, in_forward=True)]
-    return [first, last, in_loss]
+    made, reduced, shard = _block_gradients(stage)
+    first = [*before, kept, *_loss_left(c, setup, stage), *passing, *_gathered(setup, stage), made]
+    if not pipeline:
+        first += [reduced, *([shard] if setup.accumulates else [])]
+    in_loss = [*before, kept, *loss, *_gathered(setup, stage, in_forward=True)]
+    left = Part("activations", "kept, of the first layer and of other micro-batches", _left(setup, stage, costs))
+    last = [left, *passing, *_gathered(setup, stage, last=True), made]
+    found = [first, in_loss]
+    if setup.accumulates:
+        found.append([whole, *last])
+    if pipeline and setup.accumulates:
+        return [*found, [whole, reduced, *_gathered(setup, stage, last=True)]]
+    ends = Part("gradients", "of embeddings and head, FP32, whole", 4 * stage.ends if setup.shards else 0)
+    return [*found, [sharded, ends, *last, reduced]]
+
+
+def _gradients(setup: Setup, stage: Stage) -> tuple[Part, Part]:
+    """Before and after they are reduced."""
+    blocks = stage.blocks.values()
+    whole = Part("gradients", "FP32, whole until the step's last micro-batch", 4 * sum(b.whole for b in blocks))
+    return whole, Part("gradients", "FP32, sharded", 4 * sum(b.local for b in blocks))
 
 
 def _gathered(setup: Setup, stage: Stage, *, in_forward: bool = False, last: bool = False) -> list[Part]:
-    """Whole BF16 weights of the blocks at work. Embeddings, final norm and head are one block that stays.
+    """Whole weights: layers' in BF16, and those of embeddings and head, which are one block, in FP32.
 
-    One rank gathers nothing, but autocast keeps its casts of all weights to the end of forward, and autograd those of layers
-    that are not recomputed until their own backward pass.
+    A pipeline's schedule keeps what backward gathers up to the next forward pass. Where no ranks share weights nothing is
+    gathered, but autocast keeps its casts of all weights to the end of forward, and autograd those of layers that are not
+    recomputed until their own backward pass.
     """
-    ends = sum(b.whole for name, b in stage.blocks.items() if not name.startswith("layer"))
-    sizes = [b.whole for name, b in stage.blocks.items() if name.startswith("layer")]
+    sizes = [b.gathered for name, b in stage.blocks.items() if name.startswith("layer")]
     pair = max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=sizes[0])
     weights = Part("gathered weights", "BF16, the layer at work and the next", 2 * pair)
-    if setup.mesh.world == 1 and (in_forward or (setup.recompute != "layer" and not last)):
-        weights = Part("gathered weights", "BF16, casts of all layers", 2 * sum(sizes))
-    elif setup.gather == "step":
+    if not setup.shards:
+        if in_forward or (setup.recompute != "layer" and not last):
+            weights = Part("gathered weights", "BF16, casts of all layers", 2 * sum(sizes))
+        return [weights]
+    if setup.gather == "step" or (setup.mesh.pipeline > 1 and last):
         weights = Part("gathered weights", "BF16, all layers of the stage", 2 * sum(sizes))
-    return [weights, Part("gathered weights", "BF16, embeddings and head", 2 * ends)]
+    return [weights, Part("gathered weights", "FP32, embeddings and head", 4 * stage.ends)]
 
 
-def _block_gradients(stage: Stage) -> list[Part]:
-    ends = sum(b.whole for name, b in stage.blocks.items() if not name.startswith("layer"))
-    largest = max(ends, *(b.whole for name, b in stage.blocks.items() if name.startswith("layer")))
-    return [
-        Part("gathered weights", "gradients of the block at work, BF16", 2 * largest),
-        Part("gathered weights", "the same in FP32 while they are reduced", 4 * largest),
-    ]
+def _block_gradients(stage: Stage) -> tuple[Part, Part, Part]:
+    """Of the block at work: as backward makes them, a copy from which they are reduced, and the shard that comes of it."""
+    layer = max((b for name, b in stage.blocks.items() if name.startswith("layer")), key=lambda b: b.gathered)
+    copy = 4 * max(stage.ends, layer.gathered)
+    return (
+        Part("gathered weights", "gradients of the layer at work, BF16", 2 * layer.gathered),
+        Part("gathered weights", "gradients of the block at work in FP32 while they are reduced", copy),
+        Part("gradients", "FP32, sharded, of the layer at work", 4 * layer.local),
+    )
 
 
 def in_flight(setup: Setup, stage: Stage) -> int:
@@ -175,6 +194,13 @@ def _kept(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> Part
     return Part("activations", f"kept, recompute {setup.recompute}{times}", count * held + outer)
 
 
+def _left(setup: Setup, stage: Stage, costs: LayerCosts) -> int:
+    """Bytes kept when a micro-batch's backward pass reaches the stage's first layer."""
+    layers = [(costs.of(first, setup).kept, number) for first, number in stage.kinds.values()]
+    others = (in_flight(setup, stage) - 1) * sum(kept * number for kept, number in layers)
+    return others + min(kept for kept, _ in layers)
+
+
 def transient(c: ModelConfig, layer: int, setup: Setup, saved: list[Saved]) -> int:
     """Two gradients of the largest kept tensor; for experts also their outputs, one row each, and the gradients of h."""
     largest = 2 * max(s.bytes for s in saved)
@@ -185,18 +211,26 @@ def transient(c: ModelConfig, layer: int, setup: Setup, saved: list[Saved]) -> i
 
 
 def _loss(c: ModelConfig, setup: Setup) -> list[Part]:
-    """`ops.loss.head_loss`: a chunk of logits at a time, the gradients of both inputs formed in the same pass."""
+    """`ops.loss`: a chunk of logits at a time, the gradients of both inputs formed in the same pass and kept for backward."""
     tokens, vocabulary = setup.rows.total, -(-c.vocab_size // setup.mesh.tensor)
     head, heads = vocabulary * c.hidden_size, 1 + c.num_nextn_predict_layers
     return [
         Part("logits and loss", "a chunk of logits, BF16", 2 * min(LOSS_CHUNK, tokens * vocabulary)),
-        Part("logits and loss", "gradient of the LM head while it is summed, FP32", 4 * head),
+        Part("logits and loss", "the LM head in BF16", 2 * head),
         Part(
             "logits and loss",
-            "gradients of LM head and hidden states, BF16, by head",
-            2 * heads * (head + tokens * c.hidden_size),
+            "gradients of LM head, FP32, and hidden states, BF16, by head",
+            heads * (4 * head + 2 * tokens * c.hidden_size),
         ),
     ]
+
+
+def _loss_left(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:
+    """What the loss leaves to the first layer that goes backward. Of the head's gradients one is added up already."""
+    head, heads = -(-c.vocab_size // setup.mesh.tensor) * c.hidden_size, 1 + c.num_nextn_predict_layers
+    hidden, left = 2 * setup.rows.total * c.hidden_size, heads - (setup.micro_batches > 1)
+    what = "gradients of LM head, FP32, and hidden states, BF16, by head"
+    return [Part("logits and loss", what, 4 * head * left + hidden * heads)] if stage.last else []
 
 
 def _communication(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:

@@ -47,6 +47,11 @@ class Mesh:
         return self.replicate * self.shard
 
     @property
+    def all_data(self) -> int:
+        """Ranks that see different tokens: what their gradients of whole weights are summed over."""
+        return self.replicate * self.fsdp
+
+    @property
     def fsdp(self) -> int:
         """Ranks that share each weight outside the experts: context ranks need the same weights, so they shard them too."""
         return self.shard * self.context
@@ -60,12 +65,13 @@ class Mesh:
         return ",".join(f"{axis}={getattr(self, axis)}" for axis in AXES if getattr(self, axis) > 1) or "one rank"
 
     def group(self, axis: str) -> tuple[int, int]:
-        """Members of a group along an axis and the distance between neighbours' rank numbers; "fsdp" and "expert_fsdp" too."""
+        """Members of a group along an axis and the distance between neighbours' rank numbers; other names too."""
         inner = {
             "tensor": 1,
             "context": self.tensor,
             "shard": self.tensor * self.context,
             "fsdp": self.tensor,
+            "all_data": self.tensor,
             "expert": self.tensor,
         }
         inner["expert_fsdp"] = self.tensor * self.expert

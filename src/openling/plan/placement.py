@@ -1,7 +1,8 @@
-"""Where each tensor of the model lies: the model is built on meta devices, and a table says along which axis each name is cut.
+"""Where each tensor of the model lies: the model is built on meta devices, and `plan.table` says along which axis each is cut.
 
-Order of cuts: pipeline (whole layers), tensor and expert, then fully sharded along dim 0 by FSDP2. Master weights are FP32; a
-block's BF16 weights exist in whole only while it works.
+Order of cuts, as in `parallel.apply`: pipeline (whole layers), tensor and expert, then fully sharded along dim 0 by FSDP2, but
+for vectors and routers, which are whole on every rank. Master weights are FP32. Layers' matrices are gathered in BF16, embeddings
+and head in FP32: they are whole only while their block works. `tests/plan/test_placement.py` compares with `parallel.apply`.
 """
 
 from __future__ import annotations
@@ -14,38 +15,13 @@ from typing import Any
 
 import torch
 
-from openling.errors import Failure
 from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.plan.mesh import Mesh
 from openling.plan.stages import stage_layers
-
-
-@dataclass(frozen=True)
-class Rule:
-    """How tensors whose name ends like `pattern` are cut: the dim split over tensor ranks, or stacked experts."""
-
-    pattern: str
-    tensor_dim: int | None = None
-    experts: bool = False
-
+from openling.plan.table import Placement, is_apart, placement
 
 Kind = tuple[str, bool, bool]  # a layer's mixer, whether it has experts, whether it is an MTP layer
-
-# The first rule that fits counts. Rows of query_key_value are split head by head, [Q | K | V] each for itself.
-RULES = (
-    Rule(r"mlp\.experts\.(gate|up)_proj$", tensor_dim=1, experts=True),
-    Rule(r"mlp\.experts\.down_proj$", tensor_dim=2, experts=True),
-    Rule(r"(word_embeddings|lm_head)\.weight$", tensor_dim=0),
-    Rule(r"attention\.(query_key_value|g_proj|q_proj|q_b_proj|kv_b_proj)\.(weight|bias)$", tensor_dim=0),
-    Rule(r"attention\.g_norm\.weight$", tensor_dim=0),
-    Rule(r"attention\.dense\.weight$", tensor_dim=1),
-    Rule(r"mlp\.(shared_experts\.)?(gate|up)_proj\.(weight|bias)$", tensor_dim=0),
-    Rule(r"mlp\.(shared_experts\.)?down_proj\.weight$", tensor_dim=1),
-    # Whole on every tensor rank: norms, the router, MLA's down-projections, MTP's joint, biases of split outputs.
-    Rule(r"norm\.weight$|mlp\.gate\.(weight|expert_bias)$|attention\.(q_a_proj|kv_a_proj_with_mqa)\.(weight|bias)$"),
-    Rule(r"eh_proj\.weight$|attention\.dense\.bias$|mlp\.(shared_experts\.)?down_proj\.bias$"),
-)
 
 
 @dataclass(frozen=True)
@@ -56,33 +32,40 @@ class TensorInfo:
     shape: tuple[int, ...]
     buffer: bool
     layer: int | None
-    rule: Rule
+    row: Placement
+
+    @property
+    def apart(self) -> bool:
+        """Whether FSDP leaves it alone: buffers, vectors and routers."""
+        return self.buffer or is_apart(self.name, len(self.shape))
 
     def whole(self, mesh: Mesh) -> tuple[int, ...]:
         """Its shape on one rank while its block works: cut by tensor or expert only."""
         shape = list(self.shape)
-        if self.rule.experts:
+        if self.row.expert:
             shape[0] = -(-shape[0] // mesh.expert)
-        if self.rule.tensor_dim is not None:
-            shape[self.rule.tensor_dim] = -(-shape[self.rule.tensor_dim] // mesh.tensor)
+        if self.row.tensor is not None and not self.buffer:
+            shape[self.row.tensor] = -(-shape[self.row.tensor] // mesh.tensor)
         return tuple(shape)
 
     def local(self, mesh: Mesh) -> tuple[int, ...]:
-        """Its shape on the fullest rank. Buffers are not sharded."""
+        """Its shape on the fullest rank."""
         first, *rest = self.whole(mesh)
-        ranks = 1 if self.buffer else mesh.expert_fsdp if self.rule.experts else mesh.fsdp
-        return (-(-first // ranks), *rest)
+        return (-(-first // self.shards(mesh)), *rest)
+
+    def shards(self, mesh: Mesh) -> int:
+        """Over how many ranks FSDP spreads it."""
+        return 1 if self.apart else mesh.expert_fsdp if self.row.expert else mesh.fsdp
 
     def placement(self, mesh: Mesh) -> dict[str, Any]:
         """For people and `--json`: which axes cut which dim."""
         cuts: list[str] = []
-        if self.rule.experts and mesh.expert > 1:
+        if self.row.expert and mesh.expert > 1:
             cuts.append(f"expert: dim 0 / {mesh.expert}")
-        if self.rule.tensor_dim is not None and mesh.tensor > 1:
-            cuts.append(f"tensor: dim {self.rule.tensor_dim} / {mesh.tensor}")
-        sharded = mesh.expert_fsdp if self.rule.experts else mesh.fsdp
-        if sharded > 1 and not self.buffer:
-            cuts.append(f"shard: dim 0 / {sharded}")
+        if self.row.tensor is not None and mesh.tensor > 1:
+            cuts.append(f"tensor: dim {self.row.tensor} / {mesh.tensor}")
+        if self.shards(mesh) > 1:
+            cuts.append(f"shard: dim 0 / {self.shards(mesh)}")
         return {"shape": list(self.shape), "local_shape": list(self.local(mesh)), "cuts": cuts}
 
 
@@ -91,19 +74,28 @@ class Block:
     """What is gathered and freed together: a layer, the embeddings, or the final norm with the LM head. Values, not bytes."""
 
     local: int
-    whole_dense: int
-    whole_experts: int
-    local_dense: int
-    local_experts: int
+    """Of all parameters, on the fullest rank."""
+    dense: int
+    """What FSDP gathers, whole on this tensor rank; of experts those of one expert rank."""
+    experts: int
+    apart: int
+    """What FSDP leaves alone: whole on every data rank, a part of `local`."""
+    partial: int
+    """What tensor ranks hold alike and whose gradients they add up, a part of `local`."""
     buffers: int
     tensors: int
     matrices: int
     matrix_tensors: int
 
     @property
+    def gathered(self) -> int:
+        """Values that are whole on one rank while the block works only."""
+        return self.dense + self.experts
+
+    @property
     def whole(self) -> int:
-        """Values on one rank while the block works."""
-        return self.whole_dense + self.whole_experts
+        """Values on one rank while the block works; gradients, before they are reduced, are as many."""
+        return self.gathered + self.apart
 
 
 @dataclass
@@ -155,13 +147,13 @@ def block(tensors: Iterable[TensorInfo], mesh: Mesh) -> Block:
     def values(shapes: Iterable[tuple[int, ...]]) -> int:
         return sum(map(math.prod, shapes))
 
-    dense, experts = ([t for t in parameters if t.rule.experts is e] for e in (False, True))
+    sharded = [t for t in parameters if not t.apart]
     return Block(
         local=values(t.local(mesh) for t in parameters),
-        whole_dense=values(t.whole(mesh) for t in dense),
-        whole_experts=values(t.whole(mesh) for t in experts),
-        local_dense=values(t.local(mesh) for t in dense),
-        local_experts=values(t.local(mesh) for t in experts),
+        dense=values(t.whole(mesh) for t in sharded if not t.row.expert),
+        experts=values(t.whole(mesh) for t in sharded if t.row.expert),
+        apart=values(t.local(mesh) for t in parameters if t.apart),
+        partial=values(t.local(mesh) for t in parameters if t.row.partial),
         buffers=values(t.shape for t in found if t.buffer),
         tensors=len(parameters),
         matrices=values(t.local(mesh) for t in parameters if is_muon(t)),
@@ -182,8 +174,5 @@ def inventory(c: ModelConfig) -> Inventory:
     named = [(n, t, False) for n, t in model.named_parameters()] + [(n, t, True) for n, t in model.named_buffers()]
     for name, tensor, buffer in named:
         found = re.match(r"model\.layers\.(\d+)\.", name)
-        rule = next((r for r in RULES if re.search(r.pattern, name)), None)
-        if rule is None:
-            raise Failure("the table of cuts has no row for a tensor", where="plan/placement.py", value=name, expected="a rule")
-        tensors.append(TensorInfo(name, tuple(tensor.shape), buffer, int(found[1]) if found else None, rule))
+        tensors.append(TensorInfo(name, tuple(tensor.shape), buffer, int(found[1]) if found else None, placement(name)))
     return Inventory(c, tensors)

@@ -36,6 +36,16 @@ class Setup:
         return self.batch_tokens // (self.seq_len * self.mesh.data * self.micro_batch)
 
     @property
+    def shards(self) -> bool:
+        """Whether FSDP is there: ranks with other tokens share or copy the weights."""
+        return self.mesh.all_data > 1
+
+    @property
+    def accumulates(self) -> bool:
+        """Whether gradients are whole through a step, in FP32. A step's only micro-batch reduces its own."""
+        return self.shards and self.gather != "layer" and self.micro_batches > 1
+
+    @property
     def rows(self) -> Rows:
         """A micro-batch on one rank."""
         return Rows(self.micro_batch, self.seq_len // self.mesh.context)
@@ -82,6 +92,11 @@ class Stage:
     last: bool
     kinds: dict[Kind, tuple[int, int]]  # of each kind of layer: the first, and how many there are
     like: int  # the first stage that holds the same: only its micro-batches in flight are more
+
+    @property
+    def ends(self) -> int:
+        """Whole values of embeddings and head, as far as the stage has them."""
+        return sum(b.gathered for name, b in self.blocks.items() if not name.startswith("layer"))
 
 
 def stages(inv: Inventory, setup: Setup) -> list[Stage]:

@@ -90,22 +90,40 @@ class _Flows:
             return
         received = whole if collective == "send" else whole * (size - 1) / size * (2 if collective == "all-reduce" else 1)
         one = seconds(self.setup.device, self.mesh, axis, collective, whole)
-        name = {"fsdp": "shard x context" if self.mesh.context > 1 else "shard", "expert_fsdp": "shard of experts"}.get(
-            axis, axis
-        )
+        name = {
+            "fsdp": "shard x context" if self.mesh.context > 1 else "shard",
+            "expert_fsdp": "shard of experts",
+            "all_data": "data ranks",
+        }.get(axis, axis)
         calls *= self.number
         self.found.append(Flow(name, collective, what, received, calls, one * calls, when, self.kind))
 
     def weights(self, name: str, one: Block) -> None:
-        """Gathering weights, for forward and for backward (embeddings and head stay between them), and reducing gradients."""
-        m, gather = self.setup.micro_batches, self.setup.gather
-        for axis, whole in (("fsdp", one.whole_dense), ("expert_fsdp", one.whole_experts)):
+        """Gathering weights and reducing gradients, of each layer or of the embeddings or head."""
+        layers = name == "layers"
+        value, dtype = (2, "BF16") if layers else (4, "FP32")
+        gathers, gathered = self.gathers(layers=layers)
+        reduces, reduced = (self.setup.micro_batches, HIDDEN) if self.setup.gather == "layer" else (1, ONCE)
+        for axis, whole in (("fsdp", one.dense), ("expert_fsdp", one.experts)):
             what = "experts" if axis == "expert_fsdp" else name
-            gathers, gathered = (1, ONCE) if gather == "step" else ((2 if name == "layers" else 1) * m, HIDDEN)
-            reduces, reduced = (m, HIDDEN) if gather == "layer" else (1, ONCE)
-            self.add(axis, "all-gather", f"weights of {what}, BF16", 2 * whole, gathers, gathered)
+            self.add(axis, "all-gather", f"weights of {what}, {dtype}", value * whole, gathers, gathered)
             self.add(axis, "reduce-scatter", f"gradients of {what}, FP32", 4 * whole, reduces, reduced)
-        self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * one.local, 1, "once")
+        self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * (one.local - one.apart), 1, ONCE)
+        self.add("all_data", "all-reduce", "gradients of vectors and routers, FP32", 4 * one.apart, 1, ONCE)
+        self.add("tensor", "all-reduce", "gradients of what tensor ranks hold alike, FP32", 4 * one.partial, 1, ONCE)
+
+    def gathers(self, *, layers: bool) -> tuple[int, When]:
+        """How often a step gathers a block's weights: for forward and backward, but embeddings and head stay between them.
+
+        A pipeline's schedule (torch.distributed.pipelining) keeps weights after backward. So a forward pass that follows one, or
+        another backward pass, finds them: with one forward, one backward m + 1 gathers are left, and one of embeddings and head.
+        """
+        m, pipeline = self.setup.micro_batches, self.mesh.pipeline
+        if self.setup.gather == "step" or (pipeline > 1 and not layers):
+            return 1, ONCE
+        if pipeline > 1:
+            return m + 1, HIDDEN
+        return (2 if layers else 1) * m, HIDDEN
 
     def layer(self, c: ModelConfig, layer: int) -> None:
         """Calls in the middle of a layer, of all micro-batches."""
