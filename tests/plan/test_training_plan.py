@@ -200,8 +200,8 @@ class Part:
 
 
 @pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_pipeline_sends_as_planned(index, monkeypatch):
-    """Five micro-batches of a real stage of three, its neighbours fake: FSDP's traffic."""
+def test_a_pipeline_sends_and_keeps_buffers_as_planned(index, monkeypatch):
+    """Five micro-batches of a real stage of three, its neighbours fake: FSDP's traffic, and buffers of what is received."""
 
     def told(schedule, stages, has_backward, done):
         """The stages' vote, which fake neighbours cannot take part in: shapes are told, not tried out."""
@@ -221,7 +221,13 @@ def test_a_pipeline_sends_as_planned(index, monkeypatch):
             with torch.autocast("cpu", torch.bfloat16):
                 batches = [Part(torch.zeros(1, 64, dtype=torch.long)) for _ in range(5)]
                 pipeline.step(batches, lambda number, h: (parallel.model.lm_head(h).float().sum(), torch.zeros(1)), 1)
+        real = pipeline._known[1]._stage
+        received = [r for table in (real.args_recv_info, real.grad_recv_info) for infos in table.values() for r in infos]
+        buffers = sum(r.buffer.nbytes for r in received if r.buffer is not None)
     assert found.bytes == planned_buffers(c, job, stage)
+    parts = {p.what: p.bytes for p in memory(inventory(c), job)[index].parts}
+    # Off the GPU the residual stream is FP32: twice the bytes.
+    assert buffers == 2 * parts["buffers of all micro-batches from neighbour stages, BF16"]
 
 
 def test_context_ranks_exchange_states_and_latents():

@@ -234,7 +234,12 @@ def _loss_left(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:
 
 
 def _communication(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:
-    """Buffers of what is in transit (estimate)."""
+    """Buffers of what is in transit.
+
+    torch.distributed.pipelining has a buffer for every micro-batch of a step on each side that a stage receives from, hidden
+    states from the stage before and gradients from the next (`PipelineStage._setup_forward_recv_info`, `_create_grad_recv_info`
+    of torch 2.11 and 2.13), and keeps what a stage has sent until its backward pass.
+    """
     mesh, rows = setup.mesh, setup.rows
     hidden = 2 * rows.total * c.hidden_size
     parts = []
@@ -246,5 +251,9 @@ def _communication(c: ModelConfig, setup: Setup, stage: Stage) -> list[Part]:
         states = c.num_attention_heads // mesh.tensor * c.head_dim**2 * 4 * rows.sequences
         parts.append(Part("communication", "Lightning states of all context ranks, FP32", 2 * mesh.context * states))
     if mesh.pipeline > 1:
-        parts.append(Part("communication", "hidden states to and from neighbour stages, BF16", 4 * hidden))
+        sides = (stage.index > 0) + (not stage.last)
+        size = sides * setup.micro_batches * hidden
+        parts.append(Part("communication", "buffers of all micro-batches from neighbour stages, BF16", size))
+        size = hidden * (in_flight(setup, stage) * (not stage.last) + (stage.index > 0))
+        parts.append(Part("communication", "hidden states and gradients to neighbour stages, BF16", size))
     return parts
