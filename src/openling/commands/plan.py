@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 
 from rich.console import Console
 
+from openling.commands.gpus import add_rates, planned_device, planned_reserve
 from openling.errors import UserError
 from openling.migrate import plan as migration
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.plan.activations import POLICIES
-from openling.plan.devices import DEVICES, GIB, Device, device
+from openling.plan.devices import DEVICES, Device
 from openling.plan.mesh import GATHERS, OPTIMIZERS
 
 if TYPE_CHECKING:
@@ -40,23 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     job.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="whose states are kept")
     job.add_argument("--reserve", type=float, metavar="GIB", help="memory left for what is not counted")
     job.add_argument("--no-placement", action="store_true", help="leave out the table of tensors")
-    rates = parser.add_argument_group("rates of the GPU, instead of the table's")
-    for flag, (_, unit, text) in RATES.items():
-        rates.add_argument(flag, type=float, metavar=unit, help=text)
+    add_rates(parser)
     budget = parser.add_argument_group("size of a new model")
     budget.add_argument("--budget", type=float, metavar="FLOPS", help="what the scaling laws advise for so many training FLOPs")
-
-
-# flag: (field of Device, unit, what it is)
-RATES = {
-    "--peak-flops": ("peak", "TFLOPS", "printed BF16 peak, which MFU is a share of"),
-    "--matmul-flops": ("matmul", "TFLOPS", "sustained rate of matrix products"),
-    "--memory-bandwidth": ("bandwidth", "TB/S", "sustained rate of memory"),
-    "--nvlink-bandwidth": ("nvlink", "GB/S", "one direction, inside a node"),
-    "--network-bandwidth": ("network", "GB/S", "one direction per GPU, between nodes"),
-    "--gpus-per-node": ("node", "N", "GPUs that NVLink joins"),
-}
-SCALES = {"TFLOPS": 1e12, "TB/S": 1e12, "GB/S": 1e9, "N": 1}
 
 
 def run(args: argparse.Namespace) -> int:
@@ -82,13 +69,11 @@ def _job(args: argparse.Namespace) -> int:
         raise UserError("with --world the axes stand in --mesh", where=", ".join("--" + n for n in given), expected="--mesh")
     if args.source is not None:
         raise UserError("a training job has no teacher to compare with", where="--source", expected="no --source with --world")
-    gpu = device(args.device).replace(**_rates(args))
-    if args.reserve is not None and not 0 <= args.reserve < float("inf"):
-        raise UserError("this reserve is no size", where="--reserve", value=args.reserve, expected="a number of GiB, 0 or more")
+    gpu, reserve = planned_device(args, args.device, "--device"), planned_reserve(args)
     config = read_config(migration.load_config(args.model))
     searching = f"Searching meshes of {args.world:,} GPUs ..." if args.mesh == "auto" else "Planning ..."
     with Console(stderr=True).status(searching):  # on a terminal only
-        plan = _plan(args, config, gpu)
+        plan = _plan(args, config, gpu, reserve)
     if args.json:
         print(json.dumps({"model": args.model, **plan.as_dict()}, indent=2))
     else:
@@ -96,7 +81,7 @@ def _job(args: argparse.Namespace) -> int:
     return 0
 
 
-def _plan(args: argparse.Namespace, config: ModelConfig, gpu: Device) -> TrainingPlan:
+def _plan(args: argparse.Namespace, config: ModelConfig, gpu: Device, reserve: int | None) -> TrainingPlan:
     from openling.plan.job import plan_training
 
     return plan_training(
@@ -110,24 +95,8 @@ def _plan(args: argparse.Namespace, config: ModelConfig, gpu: Device) -> Trainin
         recompute=None if args.recompute == "auto" else args.recompute,
         gather=None if args.gather == "auto" else args.gather,
         optimizer=args.optimizer,
-        reserve=None if args.reserve is None else int(args.reserve * GIB),
+        reserve=reserve,
     )
-
-
-def _rates(args: argparse.Namespace) -> dict[str, float | int | None]:
-    """The fields of `Device` that flags override."""
-    found: dict[str, float | int | None] = {}
-    for flag, (field, unit, _) in RATES.items():
-        value = getattr(args, flag[2:].replace("-", "_"))
-        if value is not None and not 0 < value < float("inf"):
-            raise UserError("a rate has to be positive", where=flag, value=value, expected=f"a number of {unit}")
-        found[field] = None if value is None else value * SCALES[unit]
-    found["node"] = None if found["node"] is None else int(found["node"])
-    if args.gpu_memory is not None:
-        if not 0 < args.gpu_memory < float("inf"):
-            raise UserError("a memory has to be positive", where="--gpu-memory", value=args.gpu_memory, expected="a number of GB")
-        found["memory"] = int(args.gpu_memory * 1e9)
-    return found
 
 
 def _budget(args: argparse.Namespace) -> int:

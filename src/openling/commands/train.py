@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from openling.commands import train_plan
 from openling.errors import Failure, UserError, nearest
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ EXAMPLES = """examples:
   openling train mine.toml --out runs/mine --set train.lr=3e-4 --set stages.cpt.tokens=1e9
   openling train mine.toml --out runs/mine --resume
   openling train flash --dry-run                             # every setting, and what it costs
+  openling train flash --dry-run --world 128                 # and what every rank of 128 would hold, send and compute
   torchrun --nproc-per-node 8 -m openling train mine.toml --out runs/mine --parallel.expert 8    # one machine's GPUs
 
 Any setting of the recipe can be set, as --set section.field=value or --section.field value; stages by name.
@@ -37,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--resume", action="store_true", help="continue the run in FOLDER")
     parser.add_argument("--dry-run", action="store_true", help="print every setting and the estimate, and stop")
     parser.add_argument("--quiet", action="store_true", help="no line per step")
+    train_plan.add_arguments(parser)
     parser.set_defaults(takes_overrides=True)
 
 
@@ -49,9 +52,14 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         from openling.train.estimate import estimate
 
+        plans = train_plan.plan_stages(recipe, args)
         print(json.dumps(recipe.model_dump(mode="json"), indent=2))
         print(estimate(recipe, out))
+        if plans:
+            train_plan.show_plans(recipe, plans, placement=not args.no_placement)
         return 0
+    if args.world is not None:
+        raise UserError("ranks are planned, not started", where="--world", value=args.world, expected="--dry-run with it")
     from openling.model.device import pick_device
     from openling.parallel import world as ranks
 

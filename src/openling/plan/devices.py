@@ -90,10 +90,10 @@ DEVICES = {
 }
 
 
-def device(name: str) -> Device:
-    """A device of the table; UserError for an unknown name."""
+def device(name: str, flag: str = "--device") -> Device:
+    """A device of the table; UserError for an unknown name. flag: where it was named."""
     if name.lower() not in DEVICES:
         raise UserError(
-            "no such device", where="--device", value=name, expected=", ".join(DEVICES), nearest=nearest(name.lower(), DEVICES)
+            "no such device", where=flag, value=name, expected=", ".join(DEVICES), nearest=nearest(name.lower(), DEVICES)
         )
     return DEVICES[name.lower()]

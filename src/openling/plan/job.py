@@ -167,6 +167,14 @@ def plan_training(
     return search.given(chosen)
 
 
+class TooLarge(UserError):
+    """A job that does not fit: the setup that needs least, and the nearest that fits, if one does."""
+
+    def __init__(self, what: str, least: Setup, better: Setup | None, **parts: object) -> None:
+        super().__init__(what, **parts)
+        self.least, self.better = least, better
+
+
 class _Search:
     """Weighs meshes for one model, device and batch."""
 
@@ -243,36 +251,36 @@ class _Search:
             return self.plan(fitting[0].setup, [])
         raise self.refusal(mesh, min(found, key=lambda x: x.bytes))
 
-    def refusal(self, mesh: Mesh, least: Candidate) -> UserError:
-        """What is too large, and the nearest setup that fits: first other policies on this mesh, then other meshes."""
+    def refusal(self, mesh: Mesh, least: Candidate) -> TooLarge:
+        """What is too large, and the nearest setup that fits."""
         s = least.setup
         what = f"this job does not fit: the fullest rank needs {_gib(least.bytes)} of {_gib(s.device.memory)}"
         largest = f"largest part: {self._largest(s)}"
-        free = _Search(self.inv, self.fixed, self.world, self.batch, None, None)
-        for setup in sorted(free.setups(mesh), key=lambda x: (POLICIES.index(x.recompute), x.gather != s.gather)):
-            if free.weigh(setup).fits:
-                flags = {"--recompute": (s.recompute, setup.recompute), "--gather": (s.gather, setup.gather)}
-                changed = {flag: pair for flag, pair in flags.items() if pair[0] != pair[1]}
-                return UserError(
-                    what,
-                    where=", ".join(changed),
-                    value=", ".join(old for old, _ in changed.values()),
-                    expected=largest,
-                    nearest=" ".join(f"{flag} {new}" for flag, (_, new) in changed.items()),
-                )
-        other = free.nearest(mesh)
-        if other is None:
-            return UserError(
-                what, where="--world", value=f"{self.world:,} ({mesh})", expected=largest, next="more ranks, or --device h200"
-            )
-        changed_axes = [axis for axis in AXES if getattr(mesh, axis) != getattr(other.mesh, axis)]
-        return UserError(
-            what,
-            where="--mesh " + ", ".join(changed_axes),
-            value=", ".join(f"{axis}={getattr(mesh, axis)}" for axis in changed_axes),
-            expected=largest,
-            nearest=f"--mesh {other.mesh} (recompute {other.recompute}, gather {other.gather})",
-        )
+        better = self.better(mesh, s)
+        if better is None:
+            where, value = "--world", f"{self.world:,} ({mesh})"
+            return TooLarge(what, s, None, where=where, value=value, expected=largest, next="more ranks, or --device h200")
+        if better.mesh == mesh:
+            flags = {f"--{name.replace('_', '-')}": name for name in ("recompute", "gather", "micro_batch")}
+            changed = [flag for flag, name in flags.items() if getattr(s, name) != getattr(better, name)]
+            where, value = ", ".join(changed), ", ".join(str(getattr(s, flags[flag])) for flag in changed)
+            nearest = " ".join(f"{flag} {getattr(better, flags[flag])}" for flag in changed)
+            return TooLarge(what, s, better, where=where, value=value, expected=largest, nearest=nearest)
+        axes = [axis for axis in AXES if getattr(mesh, axis) != getattr(better.mesh, axis)]
+        policies = f"recompute {better.recompute}, gather {better.gather}"
+        policies += f", micro-batch {better.micro_batch}" * (better.micro_batch != s.micro_batch)
+        where, value = "--mesh " + ", ".join(axes), ", ".join(f"{axis}={getattr(mesh, axis)}" for axis in axes)
+        return TooLarge(what, s, better, where=where, value=value, expected=largest, nearest=f"--mesh {better.mesh} ({policies})")
+
+    def better(self, mesh: Mesh, least: Setup) -> Setup | None:
+        """The nearest setup that fits: other policies on this mesh, then smaller micro-batches, then other meshes."""
+        free = self
+        for micro in reversed(meshes.divisors(self.fixed.micro_batch)):
+            free = _Search(self.inv, dataclasses.replace(self.fixed, micro_batch=micro), self.world, self.batch, None, None)
+            for setup in sorted(free.setups(mesh), key=lambda x: (POLICIES.index(x.recompute), x.gather != least.gather)):
+                if free.weigh(setup).fits:
+                    return setup
+        return free.nearest(mesh)
 
     def nearest(self, mesh: Mesh) -> Setup | None:
         """The setup that fits on the mesh with the fewest changes; of those alike, the fastest."""

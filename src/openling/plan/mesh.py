@@ -126,7 +126,7 @@ def problems(c: ModelConfig, mesh: Mesh, *, seq_len: int) -> list[Problem]:
     def divides(axis: str, number: int, what: str) -> None:
         degree = getattr(mesh, axis)
         if number % degree:
-            found.append(Problem(axis, degree, f"a divisor of {what} = {number:,}", _close(degree, _divisors(number, number))))
+            found.append(Problem(axis, degree, f"a divisor of {what} = {number:,}", _close(degree, divisors(number, number))))
 
     divides("tensor", c.num_attention_heads, "num_attention_heads")
     kinds = {*c.layer_kinds, *([c.mtp_layer_kind] if c.num_nextn_predict_layers else [])}
@@ -189,21 +189,21 @@ def _close(value: int, allowed: list[int]) -> int:
 def meshes(c: ModelConfig, world: int, *, seq_len: int, node: int) -> list[Mesh]:
     """Every mesh of `world` ranks that divides the model and keeps tensor parallelism inside a node."""
     found = []
-    for pipeline in _divisors(world, c.num_hidden_layers):
-        for tensor in _divisors(world // pipeline, node):
-            for context in _divisors(world // pipeline // tensor, max(1, seq_len // 4096)):
+    for pipeline in divisors(world, c.num_hidden_layers):
+        for tensor in divisors(world // pipeline, node):
+            for context in divisors(world // pipeline // tensor, max(1, seq_len // 4096)):
                 data = world // pipeline // tensor // context
-                for replicate in _divisors(data, data):
+                for replicate in divisors(data, data):
                     base = Mesh(pipeline, replicate, data // replicate, context, tensor)
-                    for expert in _divisors(math.gcd(base.fsdp, c.num_experts), c.num_experts) if c.moe_layers else [1]:
+                    for expert in divisors(math.gcd(base.fsdp, c.num_experts), c.num_experts) if c.moe_layers else [1]:
                         found.append(dataclasses.replace(base, expert=expert))
     return [mesh for mesh in found if not problems(c, mesh, seq_len=seq_len)]
 
 
-def _divisors(number: int, most: int) -> list[int]:
+def divisors(number: int, most: int | None = None) -> list[int]:
     """Rising, none above `most`."""
     small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    return sorted(d for d in {*small, *(number // d for d in small)} if d <= most)
+    return sorted(d for d in {*small, *(number // d for d in small)} if most is None or d <= most)
 
 
 def distance(a: Mesh, b: Mesh) -> float:

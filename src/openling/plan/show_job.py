@@ -1,4 +1,4 @@
-"""`openling plan MODEL --world N` on a terminal, for a reader who has never laid out a training job."""
+"""A planned job on a terminal, for a reader who has never laid one out: of `openling plan` and `openling train --dry-run`."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ ADVICE = {
     "expert all-to-all": "rows sent to experts: keep expert within a node, or raise --network-bandwidth",
     "tensor collectives": "collectives inside layers: lower tensor",
     "context collectives": "states and latents between context ranks: lower context",
-    "weights and gradients": "gathering and reducing weights: --gather step, larger micro-batches or more stages",
-    "pipeline bubble": "idle stages: more micro-batches (--batch-tokens) or fewer stages",
+    "weights and gradients": "gathering and reducing weights: gather step, larger micro-batches or more stages",
+    "pipeline bubble": "idle stages: more micro-batches in a step, or fewer stages",
     "optimiser": "the optimiser's own pass over its states: larger batches make it rarer",
 }
 
@@ -63,7 +63,7 @@ def _heading(console: Console, plan: TrainingPlan, name: str) -> None:
             table.add_row(axis, f"[bold]{degree:,}[/bold]", text)
     if s.mesh.world == 1:
         table.add_row("mesh", "[bold]1[/bold]", "one rank")
-    table.add_row("", "", f"--mesh {s.mesh}" if s.mesh.world > 1 else "")
+    table.add_row("", "", f"mesh {s.mesh}" if s.mesh.world > 1 else "")
     table.add_row()
     sequences = s.batch_tokens // s.seq_len
     table.add_row("batch", "", f"{short(s.batch_tokens)} tokens per step: {sequences:,} sequences of {s.seq_len:,}")
@@ -104,7 +104,7 @@ def _memory(console: Console, plan: TrainingPlan) -> None:
     if s.mesh.pipeline > 1:
         console.print("Every stage: " + ", ".join(f"{m.total / GIB:.1f}" for m in plan.memory))
     others = "   ".join(f"{policy} {gib(total)}" for policy, total in plan.policies.items())
-    console.print(f"The same by --recompute: {others}")
+    console.print(f"The same by recompute: {others}")
 
 
 def _time(console: Console, plan: TrainingPlan) -> None:
