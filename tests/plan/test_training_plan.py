@@ -1,19 +1,10 @@
-"""Predicted times against measured ones, traffic against sums by hand, refusals, the search, and what is printed."""
+"""Predicted times and memory against measured ones, refusals, the search, and what is printed."""
 
 import json
 import math
-import warnings
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
-import torch.distributed as dist
-from torch.distributed.pipelining import Schedule1F1B
-from torch.distributed.pipelining._utils import InferenceMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from openling.cli import main
 from openling.config.presets import PRESETS
@@ -21,19 +12,13 @@ from openling.errors import UserError
 from openling.model import count
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
-from openling.model.ling import Ling
-from openling.ops.loss import head_loss
-from openling.parallel.apply import apply
-from openling.parallel.mesh import Axes, build
 from openling.plan.activations import POLICIES
 from openling.plan.devices import DEVICES, GIB, device
 from openling.plan.job import plan_training
-from openling.plan.memory import memory
 from openling.plan.mesh import GATHERS, Mesh, parse_mesh
 from openling.plan.placement import inventory
 from openling.plan.roofline import layer_seconds, predict
-from openling.plan.setup import Setup, Stage, stages
-from openling.plan.traffic import seconds, traffic
+from openling.plan.setup import Setup
 
 RESULTS = Path(__file__).parents[2] / "benchmarks/results"
 MEASURED = RESULTS / "kernels/nvidia-h100.json"
@@ -108,159 +93,6 @@ def test_recomputation_adds_a_third_of_the_products():
     assert layer["matrix products"] == pytest.approx(none["matrix products"] * 4 / 3)
     assert selective["matrix products"] == none["matrix products"]
     assert selective["experts"] == layer["experts"] == pytest.approx(none["experts"] * 4 / 3)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Traffic
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def flows(c: ModelConfig, job: Setup) -> dict[str, float]:
-    found: dict[str, float] = {}
-    for f in traffic(c, job, stages(inventory(c), job)[0]):
-        found[f"{f.axis}: {f.what}"] = found.get(f"{f.axis}: {f.what}", 0.0) + f.bytes * f.calls
-    return found
-
-
-def test_bytes_by_hand():
-    """Tiny model, 4 shards and 2 tensor ranks; 8 experts over 2 ranks, two micro-batches of 64 tokens."""
-    c, mesh = preset("tiny", num_nextn_predict_layers=0, n_group=1, topk_group=1), Mesh(shard=4, tensor=2, expert=2)
-    found = flows(c, setup(mesh, seq_len=64, batches=2, recompute="none"))
-    experts = 7 * 8 * 3 * 64 * 32 // 2 // 2  # values of all seven expert layers on an expert and tensor rank
-    assert found["shard of experts: weights of experts, BF16"] == 2 * experts * (1 / 2) * 2 * 2  # bytes, (g-1)/g, passes, m
-    assert found["shard of experts: gradients of experts, FP32"] == 4 * experts * (1 / 2) * 2
-    # 2 of 8 experts: both ranks with chance 1/2, so 1.5 copies; 64 values of 2 bytes, and half of 2 weights and 2 indices of 12.
-    rows = 64 * 1.5 * (64 * 2 + 12)
-    assert found["expert: rows to their experts and back, BF16"] == rows / 2 * 4 * 7 * 2  # to, back, and both again; layers; m
-    # An all-reduce of two ranks receives as much as it reduces. One dense layer, seven with routed and shared experts.
-    assert found["tensor: outputs and gradients of inputs, BF16"] == 64 * 64 * 2 * (2 + 7 * 3) * 2 * 2
-    assert "context: Lightning states, FP32" not in found
-
-
-class Collectives(TorchDispatchMode):
-    """Bytes of the whole buffers that go through each collective."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.bytes = {"all-gather": 0, "reduce-scatter": 0}
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        names = {"_allgather_base_": ("all-gather", 0), "_reduce_scatter_base_": ("reduce-scatter", 1)}
-        if func.namespace == "c10d" and func._opname in names:
-            name, whole = names[func._opname]
-            self.bytes[name] += args[whole].nbytes
-        return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def fake_ranks(world: int, rank: int = 0):
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
-
-
-def planned_buffers(c: ModelConfig, job: Setup, stage: Stage) -> dict[str, float]:
-    """Bytes of whole buffers that FSDP's collectives are planned to move."""
-    found = {"all-gather": 0.0, "reduce-scatter": 0.0}
-    for f in traffic(c, job, stage):
-        if f.collective in found:
-            found[f.collective] += f.bytes * f.calls * job.mesh.shard / (job.mesh.shard - 1)
-    return found
-
-
-@pytest.mark.parametrize("tie", [False, True])
-@pytest.mark.parametrize("gather", GATHERS)
-def test_training_sends_what_is_planned(tie, gather):
-    """Three micro-batches of a real model as `parallel.apply` leaves it on eight fake ranks, whose collectives do nothing."""
-    c = preset("tiny", num_nextn_predict_layers=0, moe_layers=(), num_experts=0, tie_word_embeddings=tie)
-    with fake_ranks(8):
-        parallel = apply(Ling(c), build(Axes(), c, "cpu"), model_dtype=torch.bfloat16, gather=gather)
-        ids = torch.zeros(1, 64, dtype=torch.long)
-        with Collectives() as found, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            for part in range(3):
-                parallel.last_of_step(part == 2)
-                with torch.autocast("cpu", torch.bfloat16):
-                    loss = parallel.run(lambda: head_loss(parallel.model.model(ids), parallel.model.lm_head.weight, ids).loss)
-                loss.backward()
-    job = setup(Mesh(shard=8), seq_len=64, batches=3, gather=gather)
-    # Nothing is padded: every dim 0 of this model is a multiple of 8.
-    assert found.bytes == planned_buffers(c, job, stages(inventory(c), job)[0])
-
-
-@dataclass
-class Part:
-    """A micro-batch as a pipeline's stages read it."""
-
-    ids_BT: torch.Tensor  # noqa: N815
-    cu_seqlens: None = None
-    memory: None = None
-
-
-@pytest.mark.parametrize("index", [0, 1, 2])
-def test_a_pipeline_sends_and_keeps_buffers_as_planned(index, monkeypatch):
-    """Five micro-batches of a real stage of three, its neighbours fake: FSDP's traffic, and buffers of what is received."""
-
-    def told(schedule, stages, has_backward, done):
-        """The stages' vote, which fake neighbours cannot take part in: shapes are told, not tried out."""
-        for one in stages:
-            assert not InferenceMode.needs_dynamic(one._user_meta, has_backward)
-            one._inference_mode = InferenceMode.STATIC
-
-    monkeypatch.setattr(Schedule1F1B, "_warmup_p2p", told)
-    c = preset("tiny", num_nextn_predict_layers=0, moe_layers=(), num_experts=0)
-    job = setup(Mesh(pipeline=3, shard=4), seq_len=64, batches=5, gather="accumulate")
-    stage = stages(inventory(c), job)[index]
-    with fake_ranks(12, index * 4):
-        parallel = apply(Ling(c), build(Axes(pipeline=3), c, "cpu"), model_dtype=torch.bfloat16, seq_len=64)
-        pipeline = parallel.pipeline
-        with Collectives() as found, warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            with torch.autocast("cpu", torch.bfloat16):
-                batches = [Part(torch.zeros(1, 64, dtype=torch.long)) for _ in range(5)]
-                pipeline.step(batches, lambda number, h: (parallel.model.lm_head(h).float().sum(), torch.zeros(1)), 1)
-        real = pipeline._known[1]._stage
-        received = [r for table in (real.args_recv_info, real.grad_recv_info) for infos in table.values() for r in infos]
-        buffers = sum(r.buffer.nbytes for r in received if r.buffer is not None)
-    assert found.bytes == planned_buffers(c, job, stage)
-    parts = {p.what: p.bytes for p in memory(inventory(c), job)[index].parts}
-    # Off the GPU the residual stream is FP32: twice the bytes.
-    assert buffers == 2 * parts["buffers of all micro-batches from neighbour stages, BF16"]
-
-
-def test_context_ranks_exchange_states_and_latents():
-    c = preset("ling-2.6-1t", num_nextn_predict_layers=0)
-    found = flows(c, setup(Mesh(context=8, shard=2), seq_len=32768, batches=1, recompute="none"))
-    # The published size: 64 heads x 64 KiB = 4 MiB per layer, sequence and rank; 7 other ranks; forward and backward; 70 layers.
-    assert found["context: Lightning states, FP32"] == 7 * 4 * 2**20 * 2 * 70
-    # 1152 bytes per token (512 + 64 values in BF16) of the other ranks' tokens; 10 MLA layers.
-    assert found["context: latents, BF16"] == 1152 * 32768 * 7 / 8 * 10
-
-
-def test_gathering_and_reducing_once_per_step_save_traffic_and_cost_memory():
-    c, mesh = preset("ling-2.6-flash"), Mesh(shard=64, expert=8)
-    layer, accumulate, step = (flows(c, setup(mesh, batches=16, gather=gather)) for gather in GATHERS)
-    weights, gradients = "shard of experts: weights of experts, BF16", "shard of experts: gradients of experts, FP32"
-    assert layer[weights] == accumulate[weights] == 2 * 16 * step[weights]
-    assert layer[gradients] == 16 * accumulate[gradients] == 16 * step[gradients]
-    inv = inventory(c)
-    kinds = [memory(inv, setup(mesh, batches=16, gather=gather))[0].by_kind() for gather in GATHERS]
-    assert kinds[0]["gradients"] < kinds[1]["gradients"] == kinds[2]["gradients"]
-    assert kinds[0]["gathered weights"] == kinds[1]["gathered weights"] < kinds[2]["gathered weights"]
-
-
-def test_links():
-    gpu, whole = DEVICES["h100"], 1e9
-    # Inside a node: 7/8 of the buffer over NVLink. Over 16 nodes: 15/16 through the eight network cards of each.
-    assert seconds(gpu, Mesh(shard=8), "fsdp", "all-gather", whole) == pytest.approx(whole * 7 / 8 / gpu.nvlink)
-    assert seconds(gpu, Mesh(shard=128), "fsdp", "all-gather", whole) == pytest.approx(whole * 15 / 16 / 8 / gpu.network)
-    # One member per node (the others of the node belong to other groups): its own card only.
-    assert seconds(gpu, Mesh(shard=4, tensor=8), "fsdp", "all-gather", whole) == pytest.approx(whole * 3 / 4 / gpu.network)
-    assert seconds(gpu, Mesh(shard=16, expert=16), "expert", "all-to-all", whole) == pytest.approx(whole / 2 / gpu.network)
-    assert seconds(gpu, Mesh(shard=16), "tensor", "all-gather", whole) == 0
-    assert seconds(gpu, Mesh(tensor=8), "tensor", "all-reduce", whole) == pytest.approx(2 * whole * 7 / 8 / gpu.nvlink)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

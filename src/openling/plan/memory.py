@@ -154,14 +154,14 @@ def _gathered(setup: Setup, stage: Stage, *, in_forward: bool = False, last: boo
     """Whole weights: layers' in BF16, and those of embeddings and head, which are one block, in FP32.
 
     A pipeline's schedule keeps what backward gathers up to the next forward pass. Where no ranks share weights nothing is
-    gathered, but autocast keeps its casts of all weights to the end of forward, and autograd those of layers that are not
-    recomputed until their own backward pass.
+    gathered, but autocast keeps its casts of all weights to the end of forward (of a pipeline's step), and autograd those of
+    layers that are not recomputed until their own backward pass.
     """
     sizes = [b.gathered for name, b in stage.blocks.items() if name.startswith("layer")]
     pair = max((a + b for a, b in zip(sizes, sizes[1:], strict=False)), default=sizes[0])
     weights = Part("gathered weights", "BF16, the layer at work and the next", 2 * pair)
     if not setup.shards:
-        if in_forward or (setup.recompute != "layer" and not last):
+        if in_forward or setup.mesh.pipeline > 1 or (setup.recompute != "layer" and not last):
             weights = Part("gathered weights", "BF16, casts of all layers", 2 * sum(sizes))
         return [weights]
     if setup.gather == "step" or (setup.mesh.pipeline > 1 and last):

@@ -85,7 +85,12 @@ class Block:
     buffers: int
     tensors: int
     matrices: int
+    """What Muon updates, on the fullest rank."""
     matrix_tensors: int
+    shared_matrices: int
+    """Of these what Muon gathers over FSDP's ranks, whole on this tensor rank: all but experts, whose matrices are not cut."""
+    split_matrices: int
+    """What it gathers over tensor ranks, whole there: what these split, for experts of this rank."""
 
     @property
     def gathered(self) -> int:
@@ -147,7 +152,7 @@ def block(tensors: Iterable[TensorInfo], mesh: Mesh) -> Block:
     def values(shapes: Iterable[tuple[int, ...]]) -> int:
         return sum(map(math.prod, shapes))
 
-    sharded = [t for t in parameters if not t.apart]
+    sharded, muon = [t for t in parameters if not t.apart], [t for t in parameters if is_muon(t)]
     return Block(
         local=values(t.local(mesh) for t in parameters),
         dense=values(t.whole(mesh) for t in sharded if not t.row.expert),
@@ -156,8 +161,11 @@ def block(tensors: Iterable[TensorInfo], mesh: Mesh) -> Block:
         partial=values(t.local(mesh) for t in parameters if t.row.partial),
         buffers=values(t.shape for t in found if t.buffer),
         tensors=len(parameters),
-        matrices=values(t.local(mesh) for t in parameters if is_muon(t)),
-        matrix_tensors=sum(is_muon(t) for t in parameters),
+        matrices=values(t.local(mesh) for t in muon),
+        matrix_tensors=len(muon),
+        shared_matrices=values(t.whole(mesh) for t in muon if not t.row.expert),
+        split_matrices=mesh.tensor
+        * values(t.local(mesh) if t.row.expert else t.whole(mesh) for t in muon if t.row.tensor is not None),
     )
 
 

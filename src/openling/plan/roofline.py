@@ -127,7 +127,8 @@ def head_seconds(c: ModelConfig, setup: Setup) -> float:
 def optimiser_seconds(c: ModelConfig, stage: Stage, setup: Setup) -> float:
     """AdamW reads and writes seven FP32 values per parameter, clipping reads one. Muon: five Newton-Schulz steps besides.
 
-    Each matrix is iterated by one of the ranks that share it; 5 (4 m^2 n + 2 m^3) FLOPs for m <= n.
+    Every rank iterates each matrix whole (`parallel.matrices`), of experts those that it holds: 5 (4 m^2 n + 2 m^3) FLOPs for
+    m <= n.
     """
     local = sum(b.local for b in stage.blocks.values())
     seconds = 8 * 4 * local / setup.device.bandwidth
@@ -138,8 +139,8 @@ def optimiser_seconds(c: ModelConfig, stage: Stage, setup: Setup) -> float:
             shapes = [s for s in [*mixer, *count.feed_forward_shapes(c, layer)] if len(s) > 1]
             for *lead, rows, columns in shapes:
                 m, n = sorted((rows, columns))
-                owners = setup.mesh.expert * setup.mesh.expert_fsdp if lead else setup.mesh.fsdp * setup.mesh.tensor
-                flops += (lead[0] if lead else 1) * 5 * (4 * m * m * n + 2 * m**3) / owners
+                held = -(-lead[0] // (setup.mesh.expert * setup.mesh.expert_fsdp)) if lead else 1
+                flops += held * 5 * (4 * m * m * n + 2 * m**3)
         seconds += flops / setup.device.matmul
     return seconds
 

@@ -108,9 +108,13 @@ class _Flows:
             what = "experts" if axis == "expert_fsdp" else name
             self.add(axis, "all-gather", f"weights of {what}, {dtype}", value * whole, gathers, gathered)
             self.add(axis, "reduce-scatter", f"gradients of {what}, FP32", 4 * whole, reduces, reduced)
-        self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * (one.local - one.apart), 1, ONCE)
+        self.add("replicate", "all-reduce", "gradient shards, FP32", 4 * (one.local - one.apart), reduces, reduced)
         self.add("all_data", "all-reduce", "gradients of vectors and routers, FP32", 4 * one.apart, 1, ONCE)
         self.add("tensor", "all-reduce", "gradients of what tensor ranks hold alike, FP32", 4 * one.partial, 1, ONCE)
+
+        if self.setup.optimizer == "muon":
+            self.add("fsdp", "all-gather", "updates of matrices for Muon, BF16", 2 * one.shared_matrices, 1, ONCE)
+            self.add("tensor", "all-gather", "updates of matrices for Muon, BF16", 2 * one.split_matrices, 1, ONCE)
 
     def gathers(self, *, layers: bool) -> tuple[int, When]:
         """How often a step gathers a block's weights: for forward and backward, but embeddings and head stay between them.
