@@ -52,6 +52,12 @@ def test_a_stage_is_planned_as_the_job_it_is(tmp_path, capsys, monkeypatch):
     assert all(f"\n{name} " in out for name in names)
 
 
+@pytest.mark.parametrize("words", ["mini --world 8", "flash --world 128", "1t --world 2048 --gpu h200"])
+def test_recipes_fit_the_machines_they_are_made_for(words, capsys):
+    code, out, _ = dry(capsys, *words.split(), "--no-placement")
+    assert code == 0 and out.count("A step takes") == 4 and "Not planned" not in out
+
+
 @pytest.mark.parametrize(
     ("more", "where"),
     [
@@ -91,7 +97,7 @@ def test_a_mesh_that_cannot_be_names_its_setting(words, where, nearest, capsys):
 
 
 def test_meshes_are_checked_without_a_world(capsys):
-    code, out, _ = dry(capsys, "nano", "--parallel.expert", "4", "--parallel.context", "2")
+    code, out, _ = dry(capsys, "nano", "--parallel.expert", "4", "--parallel.replicate", "2", "--stages.mid3.batch_size", "2")
     assert code == 0 and read_recipe(RECIPES / "nano.toml").name == json.loads(out[: out.index("\n}") + 2])["name"]
     assert main(["train", "nano", "--world", "2"]) == 2
     assert "--dry-run" in capsys.readouterr().err

@@ -47,7 +47,7 @@ def check_meshes(recipe: RecipeConfig, world: int | None) -> list[Axes]:
         c = recipe.parallel_of(stage)
         axes = check_mesh(recipe, stage, config, _least_world(c) if world is None else world)
         data = axes.data_replicate * axes.data_shard
-        if world is not None or c.shard is not None:
+        if world is not None or c.shard is not None or c.rest == "context":
             _check_rows(stage, data, c.pipeline if c.stages_per_rank == 1 else 1)
             check_parts(stage, data, place=f"stages.{stage.name}.")
         found.append(axes)
@@ -55,8 +55,9 @@ def check_meshes(recipe: RecipeConfig, world: int | None) -> list[Axes]:
 
 
 def _least_world(c: ParallelConfig) -> int:
-    """Ranks that the axes need, where `shard` may be whatever is left."""
-    return c.pipeline * c.replicate * c.context * c.tensor * (c.shard or c.expert // math.gcd(c.expert, c.context))
+    """Ranks that the axes need, where the one that takes what is left may be whatever can be."""
+    given, left = (c.shard or 1, 0) if c.rest == "context" else (c.context, c.shard)
+    return c.pipeline * c.replicate * c.tensor * given * (left or c.expert // math.gcd(c.expert, given))
 
 
 def plan_stages(recipe: RecipeConfig, args: argparse.Namespace) -> list[TrainingPlan]:
@@ -99,6 +100,10 @@ def _plan_stage(
         near = f"--{where} bf16"
         raise UserError("only BF16 products are planned", where=where, value="fp32", expected="bf16 or auto", nearest=near)
     c = recipe.parallel_of(stage)
+    if stage.accumulation < c.pipeline:  # which interleaved stages may have
+        where, value = f"stages.{stage.name}.accumulation", stage.accumulation
+        expected = f"{c.pipeline} or more: pipelines are planned with one stage a rank"
+        raise UserError("a step has fewer parts than the pipeline has ranks", where=where, value=value, expected=expected)
     mesh = Mesh(axes.pipeline, axes.data_replicate, axes.data_shard, axes.context, axes.tensor, axes.expert)
     with _named(_place(stage)):
         try:
@@ -174,10 +179,10 @@ def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge) -> UserEr
     better, what = error.better, f"stage {stage.name} does not fit{error.what.partition('does not fit')[2]}"
     if better is None:
         return UserError(what, **error.parts | {"next": "more ranks, or --gpu h200"})
-    mine = {axis: getattr(c, axis) for axis in AXES} | {"recompute": c.recompute, "gather": c.gather}
+    mine = {axis: getattr(error.least.mesh, axis) for axis in AXES} | {"recompute": c.recompute, "gather": c.gather}
     theirs = {axis: getattr(better.mesh, axis) for axis in AXES} | {"recompute": better.recompute, "gather": better.gather}
-    if c.shard is None:
-        del mine["shard"]  # takes what the other axes leave
+    if c.rest == "context" or c.shard is None:
+        del mine[c.rest]  # takes what the other axes leave
     changed = {f"{_place(stage)}.{name}": (value, theirs[name]) for name, value in mine.items() if value != theirs[name]}
     if better.micro_batches != stage.accumulation:
         changed[f"stages.{stage.name}.accumulation"] = (stage.accumulation, better.micro_batches)
