@@ -184,15 +184,14 @@ def test_recipes_are_whole(name, capsys, monkeypatch, tmp_path):
 
 
 # What docs/parallel.md says of each recipe: worlds, and what is to be set there. The first is what its mesh was chosen for.
+RECOMPUTED = {"stages.cpt.parallel.recompute": "layer"}
 WORLDS = [
     *[("nano", world, {}) for world in (1, 2, 4)],
     ("mini", 8, {}),
-    ("mini", 16, {"train.accumulation": 36}),
-    ("mini", 32, {"train.accumulation": 18, "stages.cpt.accumulation": 144}),
-    ("mini", 64, {"train.accumulation": 9, "stages.cpt.accumulation": 72}),
-    *[("flash", 1024 // accumulation, {"train.accumulation": accumulation}) for accumulation in (8, 4, 2)],
+    *[("mini", 576 // n, {"train.accumulation": n, "stages.cpt.accumulation": n, **RECOMPUTED}) for n in (36, 18, 9)],
+    *[("flash", 1024 // n, {"train.accumulation": n}) for n in (8, 4, 2)],
     ("flash", 64, {"train.accumulation": 16, "stages.mid3.accumulation": 32, "stages.mid3.parallel.context": 16}),
-    *[("1t", 147456 // accumulation, {"train.accumulation": accumulation}) for accumulation in (72, 144, 36)],
+    *[("1t", 147456 // n, {"train.accumulation": n}) for n in (72, 144, 36)],
 ]
 
 

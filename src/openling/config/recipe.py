@@ -97,7 +97,7 @@ class ParallelConfig(_Section):
     )
 
     @model_validator(mode="after")
-    def _gathered(self) -> Self:
+    def _consistent(self) -> Self:
         if self.pipeline > 1 and self.gather != "accumulate":
             raise ValueError(f'gather = "{self.gather}" and a pipeline do not go together: its stages go by "accumulate"')
         if self.rest == "context" and self.context > 1:
