@@ -61,8 +61,8 @@ def test_recipes_fit_the_machines_they_are_made_for(words, capsys):
 @pytest.mark.parametrize(
     ("more", "where"),
     [
-        (["--gpu-memory", "90"], "parallel.pipeline"),
-        (["--parallel.recompute", "none", "--gpu", "h200"], "parallel.recompute"),
+        (["--gpu-memory", "90"], "stages.cpt.parallel.pipeline"),
+        (["--parallel.recompute", "none", "--gpu", "h200"], "stages.cpt.parallel.recompute"),
         (["--train.accumulation", "8", "--gpu", "h200", "--gpu-memory", "127"], "stages.cpt.accumulation"),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_stage_that_does_not_fit_names_settings_that_help(more, where, tmp_pat
         (["nano", "--parallel.pipeline", "2"], "parallel.pipeline", None),
         (["1t", "--parallel.pipeline", "8", "--parallel.stages_per_rank", "11"], "parallel.stages_per_rank", None),
         (["nano", "--world", "3"], "stages.pretrain.batch_size / accumulation", "--stages.pretrain.batch_size 15"),
-        (["nano", "--world", "4", "--parallel.shard", "3"], "parallel.shard", None),
+        (["nano", "--world", "4", "--parallel.shard", "3"], "parallel.shard", "4"),
         (["nano", "--world", "1"], "stages.pretrain.precision", "--stages.pretrain.precision bf16"),
         (["nano", "--world", "0"], "--world", None),
     ],

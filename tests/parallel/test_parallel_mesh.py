@@ -22,7 +22,7 @@ from openling.train.objective import counts, objective, prepare
 @pytest.mark.parametrize(
     ("axes", "world", "where", "expected"),
     [
-        (Axes(data_shard=3), 4, "data_shard", "4 (or 0"),
+        (Axes(data_shard=3), 4, "data_shard", "4, which the other axes leave"),
         (Axes(context=3), 4, "context", "divisors of 4"),
         (Axes(tensor=8), 4, "tensor", "divisors of 4"),
         (Axes(tensor=0), 4, "tensor", "1 or more"),

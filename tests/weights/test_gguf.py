@@ -18,7 +18,9 @@ from openling.weights.gguf import import_gguf, smollm2_gguf
 gguf = pytest.importorskip("gguf")
 
 
-def write_llama(path: Path, *, architecture: str = "llama", tensor: str | None = None) -> None:
+def write_llama(
+    path: Path, *, architecture: str = "llama", tensor: str | None = None, eos: int | None = None, heads: int = 4
+) -> None:
     """A tiny random Llama as llama.cpp lays it out."""
     random = np.random.default_rng(0)
     writer = gguf.GGUFWriter(path, architecture)
@@ -26,7 +28,9 @@ def write_llama(path: Path, *, architecture: str = "llama", tensor: str | None =
     writer.add_context_length(64)
     writer.add_embedding_length(32)
     writer.add_feed_forward_length(64)
-    writer.add_head_count(4)
+    writer.add_head_count(heads)
+    if eos is not None:
+        writer.add_eos_token_id(eos)
     writer.add_head_count_kv(2)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(100000.0)
@@ -44,7 +48,7 @@ def write_llama(path: Path, *, architecture: str = "llama", tensor: str | None =
 
 @pytest.fixture
 def no_tokenizer(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("openling.weights.gguf._tokenizer_files", lambda path, reader: {})
+    monkeypatch.setattr("openling.weights.gguf._tokenizer_files", lambda path, reader, vocabulary: {})
 
 
 @torch.no_grad()
@@ -112,6 +116,17 @@ def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("unsupported GGUF architecture")
     write_llama(tmp_path / "x.gguf", tensor="rope_freqs")
     refused("not part of a plain Llama")
+    write_llama(tmp_path / "x.gguf", eos=999)
+    refused("a special token is beyond the vocabulary")
+    write_llama(tmp_path / "x.gguf", heads=5)
+    refused("head counts")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="make setup"):
         smollm2_gguf()
+
+
+def test_a_tokenizer_that_cannot_be_read(tmp_path: Path) -> None:
+    write_llama(tmp_path / "x.gguf")  # has none at all
+    with pytest.raises(UserError, match="tokenizer cannot be read"):
+        import_gguf(tmp_path / "x.gguf", tmp_path / "out")
+    assert not (tmp_path / "out").exists()

@@ -178,12 +178,14 @@ def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge) -> UserEr
     """The same refusal with the recipe's settings: those that the nearest job that fits has otherwise."""
     better, what = error.better, f"stage {stage.name} does not fit{error.what.partition('does not fit')[2]}"
     if better is None:
-        return UserError(what, **error.parts | {"next": "more ranks, or --gpu h200"})
+        return UserError(what, **error.parts | {"next": "more ranks, or GPUs with more memory"})
     mine = {axis: getattr(error.least.mesh, axis) for axis in AXES} | {"recompute": c.recompute, "gather": c.gather}
     theirs = {axis: getattr(better.mesh, axis) for axis in AXES} | {"recompute": better.recompute, "gather": better.gather}
     if c.rest == "context" or c.shard is None:
         del mine[c.rest]  # takes what the other axes leave
-    changed = {f"{_place(stage)}.{name}": (value, theirs[name]) for name, value in mine.items() if value != theirs[name]}
+    changed = {
+        f"stages.{stage.name}.parallel.{name}": (value, theirs[name]) for name, value in mine.items() if value != theirs[name]
+    }
     if better.micro_batches != stage.accumulation:
         changed[f"stages.{stage.name}.accumulation"] = (stage.accumulation, better.micro_batches)
     return UserError(

@@ -13,6 +13,9 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from openling.errors import UserError, nearest
 
+# Weights are tokens^(1/temperature): of 10^13 tokens still a number.
+LEAST_TEMPERATURE = 0.1
+
 
 class _Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
@@ -70,8 +73,8 @@ class MixtureConfig(_Section):
                 raise ValueError(f"give a weight to all sources of the group {group}, or to none")
         if unknown := set(self.temperature) - groups:
             raise ValueError(f"temperature of a group that is not there: {sorted(unknown)}")
-        if any(t <= 0 for t in self.temperature.values()):
-            raise ValueError("temperatures must be above 0")
+        if any(t < LEAST_TEMPERATURE for t in self.temperature.values()):
+            raise ValueError(f"temperatures must be at least {LEAST_TEMPERATURE}")
         if self.long is not None and (self.long.length <= self.length or self.long.length % self.length):
             raise ValueError(f"long.length must be a multiple of length = {self.length}, got {self.long.length}")
         return self

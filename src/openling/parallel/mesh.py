@@ -55,10 +55,23 @@ def fit(axes: Axes, world: int) -> Axes:
     if axes.data_shard == 0 and world % others == 0:
         axes = dataclasses.replace(axes, data_shard=world // others)
     if axes.world != world:
-        sizes = " x ".join(f"{name} {n}" for name, n in dataclasses.asdict(axes).items() if n > 1 and name != "expert") or "1"
-        fitting = f"{world // others} (or 0, which means the same)" if world % others == 0 else f"divisors of {world}"
-        where = "data_shard" if world % others == 0 else _largest(axes)
-        raise UserError("the mesh is not as large as the world", where=where, value=f"{sizes} of {world} ranks", expected=fitting)
+        counts = {name.removeprefix("data_"): n for name, n in dataclasses.asdict(axes).items() if n > 1 and name != "expert"}
+        sizes = " x ".join(f"{name} {n}" for name, n in counts.items()) or "1"
+        where, limit, expected = "data_shard", world // others, f"{world // others}, which the other axes leave"
+        if world % others:
+            where = _largest(axes)
+            rest = others // getattr(axes, where)
+            limit = world if world % rest else world // rest
+            expected = f"divisors of {limit}"
+        near = max(n for n in range(1, limit + 1) if limit % n == 0 and n <= max(1, getattr(axes, where)))
+        near = limit if where == "data_shard" else near
+        raise UserError(
+            "the mesh is not as large as the world",
+            where=where,
+            value=f"{sizes} of {world} ranks",
+            expected=expected,
+            nearest=near,
+        )
     return axes
 
 

@@ -68,8 +68,7 @@ def import_gguf(gguf_path: str | Path, out: str | Path, *, dtype: torch.dtype = 
     fields = {name: field.contents() for name, field in reader.fields.items() if not name.startswith("tokenizer.ggml.t")}
     names = {tensor.name: _hf_name(tensor.name, path) for tensor in reader.tensors}
     config = _config(fields, path, tied="lm_head.weight" not in names.values(), dtype=dtype)
-    vocabulary = next(int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight")
-    config["vocab_size"] = vocabulary
+    config["vocab_size"] = _vocabulary(reader, fields, path)
     values = sum(int(tensor.n_elements) for tensor in reader.tensors)
     writer = FolderWriter(out, expected_bytes=values * dtype.itemsize + (16 << 20))
     with writer:
@@ -79,7 +78,7 @@ def import_gguf(gguf_path: str | Path, out: str | Path, *, dtype: torch.dtype = 
         ids = {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config[key] is not None}
         writer.add_file("generation_config.json", json.dumps(ids, indent=2) + "\n")
         writer.add_file("README.md", _card(fields))
-        for name, data in _tokenizer_files(path, reader).items():
+        for name, data in _tokenizer_files(path, reader, config["vocab_size"]).items():
             writer.add_file(name, data)
     return writer.out
 
@@ -120,6 +119,12 @@ def _config(fields: dict[str, Any], path: Path, *, tied: bool, dtype: torch.dtyp
         return fields[f"llama.{key}"]
 
     heads, hidden = need("attention.head_count"), need("embedding_length")
+    kv_heads = fields.get("llama.attention.head_count_kv", heads)
+    if not (isinstance(heads, int) and isinstance(kv_heads, int) and heads > 0 and kv_heads > 0 and heads % kv_heads == 0):
+        found = f"{heads} and {kv_heads}"
+        raise UserError(
+            "the GGUF's head counts cannot be", where=path, value=found, expected="query heads a multiple of K/V heads"
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
@@ -128,7 +133,7 @@ def _config(fields: dict[str, Any], path: Path, *, tied: bool, dtype: torch.dtyp
         "intermediate_size": need("feed_forward_length"),
         "num_hidden_layers": need("block_count"),
         "num_attention_heads": heads,
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "num_key_value_heads": kv_heads,
         "head_dim": fields.get("llama.attention.key_length", hidden // heads),
         "max_position_embeddings": need("context_length"),
         "rms_norm_eps": float(f"{need('attention.layer_norm_rms_epsilon'):.6g}"),
@@ -152,12 +157,44 @@ def _weight(tensor: Any, name: str, config: dict[str, Any]) -> Tensor:
     weight = torch.tensor(dequantize(tensor.data, tensor.tensor_type), dtype=torch.float32)
     for projection, heads in (("q_proj", "num_attention_heads"), ("k_proj", "num_key_value_heads")):
         if f"self_attn.{projection}." in name:
+            if weight.shape[0] % (2 * config[heads]):
+                expected = f"rows for {config[heads]} heads"
+                raise UserError("a tensor of the GGUF has another shape", where=name, value=list(weight.shape), expected=expected)
             return weight.unflatten(0, (config[heads], -1, 2)).transpose(1, 2).reshape(weight.shape)
     return weight
 
 
-def _tokenizer_files(path: Path, reader: Any) -> dict[str, bytes]:
-    """tokenizer.json and its companions; special tokens are those that the metadata name.
+def _vocabulary(reader: Any, fields: dict[str, Any], path: Path) -> int:
+    """Rows of the embedding; a `UserError` where there is none, or a special token lies beyond them."""
+    rows = next((int(t.shape[-1]) for t in reader.tensors if t.name == "token_embd.weight"), None)
+    if rows is None:
+        raise UserError("the GGUF has no embedding", where=path, expected="token_embd.weight")
+    for name in _SPECIAL:
+        if (number := fields.get(f"{_TOKENIZER}{name}", 0)) not in range(rows):
+            where = f"{_TOKENIZER}{name} in {path}"
+            raise UserError("a special token is beyond the vocabulary", where=where, value=number, expected=f"0 to {rows - 1}")
+    return rows
+
+
+def _tokenizer_files(path: Path, reader: Any, vocabulary: int) -> dict[str, bytes]:
+    """tokenizer.json and its companions; special tokens are those that the metadata name. vocabulary: rows of the embedding."""
+    try:
+        tokenizer = _tokenizer(path, reader)
+    except Exception as error:  # tokenizers and transformers raise what they please
+        why = f"{type(error).__name__}: {error}"
+        raise UserError(
+            "the GGUF's tokenizer cannot be read", where=path, value=why, expected="tokens, merges and kinds"
+        ) from error
+    if len(tokenizer) > vocabulary:
+        found, rows = f"{len(tokenizer)} tokens", f"at most {vocabulary}, as the embedding has rows"
+        raise UserError("the GGUF's tokenizer is of another model", where=path, value=found, expected=rows)
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save_pretrained(folder)
+        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+
+
+def _tokenizer(path: Path, reader: Any) -> Any:
+    """The tokenizer of a file.
 
     Byte-level vocabularies are put together here: from one file, versions of transformers make tokenizers that differ in their
     decoder and in what ends a text, and none parts digits. It makes those of other kinds.
@@ -176,9 +213,7 @@ def _tokenizer_files(path: Path, reader: Any) -> dict[str, bytes]:
     for name, role in _SPECIAL.items():
         if name in known:
             setattr(tokenizer, role, tokenizer.convert_ids_to_tokens(known[name]))
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save_pretrained(folder)
-        return {file.name: file.read_bytes() for file in Path(folder).iterdir()}
+    return tokenizer
 
 
 def _byte_level(vocabulary: dict[str, list[Any]], pre: str) -> Any:
