@@ -1,16 +1,14 @@
 """Meshes and placements against the real model: optimiser states of real steps, and `parallel.apply` on fake ranks."""
 
 import math
-from contextlib import contextmanager
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_world import fake_ranks
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
-from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from openling.config.presets import PRESETS
 from openling.errors import UserError
@@ -95,16 +93,6 @@ def test_muon_states_to_the_byte():
 # ---------------------------------------------------------------------------------------------------------------------
 # Many ranks
 # ---------------------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def fake_ranks(world: int, rank: int = 0):
-    """A process group of which only one rank exists; collectives do nothing."""
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def applied(c: ModelConfig, mesh: Mesh) -> Parallel:

@@ -1,15 +1,13 @@
 """What ranks send: against sums by hand, and against what training's own parts send on fake ranks."""
 
 import warnings
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import pytest
 import torch
-import torch.distributed as dist
+from fake_world import fake_ranks
 from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.pipelining._utils import InferenceMode
-from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openling.config.presets import PRESETS
@@ -75,15 +73,6 @@ class Collectives(TorchDispatchMode):
         if func.namespace == "c10d" and func._opname == "allreduce_":
             self.bytes["all-reduce"] += sum(x.nbytes for x in args[0])
         return func(*args, **(kwargs or {}))
-
-
-@contextmanager
-def fake_ranks(world: int, rank: int = 0):
-    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
 
 
 def planned_buffers(c: ModelConfig, job: Setup, stage: Stage) -> dict[str, float]:
