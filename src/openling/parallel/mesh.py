@@ -57,14 +57,15 @@ def fit(axes: Axes, world: int) -> Axes:
     if axes.world != world:
         counts = {name.removeprefix("data_"): n for name, n in dataclasses.asdict(axes).items() if n > 1 and name != "expert"}
         sizes = " x ".join(f"{name} {n}" for name, n in counts.items()) or "1"
-        where, limit, expected = "data_shard", world // others, f"{world // others}, which the other axes leave"
-        if world % others:
+        if world % others == 0:
+            where, near = "data_shard", world // others
+            expected = f"{near}, which the other axes leave"
+        else:
             where = _largest(axes)
             rest = others // getattr(axes, where)
             limit = world if world % rest else world // rest
+            near = max(n for n in range(1, getattr(axes, where) + 1) if limit % n == 0)
             expected = f"divisors of {limit}"
-        near = max(n for n in range(1, limit + 1) if limit % n == 0 and n <= max(1, getattr(axes, where)))
-        near = limit if where == "data_shard" else near
         raise UserError(
             "the mesh is not as large as the world",
             where=where,
