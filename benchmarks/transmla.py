@@ -8,7 +8,7 @@ Its search for the fold goes by the perplexity of a text that is measured in the
 does. Queries are not compressed: that is its default, and no cache. Its latents have no norm unless `--use-qkv-norm` is given;
 ours always have one, as stock engines ask.
 
-Writes benchmarks/results/migration/transmla.json after every arm and leaves out the arms that stand there already: delete it to
+Writes benchmarks/results/migration/transmla.json after every text of an arm and leaves out what is there: delete it to
 measure anew. A third argument, `theirs` or `ours`, measures one side; the two may run at the same time.
 """
 
@@ -144,7 +144,8 @@ def main() -> None:
     arms = [(side, *arm) for side, listed in (("theirs", THEIRS), ("ours", OURS)) if side in sides for arm in listed]
     for side, arm, (rank, rope) in arms:
         split, told, begun = f"{rank} + {rope}", {}, time.monotonic()
-        if any((r["side"], r["arm"], r["split"]) == (side, arm, split) for r in arms_kept()):
+        done = {r["text"] for r in arms_kept() if (r["side"], r["arm"], r["split"]) == (side, arm, split)}
+        if done == windows.keys():
             continue
         if peer and side == "theirs":
             model, fold = peer.convert(rank, rope, norm=arm == "with latent norms")
@@ -152,6 +153,8 @@ def main() -> None:
         else:
             student = convert(teacher, arm, calibration, rank, rope)
         for text, w in windows.items():
+            if text in done:
+                continue
             found = agreement(student, traces[text], w)
             who = "TransMLA" if side == "theirs" else "openling"
             name = f"{rank + rope} numbers, {split}: {who}, {arm}, {text}"
