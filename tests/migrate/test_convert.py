@@ -10,7 +10,7 @@ from openling.migrate.calibrate import walk
 from openling.migrate.convert import Approximation, derive, to_lightning, to_mla
 from openling.migrate.layout import stage_kinds, target_config
 from openling.migrate.measure import layer_measures
-from openling.migrate.qknorm import remove_norm
+from openling.migrate.qknorm import remove_norms
 from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import GroupedQueryAttention, LatentAttention, LightningAttention, Ling
@@ -193,7 +193,9 @@ def test_a_layer_without_biases_is_fitted_without_them(family):
     old, new = (m.model.layers[1].attention for m in (source, hybrid))
     rows = old.query_key_value.weight.double().unflatten(0, (-1, old.dim))[: old.heads]
     padded = [F.pad(x, (0, 1)) for x in inputs]  # a bias input of zero; it takes part in the mean that damping is relative to
-    expected = remove_norm(F.pad(rows, (0, 1)), old.query_layernorm.weight.double(), old.query_layernorm.eps, padded, "ridge")
+    norm = old.query_layernorm
+    gamma = norm.weight.double().expand(len(rows), -1)
+    (expected,) = (r.weight for r in remove_norms(F.pad(rows, (0, 1)), gamma, norm.eps, padded, "ridge", [len(rows)]))
     found = new.q_proj.weight.double().unflatten(0, (old.heads, -1))[:, : old.dim] * new.scale * old.dim**0.5
     assert not expected[..., -1].any()
     assert (found - expected[..., :-1]).abs().max() < 1e-6 * expected.abs().max()  # written in FP32

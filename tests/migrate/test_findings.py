@@ -6,7 +6,6 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 from small_runs import GOLDEN
 from tiny_gqa import build, config, energy, moment_of, randn, tokens, with_ones
 
@@ -43,9 +42,8 @@ def test_a_spectrum_is_that_of_the_activations(weighted: bool) -> None:
     found = low_rank(rows, moment_of(x), 4, metric)
     share = squared.cumsum(0) / squared.sum()
     curve = Spectrum.of(3, "kv", found.spectrum, 4)
-    assert (curve.layer, curve.part, curve.rank, curve.ranks) == (3, "kv", 4, list(range(1, 11)))
-    # The tenth eigenvalue is zero (nine inputs) and known to 1e-16 of the largest.
-    assert curve.energy == pytest.approx(F.pad(share, (0, 10 - len(share)), value=1.0).tolist(), abs=1e-12)
+    assert (curve.layer, curve.part, curve.rank, curve.ranks) == (3, "kv", 4, list(range(1, 10)))
+    assert curve.energy == pytest.approx(share[:9].tolist(), abs=1e-12)  # nine inputs: a tenth row adds nothing
     assert curve.energy[3] == pytest.approx(found.energy_kept, abs=1e-12)
     if not weighted:
         left = rows - found.up @ found.down
@@ -64,7 +62,7 @@ def test_a_long_spectrum_is_thinned_and_keeps_the_chosen_rank() -> None:
 def test_a_conversion_reports_the_curve_of_every_mla_layer() -> None:
     c = config()
     student, found = to_mla(build(c), hybrid(c, "gqa", "mla"), [tokens(2)], OPTIONS, **QUIET)
-    assert [(s.layer, s.part, s.rank, s.ranks[-1]) for s in found.spectra] == [(1, "kv", 8, 32), (1, "query", 12, 64)]
+    assert [(s.layer, s.part, s.rank, s.ranks[-1]) for s in found.spectra] == [(1, "kv", 8, 32), (1, "query", 12, 33)]  # inputs, 32 and the bias
     kept = {a.measure: a.value for a in found.approximations if a.step == "MLA factors"}
     for curve in found.spectra:
         assert curve.energy == sorted(curve.energy)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from openling.config.migrate import Conversion
 from openling.migrate.convert import without_qk_norm
-from openling.migrate.qknorm import REMOVALS, best_removal, normed_heads, removal_error, remove_norm
+from openling.migrate.qknorm import REMOVALS, NormedHeads, remove_norms
 from openling.model.config import ModelConfig
 from openling.model.ling import GroupedQueryAttention
 
@@ -35,9 +35,32 @@ def exact_heads(weight, gamma, eps, x):
     return torch.stack(out, dim=1)
 
 
+def heads_of(weight, gamma, eps, inputs):
+    heads = NormedHeads(weight, gamma, eps)
+    for x in inputs:
+        heads.add(x)
+    return heads
+
+
+def remove_norm(weight, gamma, eps, inputs, method, **more):
+    return heads_of(weight, gamma, eps, inputs).replacement(method, **more)
+
+
+def best_removal(weight, gamma, eps, inputs):
+    (found,) = remove_norms(weight, gamma.expand(weight.shape[:2]), eps, inputs, "best", [len(weight)])
+    return found.method
+
+
+def removal_error(weight, gamma, eps, inputs, replacement):
+    """Relative squared error, from the definition."""
+    x = torch.cat(inputs)
+    exact = exact_heads(weight, gamma, eps, x)
+    return float((torch.einsum("hdm,nm->nhd", replacement, x) - exact).square().sum() / exact.square().sum())
+
+
 def test_normed_heads_equal_the_mixers_norm():
     weight, gamma, eps, inputs = case()
-    found, rms = normed_heads(weight, gamma, eps, inputs[0])
+    found, rms = NormedHeads(weight, gamma, eps).of(inputs[0])
     assert torch.allclose(found, exact_heads(weight, gamma, eps, inputs[0]), rtol=1e-12)
     assert torch.allclose(found * rms[..., None], gamma * torch.einsum("hdm,nm->nhd", weight, inputs[0]))
 
@@ -114,14 +137,41 @@ def test_gamma_folding_is_exact_when_all_rms_are_equal(method):
     assert torch.allclose(found, gamma[:, None] * weight / (2.5**2 + eps) ** 0.5, rtol=1e-9, atol=1e-12)
 
 
-def test_removal_error_is_relative_and_squared():
+@pytest.mark.parametrize("method", REMOVALS)
+def test_errors_from_sums_are_those_of_the_inputs(method):
+    """Head by head, also where heads differ in gamma. They are differences of sums as large as the energy."""
+    weight, _, eps, inputs = case()
+    gamma = 1 + 0.8 * randn(3, 6, seed=7)
+    heads = heads_of(weight, gamma, eps, inputs)
+    replacement = heads.replacement(method)
+    wrong, energy = heads.errors(replacement)
+    for h in range(3):
+        x = torch.cat(inputs)
+        exact = exact_heads(weight[h : h + 1], gamma[h], eps, x)[:, 0]
+        assert float(energy[h]) == pytest.approx(float(exact.square().sum()), rel=1e-12)
+        expected = float((x @ replacement[h].T - exact).square().sum())
+        assert float(wrong[h]) == pytest.approx(expected, abs=1e-13 * float(energy[h]))
+    beside = sum(heads.errors_on(x, replacement) for x in inputs)
+    assert torch.allclose(beside, wrong, rtol=0, atol=1e-13 * float(energy.max()))
+    assert torch.allclose(heads.errors(torch.zeros_like(weight))[0], energy)
+
+
+def test_heads_side_by_side_are_as_by_themselves():
+    """One pass for queries and keys: each group has its own method and error."""
+    weight, _, eps, inputs = case(heads=5)
+    gamma = torch.cat((torch.ones(3, 6), 1 + 0.8 * randn(1, 6, seed=7).expand(2, 6))).double()
+    found = remove_norms(weight, gamma, eps, inputs, "best", [3, 2])
+    for part, one in zip((slice(3), slice(3, 5)), found, strict=True):
+        (alone,) = remove_norms(weight[part], gamma[part], eps, inputs, "best", [len(weight[part])])
+        assert (one.method, one.weight.shape) == (alone.method, alone.weight.shape)
+        assert torch.allclose(one.weight, alone.weight, rtol=1e-9, atol=1e-12)
+        assert one.error == pytest.approx(removal_error(weight[part], gamma[part][0], eps, inputs, one.weight), rel=1e-9)
+        assert one.error == pytest.approx(alone.error, rel=1e-9)
+
+
+def test_one_batch_serves_for_both():
     weight, gamma, eps, inputs = case()
-    assert removal_error(weight, gamma, eps, inputs, torch.zeros_like(weight)) == pytest.approx(1.0)
-    found = remove_norm(weight, gamma, eps, inputs, "pooled")
-    x = torch.cat(inputs)
-    exact = exact_heads(weight, gamma, eps, x)
-    expected = (torch.einsum("hdm,nm->nhd", found, x) - exact).square().sum() / exact.square().sum()
-    assert removal_error(weight, gamma, eps, inputs, found) == pytest.approx(float(expected))
+    assert best_removal(weight, gamma, eps, inputs[:1]) == "ridge"  # never worse where it was fitted
 
 
 def test_best_is_chosen_on_held_out_inputs():

@@ -53,6 +53,12 @@ def whole(source, tmp_path_factory) -> tuple[dict[str, str], float]:
     return hashes(out), time.monotonic() - begun
 
 
+def wait_for(path: Path) -> None:
+    """Until `path` is there."""
+    while not path.exists():
+        time.sleep(0.001)
+
+
 def test_killed_anywhere_and_resumed(source, whole, tmp_path):
     expected, seconds = whole
     draw, unfinished = random.Random(0), 0
@@ -63,7 +69,10 @@ def test_killed_anywhere_and_resumed(source, whole, tmp_path):
         if child == 0:
             convert_folder(job(source, out), resume=False)
             os._exit(0)
-        time.sleep(draw.uniform(0.02, seconds))
+        if i:
+            time.sleep(draw.uniform(0.02, seconds))
+        else:  # one that cannot have ended, however fast the machine
+            wait_for(out.with_name("out.run") / "job.json")
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         unfinished += not out.exists()
@@ -79,8 +88,8 @@ def test_two_processes_share_a_conversion(source, whole, tmp_path):
     for k in range(2):
         helper = os.fork()
         if helper == 0:
-            while k and not (tmp_path / "out.run" / "job.json").exists():
-                time.sleep(0.01)
+            if k:
+                wait_for(tmp_path / "out.run" / "job.json")
             report = convert_folder(job(source, out, text=False), resume=bool(k))
             (tmp_path / f"report-{k}.json").write_text(json.dumps(report))
             os._exit(0)

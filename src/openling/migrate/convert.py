@@ -19,7 +19,7 @@ from openling.migrate.findings import Approximation, Findings, HeadSpans, Spectr
 from openling.migrate.fold import attention_received, best_fold, check_fold
 from openling.migrate.lightning import look_back, match_heads, refit_norm_and_gate, refit_output, widen
 from openling.migrate.mla import Projections, fill_mla, kv_spectrum
-from openling.migrate.qknorm import best_removal, removal_error, remove_norm
+from openling.migrate.qknorm import remove_norms
 from openling.migrate.ranks import share_ranks
 from openling.migrate.stack import unfitted
 from openling.model.config import ModelConfig
@@ -201,16 +201,15 @@ def without_qk_norm(
     attention: GroupedQueryAttention, inputs: Sequence[Tensor], options: Conversion
 ) -> tuple[Projections, dict[str, float]]:
     """The projections of a mixer with any QK-norm folded in, and the relative error of that for q and k."""
-    weights, errors = Projections.of(attention), {}
-    if attention.qk_norm:
-        for name, norm in (("q", attention.query_layernorm), ("k", attention.key_layernorm)):
-            heads, gamma = getattr(weights, name), norm.weight.detach().double()
-            method = options.qk_norm_removal
-            chosen = best_removal(heads, gamma, norm.eps, inputs) if method == "best" else method
-            replacement = remove_norm(heads, gamma, norm.eps, inputs, chosen)
-            errors[f"{name} ({chosen})"] = removal_error(heads, gamma, norm.eps, inputs, replacement)
-            setattr(weights, name, replacement)
-    return weights, errors
+    weights = Projections.of(attention)
+    if not attention.qk_norm:
+        return weights, {}
+    norms = (attention.query_layernorm, attention.key_layernorm)
+    sizes = (attention.heads, attention.kv_heads)
+    gamma = torch.cat([norm.weight.detach().double().expand(size, -1) for norm, size in zip(norms, sizes, strict=True)])
+    removals = remove_norms(torch.cat((weights.q, weights.k)), gamma, norms[0].eps, inputs, options.qk_norm_removal, sizes)
+    weights.q, weights.k = (r.weight for r in removals)
+    return weights, {f"{name} ({r.method})": r.error for name, r in zip("qk", removals, strict=True)}
 
 
 def _refit(step: LayerStep, options: Conversion, damping: float, what: str) -> list[Approximation]:

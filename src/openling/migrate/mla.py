@@ -130,7 +130,7 @@ def split_rope(w: Projections, basis: Concentration, rotary: int, fold: int) -> 
 
 @dataclass
 class LowRank:
-    """rows ~ up @ (down @ x): `down` [R, M1], `up` [rows, R]. `spectrum`: squared singular values, descending, all of them."""
+    """rows ~ up @ (down @ x): `down` [R, M1], `up` [rows, R]. `spectrum`: squared singular values, descending."""
 
     down: Tensor
     up: Tensor
@@ -157,8 +157,12 @@ def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None
     metric_P: a symmetric positive matrix S [P, P]; None is the identity. With it, up and down carry S^-1 and S.
     """
     scaled = rows_PM if metric_P is None else metric_P @ rows_PM
-    values, vectors = torch.linalg.eigh(scaled @ moment @ scaled.T)
+    outputs, inputs = scaled.shape
+    # In an orthonormal basis of what many rows span, the matrix is no larger than the moment.
+    span, rows = torch.linalg.qr(scaled) if outputs > inputs >= rank else (None, scaled)
+    values, vectors = torch.linalg.eigh(rows @ moment @ rows.T)
     basis = vectors.flip(-1)[:, :rank]
+    basis = basis if span is None else span @ basis
     up = basis if metric_P is None else torch.linalg.solve(metric_P, basis)
     spectrum = values.flip(-1)
     return LowRank(basis.T @ scaled, up, float(spectrum[:rank].sum() / spectrum.sum()), spectrum)
