@@ -62,7 +62,8 @@ def test_a_long_spectrum_is_thinned_and_keeps_the_chosen_rank() -> None:
 def test_a_conversion_reports_the_curve_of_every_mla_layer() -> None:
     c = config()
     student, found = to_mla(build(c), hybrid(c, "gqa", "mla"), [tokens(2)], OPTIONS, **QUIET)
-    assert [(s.layer, s.part, s.rank, s.ranks[-1]) for s in found.spectra] == [(1, "kv", 8, 32), (1, "query", 12, 33)]  # inputs, 32 and the bias
+    # No more ranks than rows, 32, or than inputs: 32 and the bias.
+    assert [(s.layer, s.part, s.rank, s.ranks[-1]) for s in found.spectra] == [(1, "kv", 8, 32), (1, "query", 12, 33)]
     kept = {a.measure: a.value for a in found.approximations if a.step == "MLA factors"}
     for curve in found.spectra:
         assert curve.energy == sorted(curve.energy)
