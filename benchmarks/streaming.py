@@ -2,9 +2,9 @@
 
     python benchmarks/streaming.py WORK_FOLDER [1|10|40]      # GB; twice that must be free; writes benchmarks/results/
 
-Weights are made up (one random block, repeated), BF16; of 40 GB the later half of the layers has experts of zeros, which are
-holes in the file: reading them costs no disk, neither the peer nor us, but both write them. The disk's rates and ours come from the same run, cold cache for every
-read. Every conversion runs in a process of its own, whose peak memory it is.
+Weights are made up (one random block, repeated), BF16. At 40 GB the experts of the later half of the layers are zeros, holes in
+the files: neither the peer nor we read them from the disk, both write them. The disk's rates and ours come from the same run,
+cold cache for every read. Every conversion runs in a process of its own, whose peak memory it is.
 """
 
 from __future__ import annotations
