@@ -78,7 +78,16 @@ def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
         ("batch_size = 4", "batch_size = true", ["train.batch_size", "no switch"]),
         ('name = "two"', 'name = ".."', ["..", "match pattern"]),
         ('name = "two"', 'name = "one"', ["value:    one, one"]),
-        ('name = "small"', 'name = "small"\ntrackers = ["wand"]', ["trackers.0", "'wandb'"]),
+        ('name = "small"', 'name = "small"\ntrackers = ["wand"]', ["trackers.0", "nearest:  wandb"]),
+        ('name = "small"', 'name = "small"\ntrackers = "wandb"', ["trackers", "a list"]),
+        (
+            'name = "small"',
+            'name = "small"\ntrackers = ["wandb", "trackio", "wandb"]',
+            ["twice", "nearest:  trackers = ['wandb', 'trackio']"],
+        ),
+        ("steps = 5", "steps = 5\nramp = { start = 8, tokens = 64 }", ["stages.one", "nearest:  ramp.start = 4"]),
+        ("steps = 5", "steps = 5\nkeep_every = 5\ncheckpoint_steps = 3", ["multiple", "nearest:  keep_every = 6"]),
+        ("batch_size = 4", "batch_size = 12\naccumulation = 5", ["does not divide", "nearest:  accumulation = 4"]),
         ('preset = "tiny"', 'preset = "tiny"\noverrides = { hiden_size = 64 }', ["did you mean 'hidden_size'"]),
         ('[corpora.texts]\nbuild = ["kjv"]', "[corpora]\ntexts = 3", ["no table", "corpora.texts", "value:    3"]),
         ("mixture = { length = 64 }", "mixture = 3", ["stages.one.mixture", "value:    3", "[stages.one.mixture]"]),
@@ -127,6 +136,8 @@ def test_ranks_that_are_left(tmp_path, changed, world, ranks):
         ("stages__two__parallel", '{"rest": "context", "context": 2}', "leave one of them out"),
         ("stages__two__parallel__recomput", "layer", "nearest: +stages.two.parallel.recompute"),
         ("stages__two__parallel__recompute", "all", "stages.two.parallel.recompute\n.*all"),
+        ("stages__two__parallel__rest", "contxt", "stages.two.parallel.rest\n[\\s\\S]*nearest: +context"),
+        ("stages__two__parallel__stages_per_rank", "2", "there is none\n +nearest: +stages_per_rank = 1"),
         ("stages__two__parallel__context", "true", "no switch"),
         ("stages__two__parallel", "3", "no table[\\s\\S]*stages.two.parallel"),
         ("train__parallel__context", "2", "unknown setting[\\s\\S]*train.parallel"),
@@ -209,7 +220,7 @@ def test_what_ranks_cannot_share_is_told_with_its_setting(tmp_path):
     mini = read_recipe(RECIPES / "mini.toml")
     model = first_config(mini, folder=False)[0]
     for world, told in (
-        (16, "rows of a part[\\s\\S]*stages.mid1.batch_size / accumulation[\\s\\S]*16 data ranks"),
+        (16, "rows of a part[\\s\\S]*stages.mid1.batch_size / accumulation[\\s\\S]*16 rows, one for each data rank"),
         (6, "cannot be cut so[\\s\\S]*where: +parallel.expert"),
         (4, "as large as the world[\\s\\S]*where: +stages.mid3.parallel.context"),
         (1, "more ranks than one[\\s\\S]*where: +parallel.expert"),
@@ -217,7 +228,7 @@ def test_what_ranks_cannot_share_is_told_with_its_setting(tmp_path):
         with pytest.raises(UserError, match=told):
             check_stages(mini, model, world)
     text = SMALL.replace("steps = 5", "steps = 5\nramp = { start = 1, tokens = 64, stairs = 1 }")
-    with pytest.raises(UserError, match="smaller first batch[\\s\\S]*stages.one.ramp"):
+    with pytest.raises(UserError, match="smaller first batch[\\s\\S]*stages.one.ramp[\\s\\S]*--stages.one.ramp.start 4"):
         check_stages(small(tmp_path, text), model, 2)
     with pytest.raises(UserError, match="fewer parts[\\s\\S]*where: +stages.two.parallel.pipeline"):
         check_stages(small(tmp_path, stages__two__parallel__pipeline="2"), model, 2)

@@ -19,7 +19,13 @@ gguf = pytest.importorskip("gguf")
 
 
 def write_llama(
-    path: Path, *, architecture: str = "llama", tensor: str | None = None, eos: int | None = None, heads: int = 4
+    path: Path,
+    *,
+    architecture: str = "llama",
+    tensor: str | None = None,
+    without: str | None = None,
+    eos: int | None = None,
+    heads: int = 4,
 ) -> None:
     """A tiny random Llama as llama.cpp lays it out."""
     random = np.random.default_rng(0)
@@ -39,6 +45,8 @@ def write_llama(
     block |= {"attn_output": (32, 32), "ffn_gate": (64, 32), "ffn_up": (64, 32), "ffn_down": (32, 64)}
     shapes |= {f"blk.0.{name}": shape for name, shape in block.items()} | ({tensor: (4,)} if tensor else {})
     for name, shape in shapes.items():
+        if name == without:
+            continue
         writer.add_tensor(f"{name}.weight", random.normal(0.1, 0.5, shape).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
@@ -120,6 +128,8 @@ def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     refused("a special token is beyond the vocabulary")
     write_llama(tmp_path / "x.gguf", heads=5)
     refused("head counts")
+    write_llama(tmp_path / "x.gguf", without="blk.0.ffn_up")
+    refused(r"lacks a tensor[\s\S]*model.layers.0.mlp.up_proj.weight")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="make setup"):
         smollm2_gguf()

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from openling.commands.gpus import add_rates, planned_device, planned_reserve
 from openling.errors import UserError
 from openling.plan.devices import DEVICES, Device
-from openling.plan.mesh import AXES, Mesh, divisors
+from openling.plan.mesh import AXES, Mesh
 
 if TYPE_CHECKING:
     from openling.config.recipe import ParallelConfig, RecipeConfig, StageConfig
@@ -48,8 +48,7 @@ def check_meshes(recipe: RecipeConfig, world: int | None) -> list[Axes]:
         axes = check_mesh(recipe, stage, config, _least_world(c) if world is None else world)
         data = axes.data_replicate * axes.data_shard
         if world is not None or c.shard is not None or c.rest == "context":
-            _check_rows(stage, data, c.pipeline if c.stages_per_rank == 1 else 1)
-            check_parts(stage, data, place=f"stages.{stage.name}.")
+            check_parts(stage, data, least=c.pipeline if c.stages_per_rank == 1 else 1, place=f"stages.{stage.name}.")
         found.append(axes)
     return found
 
@@ -154,24 +153,6 @@ def _named(place: str) -> Iterator[None]:
         near = near.partition("=")[2] if isinstance(near, str) else near
         parts = error.parts | {"where": f"{place}.{where}", "nearest": near}
         raise UserError(error.what, **parts) from error
-
-
-def _check_rows(stage: StageConfig, data: int, least: int) -> None:
-    """A `UserError` unless data ranks have equal rows of every part. least: parts of a step that the mesh needs."""
-    if stage.part_size % data == 0:
-        return
-    rows = max(1, round(stage.batch_size / data))  # of a data rank
-    rows += -rows % least if least > rows else 0
-    counts = [n for n in divisors(rows) if n >= least]
-    near = {"batch_size": rows * data, "accumulation": min(counts, key=lambda n: abs(math.log(n / stage.accumulation)))}
-    place = f"stages.{stage.name}"
-    raise UserError(
-        "the rows of a part cannot be shared evenly",
-        where=f"{place}.batch_size / accumulation",
-        value=f"{stage.batch_size:,} / {stage.accumulation:,} = {stage.part_size:,} rows a part",
-        expected=f"parts of a multiple of {data:,} rows, one for each data rank",
-        nearest=" ".join(f"--{place}.{name} {value}" for name, value in near.items() if value != getattr(stage, name)),
-    )
 
 
 def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge) -> UserError:

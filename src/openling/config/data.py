@@ -11,6 +11,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from openling.config.invalid import refusal
 from openling.errors import UserError, nearest
 
 # Weights are tokens^(1/temperature): of 10^13 tokens still a number.
@@ -124,8 +125,4 @@ def read_mixture(fields: dict[str, Any], *, where: object = None) -> MixtureConf
             return MixtureConfig(**fields)
         return mixture_preset(preset, fields.pop("sources", ()), **fields)
     except ValidationError as error:
-        first = error.errors()[0]
-        place = ".".join(str(part) for part in first["loc"]) or "the mixture"
-        value = None if isinstance(first["input"], dict) else first["input"]
-        expected = first["msg"].removeprefix("Value error, ")
-        raise UserError("the mixture is not valid", where=f"{where}, {place}", value=value, expected=expected) from error
+        raise refusal(error, lambda name: f"{where}, {name or 'the mixture'}", "the mixture is not valid") from error

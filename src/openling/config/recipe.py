@@ -16,6 +16,7 @@ from typing import Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from openling.config.data import MIXTURES, MixtureConfig, SourceConfig, read_mixture
+from openling.config.invalid import refusal, wrong
 from openling.config.presets import PRESETS
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
@@ -99,7 +100,10 @@ class ParallelConfig(_Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.pipeline > 1 and self.gather != "accumulate":
-            raise ValueError(f'gather = "{self.gather}" and a pipeline do not go together: its stages go by "accumulate"')
+            what = f'gather = "{self.gather}" and a pipeline do not go together: its stages go by "accumulate"'
+            raise wrong(what, 'gather = "accumulate"')
+        if self.stages_per_rank > 1 and self.pipeline == 1:
+            raise wrong(f"stages_per_rank = {self.stages_per_rank} is of a pipeline, and there is none", "stages_per_rank = 1")
         if self.rest == "context" and self.context > 1:
             raise ValueError(f'rest = "context" chooses context, which is {self.context} here: leave one of them out')
         return self
@@ -139,6 +143,12 @@ class RecipeConfig(_Section):
     parallel: ParallelConfig = ParallelConfig()
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field((), description="who is told every step's metrics")
     seed: int = Field(0, ge=0, lt=2**63, description="of random first weights")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if len(set(self.trackers)) < len(self.trackers):
+            raise wrong("a tracker stands twice in trackers", f"trackers = {list(dict.fromkeys(self.trackers))}")
+        return self
 
     def parallel_of(self, stage: StageConfig) -> ParallelConfig:
         """What ranks share in a stage, its own settings over those of the recipe."""
@@ -281,11 +291,7 @@ def _known(table: dict[str, Any], names: Sequence[str], where: object, place: st
 
 
 def _refusal(error: ValidationError, where: object, place: str) -> UserError:
-    first = error.errors()[0]
-    dotted = ".".join([*([place] if place else []), *(str(part) for part in first["loc"])])
-    value = None if isinstance(first["input"], dict) else first["input"]
-    expected = first["msg"].removeprefix("Value error, ")
-    return UserError("this setting is not valid", where=f"{where}, {dotted or 'the recipe'}", value=value, expected=expected)
+    return refusal(error, lambda name: f"{where}, {'.'.join(filter(None, (place, name))) or 'the recipe'}")
 
 
 def _change(data: dict[str, Any], name: str, text: str) -> None:

@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from openling.config.invalid import wrong
+
 # Fields that change neither weights nor metrics up to a given step: a run may resume with other values of them.
 FREE_ON_RESUME = ("checkpoint_steps", "checkpoint_seconds", "keep_last", "keep_every", "max_seconds", "max_skips")
 
@@ -75,7 +77,10 @@ class TrainConfig(BaseModel):
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of steps and tokens")
         if self.batch_size % self.accumulation:
-            raise ValueError(f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}")
+            parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
+            fitting = min(parts, key=lambda n: abs(n - self.accumulation))
+            what = f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}"
+            raise wrong(what, f"accumulation = {fitting}")
         if self.ce == self.kl == self.align == 0:
             raise ValueError("ce, kl and align are all 0: there is no loss")
         if (self.schedule == "wsd") != bool(self.decay_steps):
@@ -85,9 +90,11 @@ class TrainConfig(BaseModel):
         if self.fp8_experts != "none" and self.precision == "fp32":
             raise ValueError(f"fp8_experts = {self.fp8_experts} needs BF16 around it: precision must not be fp32")
         if self.keep_every and self.keep_every % (self.checkpoint_steps or self.keep_every + 1):
-            raise ValueError("keep_every must be a multiple of checkpoint_steps")
+            every = self.checkpoint_steps
+            close = f"keep_every = {max(1, round(self.keep_every / every)) * every}" if every else None
+            raise wrong("keep_every must be a multiple of checkpoint_steps", close)
         if self.ramp and self.ramp.start > self.batch_size:
-            raise ValueError(f"ramp.start must be at most batch_size = {self.batch_size}")
+            raise wrong(f"ramp.start must be at most batch_size = {self.batch_size}", f"ramp.start = {self.batch_size}")
         return self
 
     @property

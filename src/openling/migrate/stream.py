@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import resource
 import shutil
 import time
 from collections.abc import Iterator
@@ -26,6 +25,7 @@ from torch import Tensor
 
 from openling import __version__
 from openling.config.migrate import MigrateConfig
+from openling.environment import peak_memory
 from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.convert import check_mla, fit_lightning, fit_mla
@@ -451,13 +451,12 @@ class _Conversion:
         for result in results.values():
             moved[result["action"]] += result["bytes"]
         found = {kind: [a for r in results.values() for a in r.get(kind, ())] for kind in Findings().as_dict()}
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         return {
             "seconds": time.monotonic() - begun,
             "bytes linked": moved["link"],
             "bytes copied": moved["copy"] + moved["filter"],
             "bytes of new layers": moved["new"],
             "bytes of old attention": self.plan.attention_bytes(),
-            "peak memory bytes": peak,
+            "peak memory bytes": peak_memory(),
             **found,
         }

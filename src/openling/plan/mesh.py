@@ -15,7 +15,6 @@ from typing import Literal, get_args
 
 from openling.errors import UserError, nearest
 from openling.model.config import ModelConfig
-from openling.model.count import LIGHTNING_CHUNK
 
 Gather = Literal["layer", "accumulate", "step"]
 Optimizer = Literal["adamw", "muon"]
@@ -139,7 +138,8 @@ def problems(c: ModelConfig, mesh: Mesh, *, seq_len: int) -> list[Problem]:
         divides("tensor", c.intermediate_size, "intermediate_size")
     if c.num_shared_experts:
         divides("tensor", c.moe_shared_expert_intermediate_size, "moe_shared_expert_intermediate_size")
-    divides("context", seq_len // LIGHTNING_CHUNK, f"seq_len / {LIGHTNING_CHUNK} (whole chunks on every rank)")
+    if mesh.context > seq_len:
+        found.append(Problem("context", mesh.context, f"at most the {seq_len} tokens of a row", seq_len))
     if c.moe_layers:
         divides("expert", c.num_experts, "num_experts")
         divides("expert", mesh.fsdp, "shard x context")

@@ -47,8 +47,8 @@ class Setup:
 
     @property
     def rows(self) -> Rows:
-        """A micro-batch on one rank."""
-        return Rows(self.micro_batch, self.seq_len // self.mesh.context)
+        """A micro-batch on one rank, that with the longest slices."""
+        return Rows(self.micro_batch, -(-self.seq_len // self.mesh.context))
 
     @property
     def cut(self) -> Cut:

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
+from openling.config.invalid import refusal
 from openling.errors import UserError
 
 
@@ -283,14 +284,8 @@ def parse(data: Any, *, where: object = None) -> Report:
     try:
         return Report.model_validate(data)
     except ValidationError as error:
-        first = error.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the file"
-        raise UserError(
-            "the report cannot be read",
-            where=f"{where}, {field}" if where else field,
-            value=first["input"],
-            expected=first["msg"],
-        ) from error
+        places = (str(where),) if where else ()
+        raise refusal(error, lambda name: ", ".join((*places, name or "the file")), "the report cannot be read") from error
 
 
 def read_report(folder: Path) -> Report:

@@ -6,6 +6,7 @@ A stage may come days after the first, so whatever its settings alone can tell i
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.parallel.mesh import Axes, check, fit
 from openling.parallel.pipeline import check_count, check_runs
+from openling.plan.mesh import divisors
 from openling.train.checkpoint import checkpoints
 from openling.train.optim import select_names
 from openling.train.trackers import check_trackers
@@ -44,18 +46,25 @@ def check_losses(config: TrainConfig, model: ModelConfig, *, teacher: bool, plac
         )
 
 
-def check_parts(config: TrainConfig, data_ranks: int, *, place: str = "") -> None:
-    """A `UserError` where data ranks cannot have equal rows of every part."""
+def check_parts(config: TrainConfig, data_ranks: int, *, least: int = 1, place: str = "") -> None:
+    """A `UserError` where data ranks cannot have equal rows of every part. least: parts of a step that the mesh needs."""
     if config.part_size % data_ranks:
+        rows = max(1, round(config.batch_size / data_ranks))  # of a data rank
+        rows += -rows % least if least > rows else 0
+        parts = min((n for n in divisors(rows) if n >= least), key=lambda n: abs(math.log(n / config.accumulation)))
+        near = {"batch_size": rows * data_ranks, "accumulation": parts}
         raise UserError(
-            "the rows of a part cannot be shared evenly", where=f"{place}batch_size / accumulation", value=config.part_size,
-            expected=f"a multiple of {data_ranks} data ranks",
-        )  # fmt: skip
+            "the rows of a part cannot be shared evenly",
+            where=f"{place}batch_size / accumulation",
+            value=f"{config.batch_size:,} / {config.accumulation:,} = {config.part_size:,} rows a part",
+            expected=f"parts of a multiple of {data_ranks:,} rows, one for each data rank",
+            nearest=" ".join(f"--{place}{name} {value}" for name, value in near.items() if value != getattr(config, name)),
+        )
     for _, rows in config.stairs:
         if rows % data_ranks:
             raise UserError(
                 "the rows of a smaller first batch cannot be shared evenly", where=f"{place}ramp", value=rows,
-                expected=f"a multiple of {data_ranks} data ranks",
+                expected=f"a multiple of {data_ranks} data ranks", nearest=f"--{place}ramp.start {config.part_size}",
             )  # fmt: skip
 
 
@@ -84,7 +93,7 @@ def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, wor
                 check_count(max(1, rows // stage.part_size), axes.pipeline, c.stages_per_rank)
     except UserError as error:  # which has Python's names of the axes
         name = str(error.parts["where"]).removeprefix("data_")
-        raise UserError(error.what, **error.parts | {"where": f"{place}.{name}"}) from error
+        raise UserError(error.what.replace("data_", ""), **error.parts | {"where": f"{place}.{name}"}) from error
     return axes
 
 

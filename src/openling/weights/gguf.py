@@ -17,7 +17,10 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
+from openling.model.families import read_config
+from openling.model.ling import Ling
 from openling.weights.io import FolderWriter
+from openling.weights.names import bind
 
 _NAMES = {
     "token_embd": "model.embed_tokens",
@@ -69,6 +72,7 @@ def import_gguf(gguf_path: str | Path, out: str | Path, *, dtype: torch.dtype = 
     names = {tensor.name: _hf_name(tensor.name, path) for tensor in reader.tensors}
     config = _config(fields, path, tied="lm_head.weight" not in names.values(), dtype=dtype)
     config["vocab_size"] = _vocabulary(reader, fields, path)
+    _check_whole(names, config, path)
     values = sum(int(tensor.n_elements) for tensor in reader.tensors)
     writer = FolderWriter(out, expected_bytes=values * dtype.itemsize + (16 << 20))
     with writer:
@@ -81,6 +85,19 @@ def import_gguf(gguf_path: str | Path, out: str | Path, *, dtype: torch.dtype = 
         for name, data in _tokenizer_files(path, reader, config["vocab_size"]).items():
             writer.add_file(name, data)
     return writer.out
+
+
+def _check_whole(names: dict[str, str], config: dict[str, Any], path: Path) -> None:
+    """A `UserError` unless the file has every tensor of such a model."""
+    model = read_config(config)
+    with torch.device("meta"):
+        ours = list(Ling(model).state_dict())
+    ggufs = {theirs: name for name, theirs in names.items()}
+    wanted = [name for binding in bind(config["architectures"][0], model, ours) for name in binding.theirs]
+    if missing := [name for name in wanted if name not in ggufs]:
+        what = "the GGUF file lacks a tensor" if len(missing) == 1 else f"the GGUF file lacks {len(missing)} tensors"
+        where, expected = f"{path}, {missing[0]}", f"{len(wanted)} tensors of {config['num_hidden_layers']} layers"
+        raise UserError(what, where=where, value=f"{len(names)} tensors", expected=expected, next="fetch the file again")
 
 
 def _open(path: Path) -> Any:
