@@ -5,12 +5,14 @@
 Writes benchmarks/results/migration/algorithms.json: loss and KL on held-out text, in nats per token, by domain. The arms of
 `lightning` convert all layers but the MLA ones, which stay softmax attention; those of `mla` convert only these, from the
 teacher, so that nothing else hides their damage; `all mla` makes every layer MLA, so that ranks have something to share. Arms
-in `WARMED` are measured again after the preset's linear warm-up of WARMUP_TOKENS: a start says little about where training leads.
+in `WARMED` are measured again after the preset's linear warm-up of WARMUP_TOKENS: a start says little about where training leads;
+the first of them after every one of `LOSSES`.
 Texts are tokenised once, into WORK_FOLDER/texts.safetensors.
 """
 
 from __future__ import annotations
 
+import copy
 import shlex
 import sys
 import tempfile
@@ -49,6 +51,16 @@ WARMED = (
     "layers selected by KL",
     "layers selected by local error",
 )
+
+# Changes of the warm-up's losses, by what they add to an arm's name.
+LOSSES: dict[str, dict[str, float]] = {
+    "": {},
+    ", CE alone": {"kl": 0.0, "ce": 1.0},
+    ", CE beside KL": {"ce": 1.0},
+    ", alignment alone": {"kl": 0.0, "align": 1.0},
+    ", alignment beside KL": {"align": 1.0},
+    ", alignment beside KL, a tenth": {"align": 0.1},
+}
 
 # Changes of preset `best`: (what is converted, name, conversion, layout). Arms of MLA change `UNFOLDED`: what else they do
 # is then not hidden by folds that adapt. The first of its kind is what the others stand beside.
@@ -127,13 +139,14 @@ def convert(teacher: Ling, what: str, conversion: dict[str, Any], layout: dict[s
     return student
 
 
-def warm_up(student: Ling, teacher: Ling, windows: torch.Tensor) -> Ling:
-    """The student after the preset's linear warm-up."""
-    warmup = preset("best", tokens=WARMUP_TOKENS).linear_warmup
-    batches = Batches(windows.numpy().astype(np.int32), batch_size=warmup.train.batch_size)
+def warm_up(start: Ling, teacher: Ling, windows: torch.Tensor, losses: dict[str, float]) -> Ling:
+    """A copy of the student after the preset's linear warm-up, with other losses."""
+    warmup, student = preset("best", tokens=WARMUP_TOKENS).linear_warmup, copy.deepcopy(start)
+    config = warmup.train.model_copy(update=losses)
+    batches = Batches(windows.numpy().astype(np.int32), batch_size=config.batch_size)
     names = trainable(student.config, "linear-warmup", warmup.trainable)
     with tempfile.TemporaryDirectory() as run:
-        train(student, warmup.train, batches, parameters=names, run=Path(run), teacher=teacher)
+        train(student, config, batches, parameters=names, run=Path(run), teacher=teacher if config.follows else None)
     return student.eval()
 
 
@@ -183,8 +196,10 @@ def main() -> None:
         student = convert(teacher, what, conversion, layout, windows)
         measure(student, what, name, time.monotonic() - begun)
         if what == "lightning" and name in WARMED:
-            warm_up(student, teacher, training)
-            measure(student, "lightning, warmed up", name, time.monotonic() - begun)
+            for added, losses in LOSSES.items() if name == WARMED[0] else [("", LOSSES[""])]:
+                begun = time.monotonic()
+                warmed = warm_up(student, teacher, training, losses)
+                measure(warmed, "lightning, warmed up", name + added, time.monotonic() - begun)
     write_results(RESULTS, shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER"), rows)
 
 

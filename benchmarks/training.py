@@ -102,13 +102,14 @@ class Case:
 
 
 def batches_of(case: Case, rank: int, world: int) -> MemoryBatches:
-    """Packed documents of many lengths, or every row one document."""
+    """Packed documents of many lengths, or one document, which ends in one row of all."""
     length, rows = case.settings.sequence_length, case.settings.batch_size
     if case.packed:
         texts = documents(case.config.vocab_size, 40 * rows * length)
     else:
-        rng = np.random.default_rng(0)
-        texts = [rng.integers(case.config.vocab_size, size=length) for _ in range(2 * rows)]
+        assert case.settings.steps is not None
+        tokens = (case.settings.steps + 1) * rows * length
+        texts = [np.random.default_rng(0).integers(case.config.vocab_size, size=tokens)]
     return MemoryBatches(texts, length=length, rows=rows, rank=rank, world=world)
 
 
