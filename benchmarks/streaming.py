@@ -1,10 +1,11 @@
 """Streaming conversion of synthetic Ling-2.0-shaped checkpoints: rates beside the disk's own, bytes moved, memory, equality.
 
-    python benchmarks/streaming.py WORK_FOLDER [1|10|40]      # GB; twice that must be free; writes benchmarks/results/
+    python benchmarks/streaming.py WORK_FOLDER [1|10|40|wide]      # GB, twice that must be free; writes benchmarks/results/
 
 Weights are made up (one random block, repeated), BF16. At 40 GB the experts of the later half of the layers are zeros, holes in
 the files: neither the peer nor we read them, both write them. The peer's rate and ours are medians of `ROUNDS` turns, one after
-the other, cold cache for every read. Every conversion runs in a process of its own, whose peak memory it is.
+the other, cold cache for every read. Every conversion runs in a process of its own, whose peak memory it is. `wide` is two dense
+layers with the attention of Ling-2.0-1T, of which one becomes Lightning and one MLA: what a fit takes there.
 """
 
 from __future__ import annotations
@@ -33,9 +34,10 @@ from openling.weights.io import CheckpointReader, FolderWriter
 from openling.weights.names import bind
 
 RESULTS = Path(__file__).parent / "results" / "migration"
-# GB: layers, routed experts, bytes of a shard.
-SIZES = {1: (8, 16, 128 << 20), 10: (8, 192, 1 << 30), 40: (24, 256, 4 << 30)}
-SPARSE_FROM = {40: 12}  # experts of layers from here on are holes
+# Layers, routed experts, bytes of a shard.
+SIZES = {"1": (8, 16, 128 << 20), "10": (8, 192, 1 << 30), "40": (24, 256, 4 << 30), "wide": (2, 8, 1 << 30)}
+SPARSE_FROM = {"40": 12}  # experts of layers from here on are holes
+WIDE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "first_k_dense_replace": 2}
 ROUNDS = 3
 BLOCK = 16 << 20
 MEMORY_GOAL = 4 * 2**30
@@ -66,12 +68,12 @@ def shape(layers: int, experts: int) -> dict[str, Any]:
     }
 
 
-def generate(folder: Path, size: int) -> None:
+def generate(folder: Path, size: str) -> None:
     """Write the checkpoint."""
     from openling.model.families import read_config
 
     layers, experts, shard_bytes = SIZES[size]
-    hf = shape(layers, experts)
+    hf = shape(layers, experts) | (WIDE if size == "wide" else {})
     config: ModelConfig = read_config(hf)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Ling(config).state_dict().items()}
@@ -91,6 +93,11 @@ def generate(folder: Path, size: int) -> None:
     if size in SPARSE_FROM:
         for shard in folder.glob("*.safetensors"):
             subprocess.run(["fallocate", "--dig-holes", shard], check=True)
+
+
+def name_of(size: str) -> str:
+    """As files are named: 1gb, wide."""
+    return f"{size}gb" if size.isdecimal() else size
 
 
 def forget(folder: Path) -> None:
@@ -224,11 +231,18 @@ def at_most(name: str, value: float, unit: str, goal: float, **more: Any) -> dic
     return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value <= goal, **more}
 
 
-def measure(work: Path, size: int) -> Iterator[list[dict[str, Any]]]:
+def measure(work: Path, size: str) -> Iterator[list[dict[str, Any]]]:
     """The rows of one size, a few at a time."""
-    source, out = work / f"ling-{size}gb", work / "out"
+    source, out = work / f"ling-{name_of(size)}", work / "out"
     if not source.exists():
         generate(source, size)
+    if size == "wide":
+        linked = converted(source, out, "link")
+        yield [
+            {"name": "link mode without text, time", "value": linked["seconds"], "unit": "s"},
+            {"name": "link mode without text, peak memory", "value": linked["peak memory bytes"], "unit": "bytes"},
+        ]
+        return
     rates = disk(source, work)
     yield [{"name": f"disk, sequential {name}", "value": rate, "unit": "bytes/s"} for name, rate in rates.items()]
     turns = [(plain_copy(source, work), converted(source, out, "copy")) for _ in range(ROUNDS)]
@@ -255,11 +269,9 @@ def measure(work: Path, size: int) -> Iterator[list[dict[str, Any]]]:
         {"name": "link mode with 512 tokens of text, time", "value": walked["seconds"], "unit": "s"},
         at_most("link mode with text, peak memory", walked["peak memory bytes"], "bytes", MEMORY_GOAL),
     ]
-    if size == 1:
+    if size == "1":
         yield [at_least("streamed and in-memory results equal bit for bit", equal_to_memory(source, out), "", 1)]
     yield [at_most("plan for 1T", plan_seconds(), "s", 10)]
-    for folder in (source, out, work / "out.run"):
-        shutil.rmtree(folder)
 
 
 def main() -> int:
@@ -267,15 +279,17 @@ def main() -> int:
     if sys.argv[1] == "--part":
         part(Path(sys.argv[2]), Path(sys.argv[3]), sys.argv[4], sys.argv[5])
         return 0
-    work, size = Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else 1
+    work, size = Path(sys.argv[1]), sys.argv[2] if len(sys.argv) > 2 else "1"
     work.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / f"streaming-{size}gb.json"
+    path = RESULTS / f"streaming-{name_of(size)}.json"
     rows: list[dict[str, Any]] = []
     for more in measure(work, size):
         rows += more
         for row in more:
             print(row, flush=True)
         write_results(path, f"python benchmarks/streaming.py WORK_FOLDER {size}", rows)
+    for name in (f"ling-{name_of(size)}", "out", "out.run"):
+        shutil.rmtree(work / name)
     return 0
 
 

@@ -29,10 +29,10 @@ class Gram:
         """Add rows z [..., P] and, for a regression, their targets y [..., O]."""
         z = z.flatten(0, -2).double()
         zz = z.T @ z
-        self.zz = zz if self.zz is None else self.zz + zz
+        self.zz = zz if self.zz is None else self.zz.add_(zz)
         if y is not None:
             zy = z.T @ y.flatten(0, -2).double()
-            self.zy = zy if self.zy is None else self.zy + zy
+            self.zy = zy if self.zy is None else self.zy.add_(zy)
         self.count += z.shape[0]
 
     @property
@@ -46,8 +46,9 @@ class Gram:
         assert self.zz is not None and self.zy is not None
         lam = damping * self.zz.diagonal().mean()
         right = self.zy if prior is None else self.zy + lam * prior.double().T
-        eye = torch.eye(self.zz.shape[0], dtype=self.zz.dtype, device=self.zz.device)
-        return torch.linalg.solve(self.zz + lam * eye, right).T
+        damped = self.zz.clone()
+        damped.diagonal().add_(lam)
+        return torch.linalg.solve(damped, right).T
 
 
 @dataclass

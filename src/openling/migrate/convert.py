@@ -209,6 +209,7 @@ def without_qk_norm(
     gamma = torch.cat([norm.weight.detach().double().expand(size, -1) for norm, size in zip(norms, sizes, strict=True)])
     removals = remove_norms(torch.cat((weights.q, weights.k)), gamma, norms[0].eps, inputs, options.qk_norm_removal, sizes)
     weights.q, weights.k = (r.weight for r in removals)
+    weights.v = weights.v.clone()  # a view would keep the old queries
     return weights, {f"{name} ({r.method})": r.error for name, r in zip("qk", removals, strict=True)}
 
 

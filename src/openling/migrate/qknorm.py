@@ -107,5 +107,6 @@ def remove_norms(
     for group, m in enumerate(chosen):
         weight = heads.replacement(m)
         wrong, energy = (x.split(list(sizes))[group].sum() for x in heads.errors(weight))
-        found.append(Removal(m, weight.split(list(sizes))[group], float(wrong / energy)))
+        mine = weight.split(list(sizes))[group].clone()  # a view would keep all of it
+        found.append(Removal(m, mine, float(wrong / energy)))
     return found
