@@ -6,7 +6,7 @@ Writes benchmarks/results/migration/algorithms.json: loss and KL on held-out tex
 `lightning` convert all layers but the MLA ones, which stay softmax attention; those of `mla` convert only these, from the
 teacher, so that nothing else hides their damage; `all mla` makes every layer MLA, so that ranks have something to share. Arms
 in `WARMED` are measured again after the preset's linear warm-up of WARMUP_TOKENS: a start says little about where training leads;
-the first of them after every one of `LOSSES`.
+the first of them after every one of `LOSSES`; their seconds are those of the warm-up.
 Texts are tokenised once, into WORK_FOLDER/texts.safetensors.
 """
 

@@ -38,8 +38,10 @@ def _gpus() -> list[str]:
 def peak_memory() -> int:
     """The most bytes of memory that this program has used; getrusage counts on from what the program that started it had."""
     status = Path("/proc/self/status")
-    if status.exists():
-        return next(int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM:")) * 1024
+    lines = status.read_text().splitlines() if status.exists() else []
+    for line in lines:
+        if line.startswith("VmHWM:"):  # which not every kernel tells
+            return int(line.split()[1]) * 1024
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return most if platform.system() == "Darwin" else most * 1024
 

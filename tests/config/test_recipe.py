@@ -76,18 +76,26 @@ def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
         ("lr = 2e-4", "lr = nan", ["stages.two.lr", "finite"]),
         ("lr = 2e-4", "betas = [0.9, 1.5]", ["stages.two.betas.1", "less than 1"]),
         ("batch_size = 4", "batch_size = true", ["train.batch_size", "no switch"]),
-        ('name = "two"', 'name = ".."', ["..", "match pattern"]),
+        ('name = "two"', 'name = ".."', ["..", "letters, digits"]),
         ('name = "two"', 'name = "one"', ["value:    one, one"]),
         ('name = "small"', 'name = "small"\ntrackers = ["wand"]', ["trackers.0", "nearest:  wandb"]),
         ('name = "small"', 'name = "small"\ntrackers = "wandb"', ["trackers", "a list"]),
         (
             'name = "small"',
             'name = "small"\ntrackers = ["wandb", "trackio", "wandb"]',
-            ["twice", "nearest:  trackers = ['wandb', 'trackio']"],
+            ["trackers", "each tracker once", "nearest:  ['wandb', 'trackio']"],
         ),
         ("steps = 5", "steps = 5\nramp = { start = 8, tokens = 64 }", ["stages.one", "nearest:  ramp.start = 4"]),
         ("steps = 5", "steps = 5\nkeep_every = 5\ncheckpoint_steps = 3", ["multiple", "nearest:  keep_every = 6"]),
         ("batch_size = 4", "batch_size = 12\naccumulation = 5", ["does not divide", "nearest:  accumulation = 4"]),
+        ("batch_size = 4", "batch_size = 99999999999999\naccumulation = 7", ["does not divide", "nearest:  accumulation = 3"]),
+        ("steps = 5", "steps = 5\nkeep_every = 5", ["multiple", "nearest:  checkpoint_steps = 5"]),
+        ("steps = 5", "steps = 5\nyarn = { factr = 2, original = 64 }", ["unknown setting", "yarn.factr", "nearest:  factor"]),
+        ("steps = 5", "steps = 5\nbetas = [false, 0.9]", ["stages.one.betas", "no switch"]),
+        ('name = "small"', 'name = "small"\nseed = true', ["seed", "no switch"]),
+        ("mixture = { length = 64 }", "mixture = { length = 64, shares = { all = true } }", ["mixture", "no switch"]),
+        ("mixture = { length = 64 }", "mixture = { preset = 3 }", ["no such mixture", "stages.one.mixture", "value:    3"]),
+        ('[[sources]]\ncorpus = "texts"', "", ["stages.one.mixture", "1 or more of them"]),
         ('preset = "tiny"', 'preset = "tiny"\noverrides = { hiden_size = 64 }', ["did you mean 'hidden_size'"]),
         ('[corpora.texts]\nbuild = ["kjv"]', "[corpora]\ntexts = 3", ["no table", "corpora.texts", "value:    3"]),
         ("mixture = { length = 64 }", "mixture = 3", ["stages.one.mixture", "value:    3", "[stages.one.mixture]"]),
@@ -137,7 +145,6 @@ def test_ranks_that_are_left(tmp_path, changed, world, ranks):
         ("stages__two__parallel__recomput", "layer", "nearest: +stages.two.parallel.recompute"),
         ("stages__two__parallel__recompute", "all", "stages.two.parallel.recompute\n.*all"),
         ("stages__two__parallel__rest", "contxt", "stages.two.parallel.rest\n[\\s\\S]*nearest: +context"),
-        ("stages__two__parallel__stages_per_rank", "2", "there is none\n +nearest: +stages_per_rank = 1"),
         ("stages__two__parallel__context", "true", "no switch"),
         ("stages__two__parallel", "3", "no table[\\s\\S]*stages.two.parallel"),
         ("train__parallel__context", "2", "unknown setting[\\s\\S]*train.parallel"),
@@ -153,6 +160,16 @@ def test_a_stage_s_mesh_must_go_with_the_recipe_s_gather(tmp_path):
     with pytest.raises(UserError, match="pipeline do not go together") as error:
         small(tmp_path, text, stages__two__parallel__pipeline="2")
     assert "stages.two.parallel" in str(error.value)
+
+
+def test_stages_per_rank_need_a_pipeline_somewhere(tmp_path):
+    """A stage may replace either part of it."""
+    with pytest.raises(UserError, match="no stage has one\n +nearest: +parallel.stages_per_rank = 1"):
+        small(tmp_path, parallel__stages_per_rank="2")
+    one, two = small(tmp_path, parallel__stages_per_rank="2", stages__one__parallel='{"pipeline": 2}').stages
+    assert one.parallel.stages_per_rank == 2 and two.parallel is None
+    recipe = small(tmp_path, parallel='{"stages_per_rank": 2, "pipeline": 2}', stages__one__parallel='{"pipeline": 1}')
+    assert [recipe.parallel_of(stage).pipeline for stage in recipe.stages] == [1, 2]
 
 
 @pytest.mark.parametrize("name", ["train", "model", "corpora", "sources", "stages"])
@@ -228,10 +245,31 @@ def test_what_ranks_cannot_share_is_told_with_its_setting(tmp_path):
         with pytest.raises(UserError, match=told):
             check_stages(mini, model, world)
     text = SMALL.replace("steps = 5", "steps = 5\nramp = { start = 1, tokens = 64, stairs = 1 }")
-    with pytest.raises(UserError, match="smaller first batch[\\s\\S]*stages.one.ramp[\\s\\S]*--stages.one.ramp.start 4"):
+    with pytest.raises(UserError, match="smaller first batch[\\s\\S]*stages.one.ramp[\\s\\S]*--stages.one.ramp.start 2"):
         check_stages(small(tmp_path, text), model, 2)
     with pytest.raises(UserError, match="fewer parts[\\s\\S]*where: +stages.two.parallel.pipeline"):
         check_stages(small(tmp_path, stages__two__parallel__pipeline="2"), model, 2)
+
+
+def test_rows_too_short_for_their_ranks_are_told_before_the_first_step(tmp_path):
+    recipe = small(tmp_path, stages__two__parallel__context="200", stages__one__parallel__rest="context", train__batch_size="1")
+    model = first_config(recipe)[0]
+    for stage, most, said in ((recipe.stages[0], 64, "more shard ranks"), (recipe.stages[1], 128, "nearest:  128")):
+        with pytest.raises(UserError, match="shorter than there are ranks") as told:
+            check_mesh(recipe, stage, model, 200)
+        assert f"{stage.name}.parallel.context" in str(told.value) and f"at most {most}" in str(told.value)
+        assert said in str(told.value)
+
+
+def test_what_is_suggested_can_be_followed(tmp_path):
+    """A pipeline on two ranks, of whose step data ranks cannot share the parts."""
+    recipe = small(tmp_path, parallel__pipeline="2", train__accumulation="2")
+    with pytest.raises(UserError, match="shared evenly") as told:
+        check_stages(recipe, first_config(recipe)[0], 6)
+    words = iter(str(told.value.parts["nearest"]).replace("--stages.one.", "").split())
+    changed = {"train__accumulation": "2"} | {f"train__{name}": value for name, value in zip(words, words, strict=True)}
+    again = small(tmp_path, parallel__pipeline="2", **changed)
+    check_stages(again, first_config(again)[0], 6)
 
 
 def test_the_recipe_of_the_documentation_is_one(tmp_path):

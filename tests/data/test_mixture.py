@@ -242,7 +242,7 @@ def test_the_published_figures():
         ({"lenght": 5}, r"unknown setting[\s\S]*nearest:  length"),
         ({"length": 100, "long": {"length": 150, "share": 0.2}}, "multiple of length"),
         ({"temperature": {"b": 2}}, "not there"),
-        ({"sources": []}, "at least 1"),
+        ({"sources": []}, "1 or more"),
         ({"sources": [{"corpus": "a", "weight": 1}, {"corpus": "b"}]}, "to all sources"),
         ({"sources": [{"corpus": "a", "wieght": 1}]}, "wieght"),
     ],

@@ -55,7 +55,9 @@ def whole(source, tmp_path_factory) -> tuple[dict[str, str], float]:
 
 def wait_for(path: Path) -> None:
     """Until `path` is there."""
+    end = time.monotonic() + 60
     while not path.exists():
+        assert time.monotonic() < end, f"{path} does not come"
         time.sleep(0.001)
 
 

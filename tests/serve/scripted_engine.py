@@ -12,7 +12,7 @@ from openling.serve.engine import Engine
 from openling.serve.parsers import ReplyFormat
 from openling.serve.service import Service
 from openling.serve.text import ModelText
-from openling.serve.types import EngineStats, Output, Request
+from openling.serve.types import EngineStats, Output, Request, TokenLogprob
 
 
 class ScriptedEngine:
@@ -55,8 +55,10 @@ class ScriptedEngine:
 
 
 def piece(request: Request, text: str, end: str | None = None, **changes) -> Output:
-    """An output of one token per character."""
+    """An output of one token per character, with log-probabilities where they are asked for."""
     ids = [ord(c) for c in text]
+    if request.params.logprobs is not None:
+        changes |= {"logprobs": [TokenLogprob(i, -1.0, -1.0) for i in ids]}
     counts = {"prompt_tokens": len(request.prompt_token_ids), "completion_tokens": len(ids), "weight_version": "7"}
     return Output(request.id, ids, text, finish_reason=end, **(counts | changes))
 

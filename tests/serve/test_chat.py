@@ -334,6 +334,33 @@ KNOWN = [HI, TOOLS, A_TOOLS, SCHEMA, {"type": "any"}, "required", "none", {"incl
 VALUE = JSON | st.sampled_from(KNOWN)
 
 
+PLAIN = (True, 0, -1.5, "x", [], {}, [True], {"x": None}, [[]])
+
+
+ROUTES = {
+    CHAT: (ChatRequest, "messages", "max_tokens"),
+    MESSAGES: (MessagesRequest, "messages", "max_tokens", "model"),
+    "/v1/completions": (CompletionRequest, "prompt"),
+    "/tokenize": (TokenizeRequest, "prompt"),
+    "/detokenize": (DetokenizeRequest, "tokens"),
+}
+
+
+@pytest.mark.parametrize("path", ROUTES)
+def test_no_single_field_breaks_the_server(scripted, compiler, path):
+    """Every parameter of a route with a value of every kind; chance finds but some of them."""
+    scripted.service.engine = ScriptedEngine(fine, compiler)
+    model, *names = ROUTES[path]
+    needed = {name: GOOD[name] for name in names}
+    assert scripted.client.post(path, needed).status == 200
+    for name in model.model_fields:
+        for value in PLAIN:
+            answer = scripted.client.post(path, needed | {name: value})
+            assert answer.status in (200, 400, 404), (name, value, answer.body)
+            alone = scripted.client.post(path, {name: value})
+            assert alone.status in (200, 400, 404), (name, value, alone.body)
+
+
 @settings(max_examples=250, deadline=None)
 @given(
     path=st.sampled_from([CHAT, MESSAGES, MESSAGES + "/count_tokens", "/v1/completions", "/tokenize", "/detokenize"]),

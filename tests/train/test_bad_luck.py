@@ -111,7 +111,9 @@ def test_a_checkpoint_that_cannot_be_written_ends_the_run_at_once(tmp_path, shor
 
 def test_a_log_that_cannot_be_written(tmp_path, short_files, straight):
     def limit():
+        end = time.monotonic() + 60
         while not checkpoints(tmp_path / "run"):  # that of step 3, written meanwhile
+            assert time.monotonic() < end
             time.sleep(0.001)
         short_files((tmp_path / "run" / "metrics.jsonl").stat().st_size + 9)
 

@@ -129,7 +129,9 @@ def test_wrong_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_llama(tmp_path / "x.gguf", heads=5)
     refused("head counts")
     write_llama(tmp_path / "x.gguf", without="blk.0.ffn_up")
-    refused(r"lacks a tensor[\s\S]*model.layers.0.mlp.up_proj.weight")
+    refused(r"lacks a tensor[\s\S]*blk.0.ffn_up.weight[\s\S]*11 of the 12 tensors")
+    write_llama(tmp_path / "x.gguf", tensor="blk.7.attn_norm")
+    refused(r"of no layer[\s\S]*blk.7.attn_norm.weight[\s\S]*1 layers")
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="make setup"):
         smollm2_gguf()

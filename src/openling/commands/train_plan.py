@@ -48,7 +48,7 @@ def check_meshes(recipe: RecipeConfig, world: int | None) -> list[Axes]:
         axes = check_mesh(recipe, stage, config, _least_world(c) if world is None else world)
         data = axes.data_replicate * axes.data_shard
         if world is not None or c.shard is not None or c.rest == "context":
-            check_parts(stage, data, least=c.pipeline if c.stages_per_rank == 1 else 1, place=f"stages.{stage.name}.")
+            check_parts(stage, data, parallel=c, place=f"stages.{stage.name}.")
         found.append(axes)
     return found
 

@@ -9,20 +9,16 @@ from __future__ import annotations
 from fractions import Fraction
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from openling.config.invalid import refusal
+from openling.config.section import Section, refusal
 from openling.errors import UserError, nearest
 
 # Weights are tokens^(1/temperature): of 10^13 tokens still a number.
 LEAST_TEMPERATURE = 0.1
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class SourceConfig(_Section):
+class SourceConfig(Section):
     """A source of a built corpus, and what part of its group it is."""
 
     corpus: str = Field(description="folder that `openling data build` wrote")
@@ -42,7 +38,7 @@ class SourceConfig(_Section):
         return self
 
 
-class LongConfig(_Section):
+class LongConfig(Section):
     """Rows of long documents among rows that hold several shorter windows."""
 
     length: int = Field(gt=1, description="tokens of a long window, and of every row")
@@ -51,7 +47,7 @@ class LongConfig(_Section):
     min_document: int | None = Field(None, gt=1, description="shortest document read here, the rest is read short; null: length")
 
 
-class MixtureConfig(_Section):
+class MixtureConfig(Section):
     """Groups with exact shares of the tokens. Shares must come to 1; every group needs a source."""
 
     shares: dict[str, float] = Field({"all": 1.0}, description="part of the tokens that each group gives")
@@ -102,11 +98,11 @@ MIXTURES: dict[str, dict[str, Any]] = {
 }
 
 
-def mixture_preset(name: str, sources: tuple[SourceConfig, ...], **changes: Any) -> MixtureConfig:
+def mixture_preset(name: str, sources: tuple[SourceConfig, ...], *, where: object = None, **changes: Any) -> MixtureConfig:
     """A published mixture over your sources, whose `group` names the share they belong to."""
-    if name not in MIXTURES:
-        close = nearest(name, MIXTURES)
-        raise UserError("there is no such mixture", value=name, expected=", ".join(MIXTURES), nearest=close)
+    if not isinstance(name, str) or name not in MIXTURES:
+        close = nearest(str(name), MIXTURES)
+        raise UserError("there is no such mixture", where=where, value=name, expected=", ".join(MIXTURES), nearest=close)
     return MixtureConfig(**MIXTURES[name] | {"sources": sources} | changes)
 
 
@@ -123,6 +119,6 @@ def read_mixture(fields: dict[str, Any], *, where: object = None) -> MixtureConf
     try:
         if preset is None:
             return MixtureConfig(**fields)
-        return mixture_preset(preset, fields.pop("sources", ()), **fields)
+        return mixture_preset(preset, fields.pop("sources", ()), where=where, **fields)
     except ValidationError as error:
         raise refusal(error, lambda name: f"{where}, {name or 'the mixture'}", "the mixture is not valid") from error

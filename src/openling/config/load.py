@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from openling.config.invalid import refusal
+from openling.config.section import refusal
 from openling.errors import UserError, nearest
 
 Config = TypeVar("Config", bound=BaseModel)
@@ -37,20 +37,10 @@ def override(config: Config, arguments: Sequence[str], *, flags: Sequence[str] =
         for parent in parents:
             section = section[parent]
         section[last] = _value(text, section[last])
-        if isinstance(section[last], bool) and not _switch(config, name):  # it would count as 0 or 1
-            raise UserError("this setting is no switch", where=f"--{name}", value=text, expected="a value")
     try:
         return type(config).model_validate(data)
     except ValidationError as error:
         raise refusal(error, lambda name: f"--{name}" if name else "the settings together") from error
-
-
-def _switch(config: BaseModel, name: str) -> bool:
-    *parents, last = name.split(".")
-    for parent in parents:
-        config = getattr(config, parent)
-    kind = type(config).model_fields[last].annotation
-    return bool in (kind, *get_args(kind))
 
 
 def _pairs(arguments: Sequence[str], names: list[str], flags: Sequence[str]) -> list[tuple[str, str]]:
@@ -76,5 +66,5 @@ def _value(text: str, old: Any) -> Any:
         return [part.strip() for part in text.split(",")]
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # a number of too many digits, too
         return text

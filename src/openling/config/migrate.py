@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
+from openling.config.section import Section, wrong
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
 
@@ -21,7 +22,7 @@ def _numbers(value: Any) -> Any:
         return value
     parts = value.split(",")
     if not all(part.strip().isdigit() for part in parts):
-        raise ValueError(f"{', '.join(PLACEMENTS)}, or layer numbers such as 5,11,17")
+        raise wrong(f"{', '.join(PLACEMENTS)}, or layer numbers such as 5,11,17", nearest(value, PLACEMENTS))
     return tuple(map(int, parts))
 
 
@@ -29,13 +30,7 @@ PLACEMENTS = ("ling", "selected", "none")
 MlaLayers = Annotated[Literal["ling", "selected", "none"] | tuple[int, ...], BeforeValidator(_numbers)]
 
 
-class Strict(BaseModel):
-    """Frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class Conversion(Strict):
+class Conversion(Section):
     """The two conversions. Defaults are `best`."""
 
     kv_heads: Literal["replicate", "random"] = Field("replicate", description="new K/V heads; random also draws the gate")
@@ -59,7 +54,7 @@ class Conversion(Strict):
     latent_norm: Literal["inverse", "rms", "channel", "refit"] = Field("refit", description="how MLA's latent norms are absorbed")
 
 
-class Layout(Strict):
+class Layout(Section):
     """What is new in the hybrid; None: scaled from the published models (`openling plan` shows it)."""
 
     mla_layers: MlaLayers = Field(
@@ -72,7 +67,7 @@ class Layout(Strict):
     decay_offset: Literal[0, 1] = Field(0, description="0: as SGLang and vLLM serve it; 1: the official remote code")
 
 
-class Text(Strict):
+class Text(Section):
     """Texts: built-in names, paths, or folders of `openling data build`; NAME=TEXT names an evaluation text.
 
     Tokens are read once and cut into windows of `sequence_length`.
@@ -85,7 +80,7 @@ class Text(Strict):
     evaluation_tokens: int = Field(8192, gt=0, description="per domain")
 
 
-class Warmup(Strict):
+class Warmup(Section):
     """A warm-up: the training run and what it may change."""
 
     train: TrainConfig
@@ -94,7 +89,7 @@ class Warmup(Strict):
     )
 
 
-class Recall(Strict):
+class Recall(Section):
     """The grid of needle cases that are asked after each stage: every length with every depth."""
 
     lengths: tuple[int, ...] = Field((128, 256, 512), description="tokens; beyond held-out text or model: left out")
@@ -110,10 +105,11 @@ class Recall(Strict):
         return self
 
 
-class Gates(Strict):
-    """Limits of what a stage may measure, on its worst text; outside them the run stops. null, or false, switches a gate off.
+class Gates(Section):
+    """Limits of what a stage may measure, on its worst text; outside them the run stops.
 
-    They may differ when a run resumes: that is how one goes on. Where the figures come from: docs/report.md.
+    null (false for `finite` and `stop`) switches a gate off. They may differ when a run resumes: that is how one
+    goes on. Where the figures come from: docs/report.md.
     """
 
     stop: bool = Field(True, description="false: say and record what is outside its limit, and go on regardless")
@@ -133,7 +129,7 @@ GATES_AFTER: dict[Stage, tuple[str, ...]] = {
 }
 
 
-class MigrateConfig(Strict):
+class MigrateConfig(Section):
     """One migration. `stages` are run in their published order."""
 
     preset: Literal["paper", "best"] = "best"

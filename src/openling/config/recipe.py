@@ -13,11 +13,11 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
 
 from openling.config.data import MIXTURES, MixtureConfig, SourceConfig, read_mixture
-from openling.config.invalid import refusal, wrong
 from openling.config.presets import PRESETS
+from openling.config.section import Section, refusal, wrong
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
 
@@ -25,11 +25,7 @@ from openling.errors import UserError, nearest
 NAME = r"^[\w-][\w.-]*$"
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class StartConfig(_Section):
+class StartConfig(Section):
     """The first weights: a checkpoint folder, or a shape with random weights. With both the shape serves estimates alone."""
 
     folder: str | None = Field(None, description="checkpoint folder to continue from, as `openling migrate` writes it")
@@ -52,7 +48,7 @@ class StartConfig(_Section):
         return self
 
 
-class CorpusConfig(_Section):
+class CorpusConfig(Section):
     """A corpus that `openling data build` wrote, or what the run is to build for itself."""
 
     path: str | None = Field(None, description="folder of a built corpus")
@@ -66,21 +62,21 @@ class CorpusConfig(_Section):
         return self
 
 
-class YarnConfig(_Section):
+class YarnConfig(Section):
     """RoPE scaled by YaRN, written into every checkpoint of the stage."""
 
     factor: float = Field(gt=1)
     original: int = Field(gt=0, description="context that the unscaled frequencies were trained for")
 
 
-class MergeConfig(_Section):
+class MergeConfig(Section):
     """WSM: the stage's checkpoint is a weighted mean of its last training checkpoints."""
 
     last: int = Field(gt=1, description="how many checkpoints")
     weights: str = Field("mean", description="mean, 1-sqrt, linear, cosine, ema:ALPHA")
 
 
-class ParallelConfig(_Section):
+class ParallelConfig(Section):
     """How many ranks share what, as `openling plan --mesh` has it; for `torchrun`. One rank needs none of it."""
 
     pipeline: int = Field(1, gt=0, description="ranks that each hold a run of layers; parts of a step are at least as many")
@@ -102,8 +98,6 @@ class ParallelConfig(_Section):
         if self.pipeline > 1 and self.gather != "accumulate":
             what = f'gather = "{self.gather}" and a pipeline do not go together: its stages go by "accumulate"'
             raise wrong(what, 'gather = "accumulate"')
-        if self.stages_per_rank > 1 and self.pipeline == 1:
-            raise wrong(f"stages_per_rank = {self.stages_per_rank} is of a pipeline, and there is none", "stages_per_rank = 1")
         if self.rest == "context" and self.context > 1:
             raise ValueError(f'rest = "context" chooses context, which is {self.context} here: leave one of them out')
         return self
@@ -133,7 +127,7 @@ class StageConfig(TrainConfig):
         return TrainConfig(**{name: getattr(self, name) for name in TrainConfig.model_fields})
 
 
-class RecipeConfig(_Section):
+class RecipeConfig(Section):
     """Everything that one `openling train` does."""
 
     name: str = Field(pattern=NAME)
@@ -144,10 +138,19 @@ class RecipeConfig(_Section):
     trackers: tuple[Literal["tensorboard", "trackio", "wandb"], ...] = Field((), description="who is told every step's metrics")
     seed: int = Field(0, ge=0, lt=2**63, description="of random first weights")
 
+    @field_validator("trackers")
+    @classmethod
+    def _each_once(cls, trackers: tuple[str, ...]) -> tuple[str, ...]:
+        if len(set(trackers)) < len(trackers):
+            raise wrong("each tracker once", list(dict.fromkeys(trackers)))
+        return trackers
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if len(set(self.trackers)) < len(self.trackers):
-            raise wrong("a tracker stands twice in trackers", f"trackers = {list(dict.fromkeys(self.trackers))}")
+        several = self.parallel.stages_per_rank
+        if several > 1 and all(self.parallel_of(stage).pipeline == 1 for stage in self.stages):
+            what = f"parallel.stages_per_rank = {several} is of a pipeline, and no stage has one"
+            raise wrong(what, "parallel.stages_per_rank = 1")
         return self
 
     def parallel_of(self, stage: StageConfig) -> ParallelConfig:
@@ -242,7 +245,7 @@ def _stage(stage: dict[str, Any], shared: dict[str, Any], sources: list[Any], ke
 
 
 def _shaped(data: dict[str, Any], where: object) -> None:
-    """Tables where tables belong, and no booleans, which would count as 0 and 1 where numbers are meant."""
+    """Tables where tables belong."""
     _tables(data, dict, ("model", "parallel", "corpora", "train"), where)
     _tables(data.get("corpora", {}), dict, data.get("corpora", {}), where, "corpora")
     for name in ("sources", "stages"):
@@ -250,9 +253,6 @@ def _shaped(data: dict[str, Any], where: object) -> None:
         for i, entry in enumerate(data.get(name, [])):
             if not isinstance(entry, dict):
                 raise _no_table(where, f"{name}.{i}", entry, f"[[{name}]]")
-            _no_booleans(entry, where, f"{name}.{entry.get('name', i)}")
-    for name in ("train", "parallel"):
-        _no_booleans(data.get(name, {}), where, name)
 
 
 def _tables(table: dict[str, Any], kind: type, names: Iterable[str], where: object, place: str = "") -> None:
@@ -265,14 +265,6 @@ def _tables(table: dict[str, Any], kind: type, names: Iterable[str], where: obje
 
 def _no_table(where: object, dotted: str, value: object, header: str) -> UserError:
     return UserError("this is no table", where=f"{where}, {dotted}", value=value, expected=f"a table, as under {header}")
-
-
-def _no_booleans(table: dict[str, Any], where: object, place: str) -> None:
-    for name, value in table.items():
-        if isinstance(value, bool):
-            raise UserError("this setting is no switch", where=f"{where}, {place}.{name}", value=value, expected="a value")
-        if isinstance(value, dict):
-            _no_booleans(value, where, f"{place}.{name}")
 
 
 def _fitting(sources: list[Any], table: dict[str, Any], place: str) -> list[Any]:
@@ -322,5 +314,5 @@ def _value(text: str) -> Any:
     """JSON where it parses (numbers, booleans, null, lists), else the word itself."""
     try:
         return json.loads(text)
-    except json.JSONDecodeError:
+    except ValueError:  # a number of too many digits, too
         return text

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from openling.config.section import Section
 
 
-class _Section(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-
-class LimitsConfig(_Section):
+class LimitsConfig(Section):
     """Bounds that are checked before work is done. What is beyond them is answered 400, 413 or 429."""
 
     body_bytes: int = Field(32 << 20, gt=0, description="a request's body")
@@ -36,7 +34,7 @@ class LimitsConfig(_Section):
     prompt_tokens_per_key: int = Field(4 << 20, gt=0, description="their prompt tokens")
 
 
-class TimeoutsConfig(_Section):
+class TimeoutsConfig(Section):
     """Seconds after which the server stops waiting."""
 
     headers: float = Field(10, gt=0, description="from the connection's first byte to the last header")
@@ -49,7 +47,7 @@ class TimeoutsConfig(_Section):
     comment: float = Field(15, gt=0, description="of silence on a stream before a comment keeps it open")
 
 
-class ServeConfig(_Section):
+class ServeConfig(Section):
     """The server's settings. Keys are never settings: they come from the environment or a file."""
 
     model_id: str | None = Field(None, description="name that clients ask for; null: the folder's")

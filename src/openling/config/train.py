@@ -4,31 +4,27 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
-from openling.config.invalid import wrong
+from openling.config.section import Section, wrong
 
 # Fields that change neither weights nor metrics up to a given step: a run may resume with other values of them.
 FREE_ON_RESUME = ("checkpoint_steps", "checkpoint_seconds", "keep_last", "keep_every", "max_seconds", "max_skips")
 
 
-class BatchRamp(BaseModel):
+class BatchRamp(Section):
     """Smaller batches at first: `stairs` of equal tokens, rising from `start` towards `batch_size`."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     start: int = Field(gt=0, description="windows of the first batches")
     tokens: int = Field(gt=0, description="tokens after which batches have their full size")
     stairs: int = Field(8, gt=0)
 
 
-class TrainConfig(BaseModel):
+class TrainConfig(Section):
     """One run of the training loop. Exactly one of `steps` and `tokens` says how long it is.
 
     Defaults: AdamW betas, weight decay and clip of Ling 2.0; the learning rate is the measured one for warm-ups of a 135 M model.
     """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     steps: int | None = Field(None, gt=0)
     tokens: int | None = Field(None, gt=0)
@@ -77,10 +73,9 @@ class TrainConfig(BaseModel):
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of steps and tokens")
         if self.batch_size % self.accumulation:
-            parts = [n for n in range(1, self.batch_size + 1) if self.batch_size % n == 0]
-            fitting = min(parts, key=lambda n: abs(n - self.accumulation))
+            fewer = next(n for n in range(min(self.accumulation, self.batch_size), 0, -1) if self.batch_size % n == 0)
             what = f"accumulation = {self.accumulation} does not divide batch_size = {self.batch_size}"
-            raise wrong(what, f"accumulation = {fitting}")
+            raise wrong(what, f"accumulation = {fewer}")
         if self.ce == self.kl == self.align == 0:
             raise ValueError("ce, kl and align are all 0: there is no loss")
         if (self.schedule == "wsd") != bool(self.decay_steps):
@@ -91,7 +86,8 @@ class TrainConfig(BaseModel):
             raise ValueError(f"fp8_experts = {self.fp8_experts} needs BF16 around it: precision must not be fp32")
         if self.keep_every and self.keep_every % (self.checkpoint_steps or self.keep_every + 1):
             every = self.checkpoint_steps
-            close = f"keep_every = {max(1, round(self.keep_every / every)) * every}" if every else None
+            close = f"checkpoint_steps = {self.keep_every}"
+            close = f"keep_every = {max(1, round(self.keep_every / every)) * every}" if every else close
             raise wrong("keep_every must be a multiple of checkpoint_steps", close)
         if self.ramp and self.ramp.start > self.batch_size:
             raise wrong(f"ramp.start must be at most batch_size = {self.batch_size}", f"ramp.start = {self.batch_size}")

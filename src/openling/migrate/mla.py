@@ -157,15 +157,19 @@ def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None
     metric_P: a symmetric positive matrix S [P, P]; None is the identity. With it, up and down carry S^-1 and S.
     """
     scaled = rows_PM if metric_P is None else metric_P @ rows_PM
-    outputs, inputs = scaled.shape
-    # In an orthonormal basis of what many rows span, the matrix is no larger than the moment.
-    span, rows = torch.linalg.qr(scaled) if outputs > inputs >= rank else (None, scaled)
+    span, rows = _spanned(scaled, rank)
     values, vectors = torch.linalg.eigh(rows @ moment @ rows.T)
     basis = vectors.flip(-1)[:, :rank]
     basis = basis if span is None else span @ basis
     up = basis if metric_P is None else torch.linalg.solve(metric_P, basis)
     spectrum = values.flip(-1)
     return LowRank(basis.T @ scaled, up, float(spectrum[:rank].sum() / spectrum.sum()), spectrum)
+
+
+def _spanned(rows_PM: Tensor, rank: int) -> tuple[Tensor | None, Tensor]:
+    """An orthonormal basis Q of what many rows span, and R: rows = Q R, and R C R^T is no larger than C. Few rows stay."""
+    outputs, inputs = rows_PM.shape
+    return torch.linalg.qr(rows_PM) if outputs > inputs >= rank else (None, rows_PM)
 
 
 def balance_metric(
@@ -324,7 +328,8 @@ def kv_spectrum(
     basis = concentrate(w, moment, rotary, fold, query_weighted=query_weighted, attended=attended)
     _, _, left = split_rope(w, basis, rotary, fold)
     scaled = balance_metric(w, left, moment, dense, balance, attended) @ torch.cat((left, w.v)).flatten(0, 1)
-    return torch.linalg.eigvalsh(scaled @ attended @ scaled.T).flip(-1)
+    _, rows = _spanned(scaled, rank=1)
+    return torch.linalg.eigvalsh(rows @ attended @ rows.T).flip(-1)
 
 
 def _set(linear: torch.nn.Linear, rows_PM: Tensor) -> None:

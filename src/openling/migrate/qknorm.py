@@ -29,7 +29,7 @@ class NormedHeads:
     def __init__(self, weight_hDM: Tensor, gamma: Tensor, eps: float) -> None:
         self.weight, self.eps = weight_hDM, eps
         self.gamma_hD = gamma.expand(weight_hDM.shape[:2])
-        self.gram, self.count = Gram(), 0
+        self.gram = Gram()
         self._moments_3h, self._energy_h = weight_hDM.new_zeros(3, len(weight_hDM)), weight_hDM.new_zeros(len(weight_hDM))
 
     def of(self, x_NM: Tensor) -> tuple[Tensor, Tensor]:
@@ -45,7 +45,6 @@ class NormedHeads:
         self._moments_3h += torch.stack((rms.pow(2).sum(0), (rms * energy).sum(0), (rms.pow(2) * energy).sum(0)))
         self._energy_h += energy.sum(0)
         self.gram.add(x_NM, exact.flatten(1))
-        self.count += len(x_NM)
 
     def replacement(self, method: QkNormRemoval, *, damping: float = 1e-4) -> Tensor:
         """Weights [h, D, M1] whose plain product replaces the normalised heads.
@@ -54,7 +53,7 @@ class NormedHeads:
         head, E[r e] / E[r^2 e], e = |k_hat|^2 (E[r] / E[r^2] where gamma is one). ridge: the best linear map,
         E[k_hat x^T] (E[x x^T] + lambda)^-1, drawn towards scalar's, so that on the inputs taken in it is never worse.
         """
-        square, cross, weighted = self._moments_3h / self.count
+        square, cross, weighted = self._moments_3h / self.gram.count
         factor = square.rsqrt() if method == "pooled" else cross / weighted
         scaled = factor[:, None, None] * self.gamma_hD[..., None] * self.weight
         return self.gram.ridge(damping, scaled.flatten(0, 1)).view_as(scaled) if method == "ridge" else scaled
@@ -64,7 +63,7 @@ class NormedHeads:
         zz, zy = self.gram.zz, self.gram.zy
         assert zz is not None and zy is not None
         rows = replacement_hDM.flatten(0, 1)
-        inner = ((rows @ zz - 2 * zy.T) * rows).sum(-1).view(self.weight.shape[:2]).sum(-1)
+        inner = torch.addmm(zy.T, rows, zz, beta=-2).mul_(rows).sum(-1).view(self.weight.shape[:2]).sum(-1)
         return (inner + self._energy_h).clamp(min=0.0), self._energy_h
 
     def errors_on(self, x_NM: Tensor, replacement_hDM: Tensor) -> Tensor:
@@ -95,18 +94,21 @@ def remove_norms(
     best: the method with the least error on the last batch when fitted on the others (on all, if there is but one).
     """
     heads, methods = NormedHeads(weight_hDM, gamma_hD, eps), REMOVALS if method == "best" else (method,)
-    for x in inputs[:-1] or inputs:
+    for x in inputs[:-1]:
         heads.add(x)
-    chosen = [methods[0]] * len(sizes)
+    last, chosen = inputs[-1], [methods[0]] * len(sizes)
+    if len(inputs) == 1:
+        heads.add(last)
     if method == "best":
-        held_out = {m: heads.errors_on(inputs[-1], heads.replacement(m)).split(list(sizes)) for m in methods}
+        held_out = {m: heads.errors_on(last, heads.replacement(m)).split(list(sizes)) for m in methods}
         chosen = [min(methods, key=lambda m: float(held_out[m][group].sum())) for group in range(len(sizes))]
     if len(inputs) > 1:
-        heads.add(inputs[-1])
-    found = []
-    for group, m in enumerate(chosen):
-        weight = heads.replacement(m)
-        wrong, energy = (x.split(list(sizes))[group].sum() for x in heads.errors(weight))
-        mine = weight.split(list(sizes))[group].clone()  # a view would keep all of it
-        found.append(Removal(m, mine, float(wrong / energy)))
-    return found
+        heads.add(last)
+    found: dict[int, Removal] = {}
+    for m in dict.fromkeys(chosen):
+        made = heads.replacement(m)
+        parts = zip(*(x.split(list(sizes)) for x in (made, *heads.errors(made))), strict=True)
+        for group, (weight, wrong, energy) in enumerate(parts):
+            if chosen[group] == m:  # a view would keep all of what was made
+                found[group] = Removal(m, weight.clone(), float(wrong.sum() / energy.sum()))
+    return [found[group] for group in range(len(sizes))]

@@ -35,7 +35,7 @@ def matmul_dtype(dtype: torch.dtype) -> torch.dtype:
 
 @cache
 def bf16_matmuls_pay() -> bool:
-    """Whether this CPU multiplies BF16 matrices clearly faster than FP32 ones: a self-test of 0.1 s, said once in the log.
+    """Whether this CPU multiplies BF16 matrices clearly faster than FP32 ones: a self-test, said once in the log.
 
     Product by product they take turns and the shortest of each counts: a resumed run must find what the run before it found, and
     on a busy machine some are left in peace. `settle_bf16_matmuls` leaves nothing to chance.

@@ -156,7 +156,7 @@ def check(c: ModelConfig, mesh: Mesh, *, seq_len: int) -> None:
     """UserError for the first thing that cannot be cut."""
     for p in problems(c, mesh, seq_len=seq_len):
         raise UserError(
-            "this mesh does not divide the model",
+            "this mesh cannot cut the model or its rows",
             where=f"--mesh {p.axis}",
             value=p.value,
             expected=p.expected,

@@ -67,7 +67,8 @@ def _heading(console: Console, plan: TrainingPlan, name: str) -> None:
     table.add_row()
     sequences = s.batch_tokens // s.seq_len
     table.add_row("batch", "", f"{short(s.batch_tokens)} tokens per step: {sequences:,} sequences of {s.seq_len:,}")
-    table.add_row("", "", f"{s.micro_batches:,} micro-batches per rank, {s.micro_batch} x {s.rows.tokens:,} tokens each")
+    up_to = "up to " if s.seq_len % s.mesh.context else ""
+    table.add_row("", "", f"{s.micro_batches:,} micro-batches per rank, {s.micro_batch} x {up_to}{s.rows.tokens:,} tokens each")
     table.add_row("recompute", s.recompute, RECOMPUTE_TEXT[s.recompute])
     table.add_row("gather", s.gather, GATHER_TEXT[s.gather])
     table.add_row("optimiser", s.optimizer, "FP32 master weights, BF16 products")

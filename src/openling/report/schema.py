@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, Field, ValidationError
 
-from openling.config.invalid import refusal
+from openling.config.section import refusal
 from openling.errors import UserError
 
 
@@ -284,8 +284,8 @@ def parse(data: Any, *, where: object = None) -> Report:
     try:
         return Report.model_validate(data)
     except ValidationError as error:
-        places = (str(where),) if where else ()
-        raise refusal(error, lambda name: ", ".join((*places, name or "the file")), "the report cannot be read") from error
+        places, what = (str(where),) if where else (), "the report cannot be read"
+        raise refusal(error, lambda name: ", ".join((*places, name or "the file")), what, suggest=False) from error
 
 
 def read_report(folder: Path) -> Report:

@@ -28,7 +28,8 @@ def check_counts(body: Mapping[str, Any], limits: LimitsConfig, max_model_len: i
         if isinstance(value, (list, dict)) and len(value) > most:
             raise bad(f"{name} has {len(value)} entries; at most {most}", name)
     messages = body.get("messages")
-    inner = [message.get(key) for message in messages if isinstance(message, dict) for key in _PARTS] if messages else []
+    spoken = [message for message in messages if isinstance(message, dict)] if isinstance(messages, list) else []
+    inner = [message.get(key) for message in spoken for key in _PARTS]
     parts = sum(len(value) for value in inner if isinstance(value, list))
     if parts > limits.parts:
         raise bad(f"messages have {parts} parts together; at most {limits.parts}", "messages")

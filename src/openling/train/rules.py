@@ -46,8 +46,9 @@ def check_losses(config: TrainConfig, model: ModelConfig, *, teacher: bool, plac
         )
 
 
-def check_parts(config: TrainConfig, data_ranks: int, *, least: int = 1, place: str = "") -> None:
-    """A `UserError` where data ranks cannot have equal rows of every part. least: parts of a step that the mesh needs."""
+def check_parts(config: TrainConfig, data_ranks: int, *, parallel: ParallelConfig | None = None, place: str = "") -> None:
+    """A `UserError` where data ranks cannot have equal rows of every part. parallel: of whose pipeline the nearest takes heed."""
+    least = parallel.pipeline if parallel is not None and parallel.stages_per_rank == 1 else 1
     if config.part_size % data_ranks:
         rows = max(1, round(config.batch_size / data_ranks))  # of a data rank
         rows += -rows % least if least > rows else 0
@@ -58,14 +59,31 @@ def check_parts(config: TrainConfig, data_ranks: int, *, least: int = 1, place: 
             where=f"{place}batch_size / accumulation",
             value=f"{config.batch_size:,} / {config.accumulation:,} = {config.part_size:,} rows a part",
             expected=f"parts of a multiple of {data_ranks:,} rows, one for each data rank",
-            nearest=" ".join(f"--{place}{name} {value}" for name, value in near.items() if value != getattr(config, name)),
+            nearest=_settings({name: value for name, value in near.items() if value != getattr(config, name)}, place),
         )
     for _, rows in config.stairs:
         if rows % data_ranks:
             raise UserError(
                 "the rows of a smaller first batch cannot be shared evenly", where=f"{place}ramp", value=rows,
-                expected=f"a multiple of {data_ranks} data ranks", nearest=f"--{place}ramp.start {config.part_size}",
+                expected=f"a multiple of {data_ranks} data ranks",
+                nearest=_settings({"ramp.start": _shared_start(config, data_ranks)}, place),
             )  # fmt: skip
+
+
+def _shared_start(config: TrainConfig, data_ranks: int) -> int:
+    """The nearest start of a ramp all of whose batches data ranks can share. That of whole parts is one."""
+    assert config.ramp is not None
+    start = config.ramp.start
+    for rows in sorted(range(data_ranks, config.part_size, data_ranks), key=lambda n: abs(n - start)):
+        ramp = config.ramp.model_copy(update={"start": rows})
+        if all(n % data_ranks == 0 for _, n in config.model_copy(update={"ramp": ramp}).stairs):
+            return rows
+    return config.part_size
+
+
+def _settings(values: dict[str, int], place: str) -> str:
+    """As flags of a recipe, or as fields in Python."""
+    return " ".join(f"--{place}{name} {value}" if place else f"{name} = {value}" for name, value in values.items())
 
 
 def check_alone(parallel: ParallelConfig, world: int, *, place: str = "parallel") -> None:
@@ -94,6 +112,13 @@ def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, wor
     except UserError as error:  # which has Python's names of the axes
         name = str(error.parts["where"]).removeprefix("data_")
         raise UserError(error.what.replace("data_", ""), **error.parts | {"where": f"{place}.{name}"}) from error
+    if axes.context > stage.sequence_length:
+        raise UserError(
+            "rows are shorter than there are ranks to share them", where=f"{place}.context", value=axes.context,
+            expected=f"at most {stage.sequence_length:,}",
+            nearest=None if c.rest == "context" else stage.sequence_length,
+            next="more shard ranks, or fewer ranks in all" if c.rest == "context" else None,
+        )  # fmt: skip
     return axes
 
 
@@ -108,7 +133,8 @@ def check_stages(recipe: RecipeConfig, model: ModelConfig, world: int | None = N
         check_losses(stage, model, teacher=False, place=place)
         if world is not None:
             axes = check_mesh(recipe, stage, model, world)
-            check_parts(stage, axes.data_replicate * axes.data_shard, place=place)
+            parallel = recipe.parallel_of(stage)
+            check_parts(stage, axes.data_replicate * axes.data_shard, parallel=parallel, place=place)
         if stage.trainable != ("",):
             with torch.device("meta"):
                 select_names([name for name, _ in Ling(model).named_parameters()], stage.trainable, where=f"{place}trainable")

@@ -18,7 +18,7 @@ import torch
 from pydantic import BaseModel, Field, ValidationError, field_validator
 from torch import Tensor
 
-from openling.config.invalid import refusal
+from openling.config.section import refusal
 from openling.errors import Failure, UserError
 from openling.weights.files import Kept, companions, file_hash, first_difference, write_shard
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
@@ -286,7 +286,7 @@ def read_delta(folder: Path) -> Delta:
         delta = Delta.model_validate(record)
     except ValidationError as error:
         what = "the record of the delta cannot be read"
-        raise refusal(error, lambda name: f"{folder / RECORD}, {name or 'the file'}", what) from error
+        raise refusal(error, lambda name: f"{folder / RECORD}, {name or 'the file'}", what, suggest=False) from error
     if missing := {*delta.shards, *(name for name, of in delta.copied.items() if of == "delta")} - set(delta.result):
         raise UserError("the record of the delta is incomplete", where=folder / RECORD, value=f"no hash of {min(missing)}")
     for part, content in delta.parts.items():

@@ -92,12 +92,16 @@ def _check_whole(names: dict[str, str], config: dict[str, Any], path: Path) -> N
     model = read_config(config)
     with torch.device("meta"):
         ours = list(Ling(model).state_dict())
-    ggufs = {theirs: name for name, theirs in names.items()}
+    layers = config["num_hidden_layers"]
     wanted = [name for binding in bind(config["architectures"][0], model, ours) for name in binding.theirs]
-    if missing := [name for name in wanted if name not in ggufs]:
+    if missing := sorted(set(wanted) - set(names.values()), key=wanted.index):
         what = "the GGUF file lacks a tensor" if len(missing) == 1 else f"the GGUF file lacks {len(missing)} tensors"
-        where, expected = f"{path}, {missing[0]}", f"{len(wanted)} tensors of {config['num_hidden_layers']} layers"
-        raise UserError(what, where=where, value=f"{len(names)} tensors", expected=expected, next="fetch the file again")
+        value = f"{len(wanted) - len(missing)} of the {len(wanted)} tensors of {layers} layers"
+        after = "fetch the file again; where it is one of several parts, join them with llama.cpp's llama-gguf-split --merge"
+        raise UserError(what, where=f"{path}, {_gguf_name(missing[0])}", value=value, next=after)
+    if others := [name for name, theirs in names.items() if theirs not in set(wanted)]:
+        what = "the GGUF file has a tensor of no layer that it says it has"
+        raise UserError(what, where=f"{path}, {others[0]}", expected=f"{layers} layers")
 
 
 def _open(path: Path) -> Any:
@@ -119,6 +123,13 @@ def _hf_name(name: str, path: Path) -> str:
         raise UserError("this GGUF tensor is not part of a plain Llama", where=f"{name} in {path}", expected=", ".join(_NAMES))
     layer = f"model.layers.{found['i']}." if found["i"] is not None else ""
     return f"{layer}{_NAMES[found['stem']]}.{found['p']}"
+
+
+def _gguf_name(name: str) -> str:
+    """The same tensor in the file."""
+    layer, dot, part = name.removeprefix("model.layers.").partition(".") if name.startswith("model.layers.") else ("", "", name)
+    stem = next(theirs for theirs, ours in _NAMES.items() if f"{ours}.weight" == part)
+    return f"blk.{layer}{dot}{stem}.weight" if dot else f"{stem}.weight"
 
 
 def _config(fields: dict[str, Any], path: Path, *, tied: bool, dtype: torch.dtype) -> dict[str, Any]:
