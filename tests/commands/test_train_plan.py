@@ -55,7 +55,8 @@ def test_a_stage_is_planned_as_the_job_it_is(tmp_path, capsys, monkeypatch):
 def test_slices_of_unlike_length_are_planned_by_the_longest(tmp_path, capsys, monkeypatch):
     """As training takes them: 64 tokens on three ranks are 21, 21 and 22."""
     monkeypatch.setenv("COLUMNS", "100")
-    words = ["--stages.cpt.mixture.length", "64", "--train.batch_size", "1", "--train.accumulation", "1", "--parallel.context", "3"]
+    one = "--stages.pretrain.mixture.length 64 --stages.pretrain.ramp null --train.batch_size 1 --train.accumulation 1"
+    words = [*one.split(), "--stages.pretrain.precision", "bf16", "--parallel.context", "3"]
     code, out, err = dry(capsys, one_stage(tmp_path, "nano"), *words, "--world", "3")
     assert code == 0, err
     assert "1 x up to 22 tokens each" in out
