@@ -75,6 +75,7 @@ def test_values(words: list[str], name: str, value: Any) -> None:
         (["--layout.mla_layers", "1.5"], ["where:    --layout.mla_layers\n", "a list"]),
         (["--conversion.rope_fold", "x"], ["where:    --conversion.rope_fold\n", "'auto', or a valid integer"]),
         (["--stages", "[]"], ["--stages", "1 or more"]),
+        (["--seed", str(2**63)], ["less than", f"nearest:  {2**63 - 1}"]),
         (["--seed", "9" * 5000], ["--seed"]),
         (["--layout.group_size=true"], ["--layout.group_size", "no switch"]),
         (["--linear_warmup.train.accumulation", "0"], ["greater than 0", "nearest:  1"]),

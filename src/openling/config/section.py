@@ -21,8 +21,6 @@ WORDS = {
     "too_long": "no more than {max_length} of them",
     "string_pattern_mismatch": "letters, digits, - and _, dots inside",
 }
-
-
 SHOWN = 100  # characters of a value in an error
 # What pydantic calls a member of a union.
 MEMBER = re.compile(r"(literal|tuple|constrained-\w+|function-\w+)\[|int$")
@@ -101,6 +99,9 @@ def _nearest(finding: ErrorDetails) -> object:
     if kind == "literal_error":
         return nearest(value, re.findall("'([^']*)'", limits["expected"])) if isinstance(value, str) else None
     for name, step in (("ge", 0), ("le", 0), ("gt", 1), ("lt", -1)):
-        if name in limits and (step == 0 or isinstance(limits[name], int)):
-            return f"{limits[name] + step:g}"  # no fraction is nearest to a bound that is left out
+        bound = limits.get(name)
+        if isinstance(bound, int):
+            return bound + step
+        if bound is not None and not step:  # no fraction is nearest to a bound that is left out
+            return f"{bound:g}"
     return limits.get("nearest")

@@ -25,6 +25,7 @@ from openling.train.optim import select_names
 from openling.train.trackers import check_trackers
 from openling.weights.merge import coefficients
 
+SEARCHED = 100  # multiples of the data ranks on either side of a ramp's start
 OTHERWISE = "the same setting as before, or train into a new folder"
 # Changes of these do not change what was trained so far, or are looked at part by part: stages, and corpora, what they hold being
 # in the fingerprint of the batches.
@@ -71,10 +72,12 @@ def check_parts(config: TrainConfig, data_ranks: int, *, parallel: ParallelConfi
 
 
 def _shared_start(config: TrainConfig, data_ranks: int) -> int:
-    """The nearest start of a ramp all of whose batches data ranks can share. That of whole parts is one."""
+    """The nearest start of a ramp all of whose batches data ranks can share, else that of whole parts, which is one."""
     assert config.ramp is not None
-    start = config.ramp.start
-    for rows in sorted(range(data_ranks, config.part_size, data_ranks), key=lambda n: abs(n - start)):
+    start, room = config.ramp.start, SEARCHED * data_ranks
+    first = max(data_ranks, (start - room) // data_ranks * data_ranks)
+    near = range(first, min(config.part_size, start + room), data_ranks)
+    for rows in sorted(near, key=lambda n: abs(n - start)):
         ramp = config.ramp.model_copy(update={"start": rows})
         if all(n % data_ranks == 0 for _, n in config.model_copy(update={"ramp": ramp}).stairs):
             return rows
