@@ -130,10 +130,11 @@ def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats()
         result = train(model, settings, batches, parameters=[""], run=Path(folder) / "run", progress=5.0, ranks=ranks)
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
-        rows = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()][WARM:]
+        steps = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         ranks.summed(torch.zeros(1, device=device))  # nobody removes the folder before all have read it
     del model
     gc.collect()
+    rows = steps[WARM:]
     spans = [settings.batch_size * settings.sequence_length / r["tokens_per_s"] for r in rows]
     found = {
         "tokens_per_s": statistics.median(r["tokens_per_s"] for r in rows),
@@ -141,7 +142,7 @@ def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
         "mfu": statistics.median(r["mfu"] for r in rows) if rows[0]["mfu"] is not None else None,
         "memory": max(r["memory_bytes"] for r in rows) / 2**30,
         "planned": None if peak is None or settings.fp8_experts != "none" else planned(case, world) / 2**30,
-        "stalls": [r["save_seconds"] for r in rows if r["save_seconds"]],
+        "stalls": [r["save_seconds"] for r in steps if r["save_seconds"]],
         "data": sum(r["data_seconds"] for r in rows) / sum(spans),
         "loss": (rows[0]["loss"], rows[-1]["loss"]),
         "losses": [r["loss"] for r in rows],
@@ -188,10 +189,10 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
         if speed["met"] is False:
             speed["why"] = f"load of the machine while it ran: {os.getloadavg()[0]:.1f} over {len(os.sched_getaffinity(0))} cores"
         lines.append(row(f"{name}: resident memory", found["memory"], "GiB"))
-    if found["stalls"]:  # the first one also asks for the pinned memory that all others use again
-        first, last = found["stalls"][0], found["stalls"][-1]
-        met = last / INTERVAL < 0.02
-        lines.append(row(f"{name}: held up by one checkpoint", last, "s", GOAL_STALL, met, first=first, share=last / INTERVAL))
+    # The first one also asks for the pinned memory that all others use again.
+    for which, seconds in zip(("first", "last"), found["stalls"][:1] + found["stalls"][1:][-1:], strict=False):
+        share = seconds / INTERVAL
+        lines.append(row(f"{name}: held up by the {which} checkpoint", seconds, "s", GOAL_STALL, share < 0.02, share=share))
     lines.append(row(f"{name}: waiting for data", found["data"], "share", "< 0.01", found["data"] < 0.01))
     first, last = found["loss"]
     lines.append(row(f"{name}: loss of the first and last step counted", last, "nats", first=first, losses=found["losses"]))
