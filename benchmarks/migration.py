@@ -6,7 +6,8 @@ TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `bench
 `moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling
 migrate` with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most
 reach); `scratch`, the hybrid from random weights; `trained-on`, all of what `best-all-mixers` left in WORK, on the 2 N tokens
-that come after those, as Ling-2.6 went on after its migration (its peer is `continued` with twice the N). Arms run in turn; one
+that come after those, as Ling-2.6 went on after its migration, and `trained-on-kl`, the same after the teacher's logits instead
+of the text (their peer is `continued` with twice the N). Arms run in turn; one
 whose results are there is left out, and one that was stopped goes on with the same command. Each writes
 benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by domain, drift of routers, recall of
 one fact among one or several beside the teacher's, and the training curve (cross-entropy of text before it is learned from) at
@@ -59,11 +60,13 @@ MIGRATED: dict[str, list[str]] = {
     "groups-of-3": ["--group-size", "3"],
     "groups-of-15": ["--group-size", "15"],
 }
+TRAINED_ON = {"lr": 1e-3, "optimizer": "muon", "max_skips": 3}
 # A model that is trained from random weights needs its routers balanced; of others they stay as they are.
-TRAINED: dict[str, dict[str, float]] = {
+TRAINED: dict[str, dict[str, Any]] = {
     "continued": {"lr": 1e-4},
     "scratch": {"lr": 1e-3, "bias_rate": 1e-2},
-    "trained-on": {"lr": 3e-4},
+    "trained-on": TRAINED_ON,
+    "trained-on-kl": TRAINED_ON | {"kl": 1.0, "ce": 0.0},
 }
 MIGRATED_BEFORE = "best-all-mixers"
 
@@ -155,7 +158,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     device = pick_device(args.device)
     loaded = openling.load(args.teacher, device=device)
     teacher, tokenizer = loaded.model.float(), loaded.tokenizer
-    after = arm == "trained-on"
+    after = arm.startswith("trained-on")
     begin = args.work / f"{MIGRATED_BEFORE}-{args.seed}" if after else args.teacher
     model = openling.load(begin, device=device).model.float()
     if arm == "scratch":
@@ -167,7 +170,8 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     seen = 2 * args.tokens if after else 0
     tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=seen + 2 * args.tokens)
     batches = Batches(cut_windows(tokens[seen:], args.length), batch_size=args.rows, seed=args.seed)
-    train(model, config, batches, parameters=[""], run=run, resume=(run / "train.json").exists())
+    go_on = (run / "train.json").exists()
+    train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=teacher if config.kl else None)
     rows, teacher = [], teacher.eval()
     for name, windows in domain_windows(tokenizer, loaded.config.vocab_size, args.length).items():
         rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher, windows, bf16=device.type == "cuda"))))

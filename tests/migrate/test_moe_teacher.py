@@ -55,7 +55,7 @@ def test_a_teacher_is_trained_and_migrated(tmp_path: Path, monkeypatch: pytest.M
     assert (config["num_experts"], config["num_experts_per_tok"], config["partial_rotary_factor"]) == (8, 4, 0.5)
     common = ["--text", corpus, "--tokens", 512, "--rows", 2, "--length", 128, "--device", "cpu", "--results", results]
     common += ["--", "--text.calibration_tokens", 512]
-    arms = ("best-all-mixers", "continued", "trained-on")
+    arms = ("best-all-mixers", "continued", "trained-on", "trained-on-kl")
     call(monkeypatch, migration, teacher, tmp_path / "arms", *arms, *common)
     for arm in arms:
         found = {row["name"]: row for row in json.loads((results / f"ling-moe-{arm}-0.json").read_text())["rows"]}
