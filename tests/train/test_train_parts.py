@@ -8,6 +8,7 @@ from packed_training import MIXED, Ramped, documents, hybrid, run
 
 from openling.config.train import BatchRamp, TrainConfig
 from openling.errors import Failure, UserError
+from openling.train import checkpoint, muon
 from openling.train.balance import imbalance, shifted_bias
 from openling.train.checkpoint import checkpoints
 from openling.train.guard import Guard
@@ -46,23 +47,24 @@ def test_bias_evens_the_load_and_keeps_its_sum(tmp_path):
     assert imbalance(torch.tensor([[2, 2, 2, 2], [8, 0, 0, 0]])) == 2.5
 
 
-def test_muon_equals_torchs_on_every_matrix():
+@pytest.mark.parametrize("together", [1, 2 * 60 * 2, 1 << 20])
+def test_muon_equals_torchs_on_every_matrix(together, monkeypatch):
+    """Three wide matrices go one by one, two and one, or all at once."""
+    monkeypatch.setattr(muon, "STACK_BYTES", together)
     torch.manual_seed(0)
-    wide, tall, experts = torch.randn(6, 10), torch.randn(10, 6), torch.randn(3, 5, 8)
-    ours = [torch.nn.Parameter(x.clone()) for x in (wide, tall, experts)]
-    theirs = [torch.nn.Parameter(x.clone()) for x in (wide, tall, *experts)]
+    matrices, experts = [torch.randn(*s) for s in ((6, 10), (10, 6), (6, 10), (6, 10))], torch.randn(3, 5, 8)
+    ours = [torch.nn.Parameter(x.clone()) for x in (*matrices, experts)]
+    theirs = [torch.nn.Parameter(x.clone()) for x in (*matrices, *experts)]
     one = Muon(ours, 0.01, momentum=0.9, weight_decay=0.1)
     two = torch.optim.Muon(theirs, lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
-    for step in range(3):
-        for p, q in zip(ours[:2], theirs[:2], strict=True):
-            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(step))
-            q.grad = p.grad.clone()
-        ours[2].grad = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(9 + step))
-        for q, g in zip(theirs[2:], ours[2].grad, strict=True):
+    for _ in range(3):
+        for p in ours:
+            p.grad = torch.randn(p.shape)
+        for q, g in zip(theirs, (*(p.grad for p in ours[:-1]), *ours[-1].grad), strict=True):
             q.grad = g.clone()
         one.step()
         two.step()
-    found = [*ours[:2], *ours[2]]
+    found = [*ours[:-1], *ours[-1]]
     for a, b in zip(found, theirs, strict=True):
         # BF16 products may round in another order in a batch; an update is 0.01 x 0.2 x sqrt(10), its entries below 1.
         torch.testing.assert_close(a, b, atol=3 * 0.01 * 0.2 * 10**0.5 * 2**-7, rtol=0)
@@ -226,3 +228,23 @@ def test_a_longer_run_goes_on_where_the_rate_is_constant(tmp_path):
     run(tmp_path / "c", MIXED(steps=3, schedule="cosine", **base), source)
     with pytest.raises(UserError, match="where: +steps"):
         run(tmp_path / "c", MIXED(steps=5, schedule="cosine", **base), source, resume=True)
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ({}, checkpoint.PAGE_LOCKING),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}, f"expandable_segments:True,{checkpoint.PAGE_LOCKING}"),
+        ({"PYTORCH_ALLOC_CONF": "pinned_use_background_threads:True"}, None),
+        ({"PYTORCH_ALLOC_CONF": "backend:cudaMallocAsync", "PYTORCH_CUDA_ALLOC_CONF": ""}, None),
+    ],
+)
+def test_what_a_user_says_of_allocators_is_kept(said, told, monkeypatch):
+    for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    heard = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", heard.append)
+    checkpoint.lock_pages_by_threads()
+    assert heard == ([] if told is None else [told])

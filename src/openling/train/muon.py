@@ -14,7 +14,8 @@ part.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ from openling.parallel.matrices import Matrix
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
+# Matrices of one size are orthogonalised together up to so many bytes: one by one, small ones cost a GPU 15 launches each.
+STACK_BYTES = 1 << 26
 EPS = 1e-7
 
 
@@ -62,18 +65,31 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """One update."""
         for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if not state:
-                    state["momentum_buffer"] = torch.zeros_like(p.grad)
-                buffer = state["momentum_buffer"]
-                buffer.lerp_(p.grad, 1 - group["momentum"])
-                matrix = self.matrices.get(p)
-                update = p.grad.lerp(buffer, group["momentum"]).to(group["dtype"])
-                update = orthogonalised(update if matrix is None else matrix.whole(update), group["dtype"])
-                size = 0.2 * math.sqrt(max(update.shape[-2:]))
-                update = update if matrix is None else matrix.mine(update)
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(update.to(p.dtype), alpha=-group["lr"] * size)
+            for alike in self._stacks([p for p in group["params"] if p.grad is not None], group["dtype"]):
+                updates = orthogonalised(torch.stack([self._direction(p, group) for p in alike]), group["dtype"])
+                size = 0.2 * math.sqrt(max(updates.shape[-2:]))
+                for p, update in zip(alike, updates, strict=True):
+                    matrix = self.matrices.get(p)
+                    mine = update if matrix is None else matrix.mine(update)
+                    p.mul_(1 - group["lr"] * group["weight_decay"])
+                    p.add_(mine.to(p.dtype), alpha=-group["lr"] * size)
+
+    def _stacks(self, parameters: list[nn.Parameter], dtype: torch.dtype) -> Iterator[list[nn.Parameter]]:
+        """Parameters of one size, so many at a time as `STACK_BYTES` holds; alike on all ranks, which gather in this order."""
+        alike: dict[torch.Size, list[nn.Parameter]] = {}
+        for p in parameters:
+            alike.setdefault(self.matrices[p].size if p in self.matrices else p.shape, []).append(p)
+        for size, found in alike.items():
+            count = max(1, STACK_BYTES // (size.numel() * dtype.itemsize))
+            yield from (found[i : i + count] for i in range(0, len(found), count))
+
+    def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
+        """Nesterov's momentum of one parameter's gradient, whole."""
+        assert p.grad is not None
+        state, matrix = self.state[p], self.matrices.get(p)
+        if not state:
+            state["momentum_buffer"] = torch.zeros_like(p.grad)
+        buffer = state["momentum_buffer"]
+        buffer.lerp_(p.grad, 1 - group["momentum"])
+        update = p.grad.lerp(buffer, group["momentum"]).to(group["dtype"])
+        return update if matrix is None else matrix.whole(update)
