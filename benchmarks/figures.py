@@ -24,7 +24,8 @@ ARMS = {
     "best": ("best, 7 Lightning : 1 MLA", "#1b9e77"),
     "groups-of-2": ("best, 1 : 1", "#7570b3"),
     "best-all-mixers-50m": ("best, all mixers, Muon", "#e7298a"),
-    "continued": ("teacher, trained on", "#000000"),
+    "trained-on-kl-100m": ("... then all parameters, KL", "#e7298a"),
+    "continued-100m": ("teacher, trained on", "#000000"),
 }
 
 
@@ -43,7 +44,8 @@ def arms(axes: Axes) -> None:
     """Cross-entropy over tokens of every arm of the MoE teacher."""
     for arm, (label, colour) in ARMS.items():
         points = curve_of(f"ling-moe-{arm}-0")
-        axes.plot([p["tokens"] for p in points], [p["ce"] for p in points], color=colour, label=label, linewidth=1.6)
+        style = ":" if label.startswith("...") else "-"
+        axes.plot([p["tokens"] for p in points], [p["ce"] for p in points], style, color=colour, label=label, linewidth=1.6)
     axes.set(xscale="log", xlabel="tokens trained on", ylabel="nats per token, text before it is learned from")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 

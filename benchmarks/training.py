@@ -115,6 +115,7 @@ def batches_of(case: Case, rank: int, world: int) -> MemoryBatches:
 
 def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
     """Medians of one run of the loop."""
+    gc.collect()  # layers that recompute refer to themselves: without this the model of the case before would be counted here
     config, settings = case.config, case.settings
     world = dist.get_world_size() if dist.is_initialized() else 1
     with torch.device(device):
@@ -132,8 +133,6 @@ def measure(name: str, case: Case, device: torch.device) -> dict[str, Any]:
         peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else None
         steps = [json.loads(line) for line in (Path(folder) / "run" / "metrics.jsonl").read_text().splitlines()]
         ranks.summed(torch.zeros(1, device=device))  # nobody removes the folder before all have read it
-    del model
-    gc.collect()
     rows = steps[WARM:]
     spans = [settings.batch_size * settings.sequence_length / r["tokens_per_s"] for r in rows]
     found = {
