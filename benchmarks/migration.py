@@ -60,7 +60,7 @@ MIGRATED: dict[str, list[str]] = {
     "groups-of-3": ["--group-size", "3"],
     "groups-of-15": ["--group-size", "15"],
 }
-TRAINED_ON = {"lr": 1e-3, "optimizer": "muon", "max_skips": 3}
+TRAINED_ON: dict[str, Any] = {"lr": 1e-3, "optimizer": "muon", "max_skips": 3}
 # A model that is trained from random weights needs its routers balanced; of others they stay as they are.
 TRAINED: dict[str, dict[str, Any]] = {
     "continued": {"lr": 1e-4},
@@ -166,7 +166,8 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
             model = Ling(target_config(loaded.config))
         model.init_weights(torch.Generator(device).manual_seed(args.seed))
     fields = {"tokens": 2 * args.tokens, "batch_size": args.rows, "sequence_length": args.length, "seed": args.seed}
-    config = TrainConfig(**SCHEDULE | fields | {"schedule": "cosine", "weight_decay": 0.0} | TRAINED[arm])
+    rate = {"lr": args.rate} if after else {}
+    config = TrainConfig(**SCHEDULE | fields | {"schedule": "cosine", "weight_decay": 0.0} | TRAINED[arm] | rate)
     seen = 2 * args.tokens if after else 0
     tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=seen + 2 * args.tokens)
     batches = Batches(cut_windows(tokens[seen:], args.length), batch_size=args.rows, seed=args.seed)
@@ -205,6 +206,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="windows of a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--rate", type=float, default=TRAINED_ON["lr"], help="peak learning rate of the arms that are trained on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=RESULTS)
     words = sys.argv[1:]
