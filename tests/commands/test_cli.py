@@ -258,3 +258,14 @@ def test_load_without_a_tokenizer(model: Path, tmp_path: Path) -> None:
     assert half.dtype == torch.float32
     with pytest.raises(UserError, match="no such folder"):
         openling.load(tmp_path / "nothing")
+
+
+@pytest.mark.parametrize(("said", "told"), [({}, "10000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)])
+def test_threads_wait_shortly_unless_the_environment_says_how(said, told, monkeypatch):
+    for name in ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY"):
+        monkeypatch.setenv(name, "")  # put back afterwards
+        monkeypatch.delenv(name)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert main(["generate", "no such folder", "--prompt", "x"]) == 2
+    assert os.environ.get("GOMP_SPINCOUNT") == told

@@ -36,6 +36,10 @@ def test_a_corpus_is_built_inspected_and_verified(tmp_path, tokenizer, capsys):
     assert main(["data", "verify", str(tmp_path / "out")]) == 1
     assert "wrong  000001.safetensors: the shard is cut short" in capsys.readouterr().out
     assert main(["data", "inspect", str(tmp_path / "out")]) == 2
+    shard.unlink()
+    shard.mkdir()
+    assert main(["data", "verify", str(tmp_path / "out")]) == 1
+    assert "wrong  000001.safetensors: a shard cannot be read (Is a directory)" in capsys.readouterr().out
 
 
 def test_a_mixture_says_what_it_needs(tmp_path, tokenizer, capsys):

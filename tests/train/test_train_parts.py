@@ -12,6 +12,7 @@ from openling.train import checkpoint, muon
 from openling.train.balance import imbalance, shifted_bias
 from openling.train.checkpoint import checkpoints
 from openling.train.guard import Guard
+from openling.train.metrics import MetricsLog
 from openling.train.muon import Muon, orthogonalised
 from openling.train.optim import in_muon
 from openling.train.schedule import learning_rate
@@ -248,3 +249,11 @@ def test_what_a_user_says_of_allocators_is_kept(said, told, monkeypatch):
     monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", heard.append)
     checkpoint.lock_pages_by_threads()
     assert heard == ([] if told is None else [told])
+
+
+def test_lines_that_a_disk_has_lost_are_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "loss": 2.0}\n\xff\x00\xfe\n{"step": 2, "loss": 1.5}\n' + bytes(range(128, 256)))
+    log = MetricsLog(path, step=2)
+    log.close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 2] and log.last["loss"] == 1.5

@@ -159,6 +159,8 @@ def _mapped(path: Path, line: dict[str, Any]) -> mmap.mmap:
             return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
     except FileNotFoundError as error:
         raise UserError("a shard is missing", where=path, expected=f"{line['bytes']} bytes", next=REBUILD) from error
+    except OSError as error:  # a folder in its place, a disk that does not read
+        raise UserError("a shard cannot be read", where=path, value=error.strerror, expected="a file", next=REBUILD) from error
 
 
 def _header(path: Path, data: mmap.mmap) -> tuple[dict[str, np.ndarray], dict[str, Any]]:

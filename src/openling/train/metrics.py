@@ -46,7 +46,7 @@ class MetricsLog:
     """`metrics.jsonl`, continued after `step`: later lines, left by a run that was killed, are dropped."""
 
     def __init__(self, path: Path, *, step: int) -> None:
-        lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+        lines = path.read_text(errors="replace").splitlines(keepends=True) if path.exists() else []
         # A process that dies can tear the last line only, which is later than any checkpoint; a machine or a disk, any.
         kept = [line for line in lines if line.endswith("\n") and 0 < _step(line) <= step]
         whole = path.with_suffix(".tmp")

@@ -295,7 +295,7 @@ class Pipeline:
         out.parent.mkdir(exist_ok=True)
         dtype = getattr(torch, self.recipe.model.dtype)
         state = read_record(before[-1] / "state.json", f"remove {before[-1]}, and --resume goes on from the one before")
-        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
         about = {"recipe": self.recipe.name, "stage": stage.name, "steps": state["step"], "tokens": state["tokens"]}
         about |= {"loss": json.loads(lines[-1])["loss"] if lines else None, "command": self.command or None}
         companions = self.run / "tokenizer"
