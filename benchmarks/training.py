@@ -189,7 +189,8 @@ def rows_of(name: str, found: dict[str, Any], case: Case, alone: float | None = 
             speed["why"] = f"load of the machine while it ran: {os.getloadavg()[0]:.1f} over {len(os.sched_getaffinity(0))} cores"
         lines.append(row(f"{name}: resident memory", found["memory"], "GiB"))
     # The first one also asks for the pinned memory that all others use again.
-    for which, seconds in zip(("first", "last"), found["stalls"][:1] + found["stalls"][1:][-1:], strict=False):
+    for which, place in (("first", 0), ("last", -1))[: len(found["stalls"])]:
+        seconds = found["stalls"][place]
         share = seconds / INTERVAL
         lines.append(row(f"{name}: held up by the {which} checkpoint", seconds, "s", GOAL_STALL, share < 0.02, share=share))
     lines.append(row(f"{name}: waiting for data", found["data"], "share", "< 0.01", found["data"] < 0.01))

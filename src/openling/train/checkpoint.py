@@ -81,8 +81,9 @@ def sole_writer(run: Path) -> Iterator[None]:
 def lock_pages_by_threads() -> None:
     """Tell PyTorch so. What the environment says of its allocators is kept, and left alone where it says how to lock pages."""
     said = os.environ.get("PYTORCH_ALLOC_CONF", os.environ.get("PYTORCH_CUDA_ALLOC_CONF", ""))
-    if "pinned_" not in said and "cudaMallocAsync" not in said:
-        torch._C._accelerator_setAllocatorSettings(",".join(filter(None, (said, PAGE_LOCKING))))
+    tell = getattr(torch._C, "_accelerator_setAllocatorSettings", None)  # not in every torch that we take; it saves time alone
+    if tell is not None and "pinned_" not in said and "cudaMallocAsync" not in said:
+        tell(",".join(filter(None, (said, PAGE_LOCKING))))
 
 
 class Saver:
