@@ -23,9 +23,9 @@ ARMS = {
     "best-without-kl": ("best, cross-entropy instead of KL", "#66a61e"),
     "best": ("best, 7 Lightning : 1 MLA", "#1b9e77"),
     "groups-of-2": ("best, 1 : 1", "#7570b3"),
-    "best-all-mixers-50m": ("best, all mixers, Muon", "#e7298a"),
-    "trained-on-kl-100m": ("... then all parameters, KL", "#e7298a"),
-    "continued-100m": ("teacher, trained on", "#000000"),
+    "best-all-mixers-100m": ("best, all mixers, Muon", "#e7298a"),
+    "trained-on-kl-200m": ("... then all parameters, KL", "#e7298a"),
+    "continued-200m": ("teacher, trained on", "#000000"),
 }
 
 
@@ -52,7 +52,7 @@ def arms(axes: Axes) -> None:
 
 def main_arm(axes: Axes) -> None:
     """KL of the SmolLM2 hybrid to its teacher over tokens."""
-    points = curve_of("smollm2-135m-instruct-best-all-mixers-0")
+    points = curve_of("smollm2-135m-instruct-best-all-mixers-334m-0")
     half = max(i for i, p in enumerate(points[:-1]) if points[i + 1]["tokens"] - p["tokens"] < 1e5 and p["tokens"] > 1e7)
     for part, label, colour in (
         (points[:half], "linear warm-up", "#1b9e77"),
@@ -60,6 +60,8 @@ def main_arm(axes: Axes) -> None:
     ):
         axes.plot([p["tokens"] for p in part], [p["kl"] for p in part], color=colour, label=label, linewidth=1.6)
     axes.set(xscale="log", yscale="log", xlabel="tokens trained on", ylabel="KL to the teacher, nats per token, training text")
+    axes.set_yticks([0.1, 0.2, 0.5, 1, 2], ["0.1", "0.2", "0.5", "1", "2"])
+    axes.tick_params(axis="y", which="minor", labelleft=False)
     axes.legend(frameon=False, fontsize=8)
 
 
