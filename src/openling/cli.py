@@ -9,9 +9,13 @@ import argparse
 import errno
 import os
 import shlex
+import signal
 import sys
-from collections.abc import Callable, Sequence
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from importlib import import_module
+from types import FrameType
 
 from openling import __version__
 from openling.errors import OpenlingError, UserError, nearest
@@ -49,7 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if "OMP_WAIT_POLICY" not in os.environ:
         os.environ.setdefault("GOMP_SPINCOUNT", SPINS)  # read when torch is imported
     try:
-        return _run(words)
+        with _interrupts():
+            return _run(words)
     except OpenlingError as error:
         print(f"openling: {error}", file=sys.stderr)
         return error.exit_code
@@ -67,6 +72,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
             where += "\n  next:     free some space, then the same command again, with --resume where it has that"
         print(f"openling: {error.strerror}{where}", file=sys.stderr)
         return 2
+
+
+@contextmanager
+def _interrupts() -> Iterator[None]:
+    """Ctrl-C stays a KeyboardInterrupt: extension modules that it meets while they are imported make other errors of it."""
+    noted = []
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread() or signal.getsignal(signal.SIGINT) != signal.default_int_handler:
+        yield
+        return
+    signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield
+    except (ImportError, RuntimeError, SystemError) as error:
+        if noted:
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _run(words: list[str]) -> int:

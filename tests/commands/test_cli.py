@@ -189,6 +189,24 @@ def test_interrupt(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch:
     assert said[1:] == ["openling: interrupted"]
 
 
+def test_an_interrupt_that_an_import_makes_another_error_of(model: Path, capsys: pytest.CaptureFixture[str], monkeypatch) -> None:
+    """As numpy and torch do where Ctrl-C meets them half imported; without Ctrl-C the error stays what it is."""
+
+    def half_imported(*args: object) -> None:
+        try:
+            signal.raise_signal(signal.SIGINT)
+        except KeyboardInterrupt as error:
+            raise RuntimeError("module is half imported") from error
+
+    monkeypatch.setattr(generate, "choose", half_imported)
+    assert main(["generate", str(model), "hi"]) == 130
+    assert capsys.readouterr().err.splitlines()[1:] == ["openling: interrupted"]
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    monkeypatch.setattr(generate, "choose", lambda *args: (_ for _ in ()).throw(RuntimeError("mine")))
+    with pytest.raises(RuntimeError, match="mine"):
+        main(["generate", str(model), "hi"])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # chat
 # ---------------------------------------------------------------------------------------------------------------------

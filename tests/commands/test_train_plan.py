@@ -71,6 +71,7 @@ def test_recipes_fit_the_machines_they_are_made_for(words, capsys):
 @pytest.mark.parametrize(
     ("more", "where"),
     [
+        (["--no-placement"], "stages.cpt.parallel.pipeline"),
         (["--gpu-memory", "90"], "stages.cpt.parallel.pipeline"),
         (["--parallel.recompute", "none", "--gpu", "h200"], "stages.cpt.parallel.recompute"),
         (["--train.accumulation", "8", "--gpu", "h200", "--gpu-memory", "127"], "stages.cpt.accumulation"),
@@ -81,6 +82,7 @@ def test_a_stage_that_does_not_fit_names_settings_that_help(more, where, tmp_pat
     code, out, err = dry(capsys, *words)
     assert code == 2 and "stage cpt does not fit" in err and where in re.search(r"where: +(.*)", err)[1].split(", ")
     assert not out
+    assert ("next:" in err and "--gpu h200" in err) == (more == ["--no-placement"])
     nearest = re.search(r"nearest: +(.*)", err)[1].split()
     assert dry(capsys, *words, *nearest)[0] == 0
 

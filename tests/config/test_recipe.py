@@ -142,6 +142,7 @@ def test_ranks_that_are_left(tmp_path, changed, world, ranks):
     ("name", "value", "told"),
     [
         ("stages__two__parallel", '{"rest": "context", "context": 2}', "leave one of them out"),
+        ("stages__two__learning_rate", "1e-3", "nearest: +stages.two.lr"),
         ("stages__two__parallel__recomput", "layer", "nearest: +stages.two.parallel.recompute"),
         ("stages__two__parallel__recompute", "all", "stages.two.parallel.recompute\n.*all"),
         ("stages__two__parallel__rest", "contxt", "stages.two.parallel.rest\n[\\s\\S]*nearest: +context"),

@@ -338,3 +338,9 @@ def test_plain_lines_when_not_on_a_terminal(tmp_path, capfd):
     assert lines[-1].startswith("step 12/12  loss ") and "tokens/s" in lines[-1] and len(lines) == 1
     run_training(tmp_path / "b", tiny_config())
     assert capfd.readouterr() == ("", "")
+
+
+def test_a_warm_up_longer_than_the_run_is_told(tmp_path, capfd):
+    batches = Batches(tiny_windows(), batch_size=8, seed=5)
+    train(tiny_model(), tiny_config(steps=2, warmup_steps=30), batches, parameters=ATTENTION, run=tmp_path / "a")
+    assert "rises over 30 steps, and the run has 2" in capfd.readouterr().err

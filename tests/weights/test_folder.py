@@ -136,6 +136,22 @@ def test_config_missing_or_broken(folder: Path) -> None:
     refused(folder, "config.json is missing")
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("hidden_size", "abc", ["wrong kind", "hidden_size", "'abc'", "an integer"]),
+        ("num_hidden_layers", 2.0, ["wrong kind", "num_hidden_layers", "2.0", "an integer"]),
+        ("vocab_size", True, ["wrong kind", "vocab_size", "True", "an integer"]),
+        ("rms_norm_eps", "small", ["wrong kind", "rms_norm_eps", "'small'", "a number"]),
+        ("num_hidden_layers", 10**22, ["so many layers", "num_hidden_layers", "10000 at most"]),
+        ("num_nextn_predict_layers", 10**6, ["so many layers", "num_nextn_predict_layers"]),
+    ],
+)
+def test_a_number_of_another_kind(folder: Path, key: str, value: object, told: list[str]) -> None:
+    edit_config(folder, **{key: value})
+    refused(folder, *told)
+
+
 def test_unknown_architecture(folder: Path) -> None:
     edit_config(folder, architectures=["LlamaForCausalM"])
     refused(folder, "unknown architecture", "nearest:  LlamaForCausalLM")

@@ -120,7 +120,7 @@ def _plan_stage(
                 reserve=reserve,
             )
         except TooLarge as error:
-            raise _too_large(stage, c, error) from error
+            raise _too_large(stage, c, error, gpu) from error
 
 
 def _left_out(recipe: RecipeConfig, stage: StageConfig) -> list[str]:
@@ -155,11 +155,14 @@ def _named(place: str) -> Iterator[None]:
         raise UserError(error.what, **parts) from error
 
 
-def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge) -> UserError:
+def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge, gpu: Device) -> UserError:
     """The same refusal with the recipe's settings: those that the nearest job that fits has otherwise."""
     better, what = error.better, f"stage {stage.name} does not fit{error.what.partition('does not fit')[2]}"
+    kinds = {name: kind.memory for name, kind in DEVICES.items()}
+    larger = ", ".join(n for n, memory in kinds.items() if memory > gpu.memory in kinds.values())  # none where it was given
     if better is None:
-        return UserError(what, **error.parts | {"next": "more ranks, or GPUs with more memory"})
+        more = f"GPUs with more memory: --gpu {larger}" if larger else "GPUs with more memory"
+        return UserError(what, **error.parts | {"next": f"more ranks, or {more}"})
     mine = {axis: getattr(error.least.mesh, axis) for axis in AXES} | {"recompute": c.recompute, "gather": c.gather}
     theirs = {axis: getattr(better.mesh, axis) for axis in AXES} | {"recompute": better.recompute, "gather": better.gather}
     if c.rest == "context" or c.shard is None:
@@ -175,4 +178,5 @@ def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge) -> UserEr
         value=", ".join(str(old) for old, _ in changed.values()),
         expected=error.parts["expected"],
         nearest=" ".join(f"--{name} {new}" for name, (_, new) in changed.items()),
+        next=f"with these, or for GPUs with more memory: --gpu {larger}" if larger else None,
     )

@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field, ValidationError, field_validator, model_v
 
 from openling.config.data import MIXTURES, MixtureConfig, SourceConfig, read_mixture
 from openling.config.presets import PRESETS
-from openling.config.section import Section, refusal, wrong
+from openling.config.section import Section, nearest_setting, refusal, wrong
 from openling.config.train import TrainConfig
 from openling.errors import UserError, nearest
 
@@ -277,7 +277,7 @@ def _known(table: dict[str, Any], names: Sequence[str], where: object, place: st
     for key in table:
         if key not in names:
             dotted = f"{place}.{key}" if place else key
-            close = nearest(key, names)
+            close = nearest_setting(key, names)
             shown = None if close is None else f"{place}.{close}" if place else close
             raise UserError("unknown setting", where=where, value=dotted, expected=", ".join(names), nearest=shown)
 

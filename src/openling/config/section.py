@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError, ValidationInfo, field_validator
@@ -20,6 +20,20 @@ WORDS = {
     "too_short": "{min_length} or more of them",
     "too_long": "no more than {max_length} of them",
     "string_pattern_mismatch": "letters, digits, - and _, dots inside",
+}
+# What other trainers call a setting.
+ELSEWHERE = {
+    "learning_rate": "lr",
+    "max_steps": "steps",
+    "max_tokens": "tokens",
+    "seq_len": "sequence_length",
+    "max_seq_length": "sequence_length",
+    "global_batch_size": "batch_size",
+    "gradient_accumulation_steps": "accumulation",
+    "max_grad_norm": "clip",
+    "grad_clip": "clip",
+    "lr_scheduler": "schedule",
+    "num_warmup_steps": "warmup_steps",
 }
 SHOWN = 100  # characters of a value in an error
 # What pydantic calls a member of a union.
@@ -59,6 +73,12 @@ def wrong(message: str, close: object = None) -> PydanticCustomError:
     return PydanticCustomError("setting", "{message}", {"message": message, "nearest": close})
 
 
+def nearest_setting(key: str, known: Iterable[str]) -> str | None:
+    """The setting that was meant: by what others call it, or the one that it most resembles."""
+    names = list(known)
+    return ELSEWHERE[key] if ELSEWHERE.get(key) in names else nearest(key, names)
+
+
 def refusal(
     error: ValidationError, where: Callable[[str], object], what: str = "this setting is not valid", *, suggest: bool = True
 ) -> UserError:
@@ -72,7 +92,9 @@ def refusal(
     if first["type"] == "extra_forbidden":
         known = [str(f["loc"][-1]) for f in findings if f["type"] == "missing" and f["loc"][:-1] == first["loc"][:-1]]
         key = str(first["loc"][-1])
-        return UserError("unknown setting", where=where(place), value=key, nearest=nearest(key, known) if suggest else None)
+        return UserError(
+            "unknown setting", where=where(place), value=key, nearest=nearest_setting(key, known) if suggest else None
+        )
     same = [f for f in findings if _place(f) == place]  # a union's members each say why they are not it
     expected = ", or ".join(dict.fromkeys(map(_expected, same)))
     close = next((c for c in map(_nearest, same) if c is not None), None) if suggest else None

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 from openling.errors import UserError, nearest
 from openling.model.config import LING_ARCHITECTURE, ModelConfig, ling_moe_fields, need, read_ling, read_rope, read_tokens
+
+LAYER_COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")
+MOST_LAYERS = 10_000
 
 
 @dataclass(frozen=True)
@@ -146,8 +149,24 @@ def family_of(hf: dict[str, Any], *, where: object = None) -> Family:
 def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     """`ModelConfig` from any supported config.json dict."""
     family = family_of(hf, where=where)
+    _check_numbers(hf, where)
     try:
         return family.read(hf)
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         what = "config.json has a value of the wrong kind"
         raise UserError(what, where=where, value=error, expected=f"the keys of {family.architecture}") from error
+
+
+def _check_numbers(hf: dict[str, Any], where: object) -> None:
+    """Numbers where `ModelConfig` has numbers, and not so many layers that to list them takes long."""
+    for name, kind in get_type_hints(ModelConfig).items():
+        value, kinds = hf.get(name), {kind, *get_args(kind)}
+        place = name if where is None else f"{where}, {name}"
+        if value is None or not kinds & {int, float} or isinstance(value, list):
+            continue
+        whole = int in kinds
+        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+            what, expected = "config.json has a value of the wrong kind", "an integer" if whole else "a number"
+            raise UserError(what, where=place, value=repr(value), expected=expected)
+        if name in LAYER_COUNTS and value > MOST_LAYERS:
+            raise UserError("no model has so many layers", where=place, value=value, expected=f"{MOST_LAYERS} at most")

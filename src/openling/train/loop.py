@@ -301,6 +301,8 @@ class _Run:
         limit = config.max_seconds
         silent = not (spoken and ranks.main)
         self.display = Display(config.total_steps, first_step=self.step, silent=silent, max_seconds=limit, every=every)
+        if config.warmup_steps >= config.total_steps:
+            notes.append(f"the learning rate rises over {config.warmup_steps} steps, and the run has {config.total_steps}")
         for line in notes:
             self.display.say(line)
 

@@ -24,8 +24,9 @@ from openling.parallel.matrices import Matrix
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
-# Matrices of one size are orthogonalised together up to so many bytes: one by one, small ones cost a GPU 15 launches each.
-STACK_BYTES = 1 << 26
+# Matrices of one size are orthogonalised together up to so many bytes: one by one, small ones cost a GPU 15 launches each. A CPU
+# has no launches to save, and multiplies stacks more slowly.
+STACK_BYTES = {"cuda": 1 << 26, "cpu": 0}
 EPS = 1e-7
 
 
@@ -66,7 +67,8 @@ class Muon(torch.optim.Optimizer):
         """One update."""
         for group in self.param_groups:
             for alike in self._stacks([p for p in group["params"] if p.grad is not None], group["dtype"]):
-                updates = orthogonalised(torch.stack([self._direction(p, group) for p in alike]), group["dtype"])
+                found = [self._direction(p, group) for p in alike]
+                updates = orthogonalised(torch.stack(found) if len(found) > 1 else found[0][None], group["dtype"])
                 size = 0.2 * math.sqrt(max(updates.shape[-2:]))
                 for p, update in zip(alike, updates, strict=True):
                     matrix = self.matrices.get(p)
@@ -80,7 +82,7 @@ class Muon(torch.optim.Optimizer):
         for p in parameters:
             alike.setdefault(self.matrices[p].size if p in self.matrices else p.shape, []).append(p)
         for size, found in alike.items():
-            count = max(1, STACK_BYTES // (size.numel() * dtype.itemsize))
+            count = max(1, STACK_BYTES.get(found[0].device.type, 0) // (size.numel() * dtype.itemsize))
             yield from (found[i : i + count] for i in range(0, len(found), count))
 
     def _direction(self, p: nn.Parameter, group: dict[str, Any]) -> Tensor:
