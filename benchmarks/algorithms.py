@@ -1,12 +1,12 @@
 """Every conversion algorithm against the preset's choice, one change at a time: SmolLM2-135M, same text.
 
-    python benchmarks/algorithms.py WORK_FOLDER
+    python benchmarks/algorithms.py WORK_FOLDER [--losses]
 
 Writes benchmarks/results/migration/algorithms.json: loss and KL on held-out text, in nats per token, by domain. The arms of
 `lightning` convert all layers but the MLA ones, which stay softmax attention; those of `mla` convert only these, from the
 teacher, so that nothing else hides their damage; `all mla` makes every layer MLA, so that ranks have something to share. Arms
 in `WARMED` are measured again after the preset's linear warm-up of WARMUP_TOKENS: a start says little about where training leads;
-the first of them after every one of `LOSSES`; their seconds are those of the warm-up.
+their seconds are those of the warm-up. With --losses: the first arm alone, warmed up after each of `LOSSES`, into losses.json.
 Texts are tokenised once, into WORK_FOLDER/texts.safetensors.
 """
 
@@ -40,7 +40,7 @@ from openling.model.ling import Ling
 from openling.train.loop import train
 from openling.weights.gguf import import_gguf, smollm2_gguf
 
-RESULTS = Path(__file__).parent / "results" / "migration" / "algorithms.json"
+RESULTS = Path(__file__).parent / "results" / "migration"
 LENGTH, CALIBRATION_TOKENS, EVALUATION_TOKENS = 512, 32768, 16384
 DOMAINS = ("python-docs", "kjv")
 WARMUP_TOKENS = 1_000_000
@@ -171,6 +171,7 @@ def row(name: str, what: str, domain: str, found: Any, peer: str, base: Any, sec
 
 def main() -> None:
     """Convert once per arm, write the results."""
+    losses_alone = sys.argv[2:] == ["--losses"]
     work = Path(sys.argv[1])
     if not (work / "teacher").exists():
         import_gguf(smollm2_gguf(), work / "teacher")
@@ -191,16 +192,17 @@ def main() -> None:
         said = ", ".join(f"{domain} {m['loss']:.3f} kl {m['kl']:.3f}" for domain, m in measured.items())
         print(f"{what}: {name}: {said} [{seconds:.0f} s]", flush=True)
 
-    for what, name, conversion, layout in ARMS:
+    for what, name, conversion, layout in ARMS[:1] if losses_alone else ARMS:
         begun = time.monotonic()
         student = convert(teacher, what, conversion, layout, windows)
         measure(student, what, name, time.monotonic() - begun)
         if what == "lightning" and name in WARMED:
-            for added, losses in LOSSES.items() if name == WARMED[0] else [("", LOSSES[""])]:
+            for added, losses in LOSSES.items() if losses_alone else [("", LOSSES[""])]:
                 begun = time.monotonic()
                 warmed = warm_up(student, teacher, training, losses)
                 measure(warmed, "lightning, warmed up", name + added, time.monotonic() - begun)
-    write_results(RESULTS, shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER"), rows)
+    path = RESULTS / ("losses.json" if losses_alone else "algorithms.json")
+    write_results(path, shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER"), rows)
 
 
 if __name__ == "__main__":

@@ -36,7 +36,7 @@ def rows_of(name: str) -> list[dict[str, Any]]:
 
 
 def curve_of(name: str) -> list[dict[str, float]]:
-    """An arm's points: tokens, cross-entropy of text before it is learned from, KL where it was trained on."""
+    """An arm's points: tokens, cross-entropy before each step, KL where it was trained on."""
     return [point for row in rows_of(name) for point in row.get("curve", [])]
 
 
@@ -46,7 +46,7 @@ def arms(axes: Axes) -> None:
         points = curve_of(f"ling-moe-{arm}-0")
         style = ":" if label.startswith("...") else "-"
         axes.plot([p["tokens"] for p in points], [p["ce"] for p in points], style, color=colour, label=label, linewidth=1.6)
-    axes.set(xscale="log", xlabel="tokens trained on", ylabel="nats per token, text before it is learned from")
+    axes.set(xscale="log", xlabel="tokens trained on", ylabel="nats per token, training text, before each step")
     axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
 
 

@@ -5,13 +5,13 @@
 TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `benchmarks/fetch_text.py`'s files (for a teacher of
 `moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling
 migrate` with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most
-reach); `scratch`, the hybrid from random weights; `trained-on`, all of what `best-all-mixers` left in WORK, on the 2 N tokens
+reach); `scratch`, the hybrid from random weights; `trained-on`, all of what the arm `--after` left in WORK, on the 2 N tokens
 that come after those, as Ling-2.6 went on after its migration, and `trained-on-kl`, the same after the teacher's logits instead
 of the text (their peer is `continued` with twice the N). Arms run in turn; one
 whose results are there is left out, and one that was stopped goes on with the same command. Each writes
 benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by domain, drift of routers, recall of
-one fact among one or several beside the teacher's, and the training curve (cross-entropy of text before it is learned from) at
-tokens spaced by a fifth of a decade.
+one fact among one or several beside the teacher's, and the training curve at tokens spaced by a fifth of a decade: each step's
+cross-entropy before the step; past the corpus' end the text has been learned from before.
 """
 
 from __future__ import annotations
@@ -68,7 +68,6 @@ TRAINED: dict[str, dict[str, Any]] = {
     "trained-on": TRAINED_ON,
     "trained-on-kl": TRAINED_ON | {"kl": 1.0, "ce": 0.0},
 }
-MIGRATED_BEFORE = "best-all-mixers"
 
 
 def curve(rows: list[dict[str, Any]], before: int) -> list[dict[str, float]]:
@@ -159,7 +158,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     loaded = openling.load(args.teacher, device=device)
     teacher, tokenizer = loaded.model.float(), loaded.tokenizer
     after = arm.startswith("trained-on")
-    begin = args.work / f"{MIGRATED_BEFORE}-{args.seed}" if after else args.teacher
+    begin = args.work / f"{args.after}-{args.seed}" if after else args.teacher
     model = openling.load(begin, device=device).model.float()
     if arm == "scratch":
         with device:
@@ -207,6 +206,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=TRAINED_ON["lr"], help="peak learning rate of the arms that are trained on")
+    parser.add_argument("--after", default="best-all-mixers", choices=MIGRATED, help="arm whose hybrid is trained on")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=RESULTS)
     words = sys.argv[1:]
