@@ -159,7 +159,7 @@ def test_nothing_to_resume_and_changed_recipes_are_told(tmp_path):
     [
         ("stages.long.trainable", '["nothing"]', "no parameter has this name"),
         ("stages.long.trainable", '["("]', "no regular expression: missing"),
-        ("stages.long.kl", "1", "needs a teacher[\\s\\S]*recipes name no teacher"),
+        ("stages.long.kl", "1", "needs a teacher[\\s\\S]*model.teacher"),
         ("stages.long.merge.weights", "sqrt", "no such weighting[\\s\\S]*nearest: +1-sqrt"),
         ("stages.long.merge.last", "4", "fewer checkpoints[\\s\\S]*at most 3"),
         ("model.overrides.num_nextn_predict_layers", "0", "no MTP layer"),

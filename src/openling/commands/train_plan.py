@@ -130,6 +130,8 @@ def _left_out(recipe: RecipeConfig, stage: StageConfig) -> list[str]:
         found.append("stages_per_rank, one stage a rank is assumed")
     if stage.fp8_experts != "none":
         found.append("FP8 experts, their products are taken as BF16")
+    if stage.follows:
+        found.append("the teacher")
     if stage.trainable != ("",):
         found.append("frozen parameters, all are taken to train")
     return found

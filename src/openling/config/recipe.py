@@ -32,6 +32,7 @@ class StartConfig(Section):
     preset: str | None = Field(None, description="shape by name")
     overrides: dict[str, Any] = Field({}, description="keys of config.json that replace the preset's")
     tokenizer: str | None = Field(None, description="folder with a tokenizer, or `bytes`; null: that of `folder`")
+    teacher: str | None = Field(None, description="checkpoint folder that `kl` and `align` of the stages follow")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the checkpoints that stages write")
 
     @model_validator(mode="after")

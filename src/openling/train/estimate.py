@@ -41,6 +41,9 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
         )
     lines += ["", *meshes(recipe)]
     lines += ["", f"{flops:.3g} FLOPs in all (forward and backward, MTP included, documents as long as rows)"]
+    if recipe.model.teacher is not None:
+        following = ", ".join(stage.name for stage in recipe.stages if stage.follows)
+        lines.append(f"besides, a forward pass of the teacher and its FP32 weights, in {following}")
     fp8 = {stage.fp8_experts for stage in recipe.stages} - {"none"}
     lines += [
         f"routed experts in FP8, {form}: {', '.join(s.name for s in recipe.stages if s.fp8_experts == form)}"
@@ -81,7 +84,7 @@ def flops_of(config: ModelConfig, stage: StageConfig) -> float:
 
 def absent(recipe: RecipeConfig) -> list[str]:
     """Folders that the recipe names and that do not exist."""
-    wanted = [recipe.model.folder] if recipe.model.folder else []
+    wanted = [folder for folder in (recipe.model.folder, recipe.model.teacher) if folder]
     if recipe.model.tokenizer not in (None, "bytes"):
         wanted.append(recipe.model.tokenizer)
     for stage in recipe.stages:

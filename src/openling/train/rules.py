@@ -22,6 +22,7 @@ from openling.parallel.pipeline import check_count, check_runs
 from openling.plan.mesh import divisors
 from openling.train.checkpoint import checkpoints
 from openling.train.optim import select_names
+from openling.train.teacher import check_teacher, teacher_config
 from openling.train.trackers import check_trackers
 from openling.weights.merge import coefficients
 
@@ -36,7 +37,7 @@ def check_losses(config: TrainConfig, model: ModelConfig, *, teacher: bool, plac
     """A `UserError` where a loss lacks what it needs. place: what stands before a setting's name."""
     term, weight = ("kl", config.kl) if config.kl else ("align", config.align)
     if weight and not teacher:
-        fix = "0: recipes name no teacher, `openling migrate` warms up against one" if place else f"a teacher, or {term} = 0"
+        fix = "0, or a checkpoint folder as model.teacher" if place else f"a teacher, or {term} = 0"
         raise UserError("this loss needs a teacher", where=place + term, value=weight, expected=fix)
     if config.mtp and not model.num_nextn_predict_layers:
         raise UserError("the model has no MTP layer", where=f"{place}mtp", value=config.mtp, expected=0)
@@ -100,8 +101,11 @@ def check_alone(parallel: ParallelConfig, world: int, *, place: str = "parallel"
             )  # fmt: skip
 
 
-def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, world: int) -> Axes:
-    """A stage's axes in such a world, `data_shard` filled in; a `UserError` with the setting that cannot be."""
+def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, world: int, *, whose: str = "") -> Axes:
+    """A stage's axes in such a world, `data_shard` filled in; a `UserError` with the setting that cannot be.
+
+    whose: what a refusal begins with, for a model that is not the recipe's own.
+    """
     c = recipe.parallel_of(stage)
     place = "parallel" if stage.parallel is None else f"stages.{stage.name}.parallel"
     check_alone(c, world, place=place)
@@ -114,7 +118,7 @@ def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, wor
                 check_count(max(1, rows // stage.part_size), axes.pipeline, c.stages_per_rank)
     except UserError as error:  # which has Python's names of the axes
         name = str(error.parts["where"]).removeprefix("data_")
-        raise UserError(error.what.replace("data_", ""), **error.parts | {"where": f"{place}.{name}"}) from error
+        raise UserError(whose + error.what.replace("data_", ""), **error.parts | {"where": f"{place}.{name}"}) from error
     if axes.context > stage.sequence_length:
         raise UserError(
             "rows are shorter than there are ranks to share them", where=f"{place}.context", value=axes.context,
@@ -128,14 +132,26 @@ def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, wor
 def check_stages(recipe: RecipeConfig, model: ModelConfig, world: int | None = None) -> None:
     """Trackers, and all of a recipe's stages: losses, what trains, what is merged; with a world their meshes and ranks' rows too.
 
-    Recipes name no teacher.
+    The teacher's shape is looked at where its folder is there.
     """
     check_trackers(recipe.trackers)
+    folder = recipe.model.teacher
+    if folder is not None and not any(stage.follows for stage in recipe.stages):
+        fix = "kl or align of a stage above 0, or no teacher"
+        raise UserError("no stage follows the teacher", where="model.teacher", value=folder, expected=fix)
+    teacher = teacher_config(recipe) if folder is not None and (world is not None or Path(folder).exists()) else None
+    if teacher is not None:
+        check_teacher(recipe, model, teacher)
     for stage in recipe.stages:
         place = f"stages.{stage.name}."
-        check_losses(stage, model, teacher=False, place=place)
+        check_losses(stage, model, teacher=folder is not None, place=place)
+        if stage.follows and (pipeline := recipe.parallel_of(stage).pipeline) > 1:
+            where = f"{'parallel' if stage.parallel is None else f'{place}parallel'}.pipeline"
+            raise UserError("teachers are not cut into pipeline stages", where=where, value=pipeline, expected=1)
         if world is not None:
             axes = check_mesh(recipe, stage, model, world)
+            if teacher is not None and stage.follows:
+                check_mesh(recipe, stage, teacher, world, whose="the teacher: ")
             parallel = recipe.parallel_of(stage)
             check_parts(stage, axes.data_replicate * axes.data_shard, parallel=parallel, place=place)
         if stage.trainable != ("",):

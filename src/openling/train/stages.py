@@ -45,10 +45,11 @@ from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
 from openling.train.rules import begun_stages, check_mesh, check_same, check_stages, read_record
+from openling.train.teacher import check_tokens, fill_from, load_teacher
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
-from openling.weights.folder import check_tied, load_tokenizer, open_folder, read_binding
+from openling.weights.folder import load_tokenizer
 from openling.weights.io import read_hf_config
 
 
@@ -113,6 +114,8 @@ class Pipeline:
         with ExitStack() as stack:
             told(lambda: stack.enter_context(self._entered(resume)), self.group)
             self.tokenizer = self._tokenizer()
+            if self.recipe.model.teacher is not None:
+                check_tokens(self.recipe.model.teacher, self.tokenizer)
             told(self._build_corpora, self.group)
             config, _ = first_config(self.recipe)
             finished = told(lambda: [self._is_done(stage) for stage in self.recipe.stages], self.group)
@@ -236,9 +239,7 @@ class Pipeline:
         if all(f"model/{name}" in trained for name, _ in model.named_parameters()):
             before = before[-1:]
         elif start.folder is not None:
-            opened = open_folder(start.folder)
-            check_tied(opened)
-            fill(parallel, lambda name, shape: read_binding(opened, name, shape, device, torch.float32))
+            fill_from(start.folder, parallel, device)
         else:
             # Drawn where training runs, whatever is filled: devices draw differently.
             generator, std = torch.Generator(self.device).manual_seed(self.recipe.seed), model.config.initializer_range
@@ -267,7 +268,11 @@ class Pipeline:
         )  # fmt: skip
         if c.pipeline == 1:
             self._fill(parallel, before, self.device)
-        ranks = Ranks(parallel)
+        ranks, teacher = Ranks(parallel), None
+        if self.recipe.model.teacher is not None and stage.follows:
+            teacher = load_teacher(
+                self.recipe.model.teacher, self.meshes[stage.name], self.device, model_dtype=dtype, seq_len=stage.sequence_length
+            )  # fmt: skip
 
         def begin() -> bool:
             folder.mkdir(parents=True, exist_ok=True)
@@ -282,6 +287,7 @@ class Pipeline:
             batches,
             parameters=stage.trainable,
             run=folder,
+            teacher=teacher,
             resume=resume,
             progress=self.progress,
             start=before[-1] if before else None,
@@ -298,6 +304,8 @@ class Pipeline:
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
         about = {"recipe": self.recipe.name, "stage": stage.name, "steps": state["step"], "tokens": state["tokens"]}
         about |= {"loss": json.loads(lines[-1])["loss"] if lines else None, "command": self.command or None}
+        if self.recipe.model.teacher is not None and stage.follows:
+            about["teacher"] = self.recipe.model.teacher
         companions = self.run / "tokenizer"
         source = self.recipe.model.folder
         title = f"{self.recipe.name}-{stage.name}"
