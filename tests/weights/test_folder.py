@@ -21,6 +21,7 @@ import openling
 from openling.errors import Failure, UserError
 from openling.model.ling import Ling
 from openling.weights.export import save
+from openling.weights.folder import load_tokenizer
 from openling.weights.io import INDEX, SINGLE, CheckpointReader, FolderWriter
 
 SHARD = 40_000
@@ -335,3 +336,13 @@ def test_source_is_untouched(tmp_path: Path) -> None:
     before = {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()}
     save(openling.load(source).model, tmp_path / "out", source=source)
     assert {p.name: (p.read_bytes(), p.stat().st_mtime_ns) for p in source.iterdir()} == before
+
+
+def test_reading_a_tokenizer_warns_of_nothing(
+    folder: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    """transformers reads config.json beside it, and knows neither our model types nor all keys of older ones."""
+    write_tokenizer(folder, 20)
+    edit_config(folder, rope_scaling={"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64})
+    assert load_tokenizer(folder) is not None
+    assert capfd.readouterr() == ("", "") and not recwarn.list

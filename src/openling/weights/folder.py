@@ -114,13 +114,20 @@ def load_tokenizer(folder: str | Path, config: ModelConfig | None = None) -> Any
     if not any((folder / name).exists() for name in _VOCABULARIES):
         return None
     from transformers import AutoTokenizer
+    from transformers.utils import logging
 
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # it reads config.json, too, and warns of model types and keys that are none of its own
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
         raise UserError(
             "the tokenizer cannot be read", where=folder, value=error, next="copy the tokenizer files again"
         ) from error
+    finally:
+        logging.set_verbosity(before)
     largest = max(tokenizer.get_vocab().values(), default=-1)
     if config is not None and largest >= config.vocab_size:
         raise UserError(
