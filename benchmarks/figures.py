@@ -23,8 +23,8 @@ ARMS = {
     "best-without-kl": ("best, cross-entropy instead of KL", "#66a61e"),
     "best": ("best, 7 Lightning : 1 MLA", "#1b9e77"),
     "groups-of-2": ("best, 1 : 1", "#7570b3"),
-    "best-all-mixers-100m": ("best, all mixers, Muon", "#e7298a"),
-    "trained-on-kl-200m": ("... then all parameters, KL", "#e7298a"),
+    "best-all-mixers-50m": ("best, all mixers, Muon", "#e7298a"),
+    "trained-on-kl-100m": ("... then all parameters, KL", "#e7298a"),
     "continued-200m": ("teacher, trained on", "#000000"),
 }
 

@@ -6,9 +6,9 @@ TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `bench
 `moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling
 migrate` with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most
 reach); `scratch`, the hybrid from random weights; `trained-on`, all of what the arm `--after` left in WORK, on the 2 N tokens
-that come after those, as Ling-2.6 went on after its migration, and `trained-on-kl`, the same after the teacher's logits instead
-of the text (their peer is `continued` with twice the N). Arms run in turn; one
-whose results are there is left out, and one that was stopped goes on with the same command. Each writes
+that come after those (where the corpus ends, on its beginning again), as Ling-2.6 went on after its migration, and
+`trained-on-kl`, the same after the teacher's logits instead of the text (their peer is `continued` with twice the N).
+Arms run in turn; one whose results are there is left out, and one that was stopped goes on with the same command. Each writes
 benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by domain, drift of routers, recall of
 one fact among one or several beside the teacher's, and the training curve at tokens spaced by a fifth of a decade: each step's
 cross-entropy before the step; past the corpus' end the text has been learned from before.
@@ -169,7 +169,8 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     config = TrainConfig(**SCHEDULE | fields | {"schedule": "cosine", "weight_decay": 0.0} | TRAINED[arm] | rate)
     seen = 2 * args.tokens if after else 0
     tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=seen + 2 * args.tokens)
-    batches = Batches(cut_windows(tokens[seen:], args.length), batch_size=args.rows, seed=args.seed)
+    unseen_first = np.concatenate([tokens[seen:], tokens[:seen]])[: 2 * args.tokens]  # a corpus may end before
+    batches = Batches(cut_windows(unseen_first, args.length), batch_size=args.rows, seed=args.seed)
     go_on = (run / "train.json").exists()
     train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=teacher if config.kl else None)
     rows, teacher = [], teacher.eval()
