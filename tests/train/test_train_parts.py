@@ -199,6 +199,28 @@ def test_checkpoints_are_pruned_and_a_damaged_one_is_passed_over(tmp_path):
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, 12))
 
 
+def test_what_has_no_manifest_is_no_checkpoint(tmp_path):
+    source = Ramped(documents(), length=24, rows=2)
+    config = MIXED(steps=4, batch_size=2, sequence_length=24, checkpoint_steps=1, keep_last=2)
+    run(tmp_path, config, source)
+    folder = tmp_path / "checkpoints"
+    (folder / "step_1").mkdir()  # as a removal that was killed leaves it
+    (folder / "step_1" / "model.safetensors").touch()
+    (folder / "step_99").mkdir()
+    (folder / "step_98").touch()
+    (folder / "step_5").touch()
+    assert list(checkpoints(tmp_path)) == [3, 4] and checkpoint.latest_checkpoint(tmp_path) == folder / "step_4"
+    assert list(chosen_checkpoints(tmp_path, last=2)) == [3, 4]
+    told = []
+    assert checkpoint.whole_checkpoint(tmp_path, told.append) == folder / "step_4"
+    assert [text.split(": ", 1)[1] for text in told] == [
+        f"step_{n}: it has no manifest.json, which is written last" for n in (99, 98, 5)
+    ]
+    assert sorted(p.name for p in folder.glob("damaged_*")) == ["damaged_step_5", "damaged_step_98", "damaged_step_99"]
+    run(tmp_path, config.model_copy(update={"steps": 6}), source, resume=True)
+    assert list(checkpoints(tmp_path)) == [5, 6] and not (folder / "step_1").exists()
+
+
 @pytest.mark.parametrize("wrong", ["", "[]", "{}", "nothing"])
 def test_what_is_damaged_is_put_aside_and_the_run_can_be_merged(tmp_path, wrong):
     source = Ramped(documents(), length=24, rows=2)

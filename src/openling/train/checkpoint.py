@@ -49,7 +49,12 @@ Manifest = dict[str, dict[str, Any]]
 
 
 def checkpoints(run: Path) -> dict[int, Path]:
-    """Checkpoint folders by step, in order. A folder of that name was written whole."""
+    """Checkpoint folders by step, in order. A folder with a manifest was written whole; without one it is none."""
+    return {step: path for step, path in _named(run).items() if (path / "manifest.json").exists()}
+
+
+def _named(run: Path) -> dict[int, Path]:
+    """Whatever is called step_N, by step, in order: also what a copy or a removal that was stopped has left, and stray files."""
     found = {int(m[1]): p for p in (run / "checkpoints").glob("step_*") if (m := re.fullmatch(r"step_(\d+)", p.name))}
     return dict(sorted(found.items()))
 
@@ -172,9 +177,9 @@ class Saver:
             raise write_error(error, final, kept="the previous checkpoint is kept", resume=resume) from error
 
     def _prune(self, step: int) -> None:
-        """Keep the last few and every so many steps; the one just written always stays."""
-        found = checkpoints(self.folder.parent)
-        kept = set(sorted(n for n in found if n <= step)[-self.keep_last :]) | {step}
+        """Keep the last few and every so many steps; the one just written always stays. What is half removed goes too."""
+        found = _named(self.folder.parent)
+        kept = set([n for n in checkpoints(self.folder.parent) if n <= step][-self.keep_last :]) | {step}
         if self.keep_every is not None:
             kept |= {n for n in found if n % self.keep_every == 0}
         for n in found.keys() - kept:
@@ -232,6 +237,8 @@ def hashed(path: Path) -> str:
 
 def damage(checkpoint: Path, share: tuple[int, int] = (0, 1)) -> str | None:
     """What is wrong with the files of a checkpoint, or None; every byte is read. share: (part, of parts) of the files."""
+    if not (checkpoint / "manifest.json").exists():
+        return "it has no manifest.json, which is written last"
     try:
         manifest = json.loads((checkpoint / "manifest.json").read_text())
         if "state.json" not in manifest:
@@ -256,7 +263,7 @@ def whole_checkpoint(run: Path, say: Callable[[str], None], group: dist.ProcessG
     group: ranks that share the reading; all of them call it.
     """
     left_out: dict[Path, str] = {}
-    for path in told(lambda: list(reversed(checkpoints(run).values())), group):
+    for path in told(lambda: list(reversed(_named(run).values())), group):
         wrong = _damage(path, group)
         if wrong is None:
             told(lambda: _set_aside(list(left_out)), group)
