@@ -296,6 +296,19 @@ def test_mistakes_are_told(tmp_path):
         run_training(done, tiny_config(steps=2), resume=True)
 
 
+def test_what_is_refused_writes_no_record(tmp_path):
+    run_training(tmp_path / "one", tiny_config(steps=2))
+    (tmp_path / "one" / "train.json").unlink()
+    for resume in (False, True):
+        with pytest.raises(UserError, match="is missing[\\s\\S]*train.json[\\s\\S]*put it back, or remove"):
+            run_training(tmp_path / "one", tiny_config(steps=2), resume=resume)
+    stray = tmp_path / "two" / "checkpoints" / "step_5"
+    stray.mkdir(parents=True)
+    with pytest.raises(UserError, match="damaged[\\s\\S]*step_5: it has no manifest.json"):
+        run_training(tmp_path / "two", tiny_config(steps=2))
+    assert not list(tmp_path.glob("*/train.json"))
+
+
 def test_damaged_checkpoint_and_other_data_are_told(tmp_path):
     run_training(tmp_path, tiny_config(max_seconds=1e-9))
     batches = Batches(tiny_windows()[::-1].copy(), batch_size=8, seed=5)

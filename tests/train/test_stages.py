@@ -251,6 +251,83 @@ def test_a_damaged_record_is_named(tmp_path, record, text):
         go(tmp_path, run, resume=True)
 
 
+def files_of(run):
+    """Everything that a run has written down, by path."""
+    return {p.relative_to(run): p.read_bytes() for p in run.rglob("*") if p.is_file() and p.name != ".lock"}
+
+
+@pytest.mark.parametrize("cut", [lambda p: os.truncate(p, p.stat().st_size - 1), lambda p: os.truncate(p, 40), os.unlink])
+def test_a_finished_model_that_was_cut_short_is_written_again(tmp_path, cut):
+    run, said = tmp_path / "run", []
+    go(tmp_path, run)
+    shutil.rmtree(run / "corpora")  # nothing is trained for it
+    paths = [run / "models" / name / "model.safetensors" for name in ("short", "long")]
+    whole = [path.read_bytes() for path in paths]
+    for path in paths:
+        cut(path)
+    gone = [("corpora.texts", '{"path": "gone"}')]
+    changed = read_recipe(tmp_path / "small.toml", gone)
+    Pipeline(changed, run, device=torch.device("cpu"), say=said.append, progress=False).go(resume=True)
+    assert [path.read_bytes() for path in paths] == whole
+    assert sum("is finished, but" in text for text in said) == 2
+
+
+def test_a_finished_model_that_cannot_be_written_again_is_told(tmp_path):
+    run = tmp_path / "run"
+    go(tmp_path, run)
+    shutil.rmtree(run / "stages" / "long" / "checkpoints" / "step_2")  # its model is the mean of steps 2, 4 and 6
+    weights = run / "models" / "long" / "model.safetensors"
+    os.truncate(weights, 1000)
+    told = (
+        rf"damaged or truncated[\s\S]*where: +{weights}\n[\s\S]*without step 2[\s\S]*step_2\n[\s\S]*or remove {weights.parent}:"
+    )
+    for _ in range(2):
+        with pytest.raises(UserError, match=told):
+            go(tmp_path, run, resume=True)
+    assert weights.stat().st_size == 1000
+    shutil.rmtree(weights.parent)
+    with pytest.raises(UserError, match="fewer checkpoints[\\s\\S]*a smaller .*merge.last"):
+        go(tmp_path, run, resume=True)
+    go(tmp_path, run, resume=True, changes=[("stages.long.merge.last", "2")])
+    assert weights.exists()
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_without_its_recipe_is_told_what_is_missing(tmp_path, resume):
+    run = tmp_path / "run"
+    go(tmp_path, run)
+    (run / "recipe.json").unlink()
+    with pytest.raises(UserError, match=f"where: +{run}/recipe.json[\\s\\S]*put recipe.json back, or choose a new --out"):
+        go(tmp_path, run, resume=resume)
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_checkpoints_without_their_settings_are_refused_and_nothing_is_written(tmp_path, resume):
+    run = tmp_path / "run"
+    go(tmp_path, run)
+    shutil.rmtree(run / "models" / "long")
+    for name in ("short", "long"):
+        (run / "stages" / name / "train.json").unlink()
+    before = files_of(run)
+    told = "train.json[\\s\\S]*put it back, or remove .*stages/long and train" if resume else "add --resume"
+    with pytest.raises(UserError, match=told):
+        go(tmp_path, run, resume=resume, changes=[] if resume else [("stages.long.lr", "1e-3")])
+    assert files_of(run) == before
+    shutil.rmtree(run / "stages" / "long")
+    go(tmp_path, run, resume=True)
+    assert (run / "models" / "long").exists()
+
+
+def test_a_stray_folder_among_checkpoints_is_told_and_put_aside(tmp_path):
+    run, said = tmp_path / "run", []
+    go(tmp_path, run)
+    (run / "stages" / "long" / "checkpoints" / "step_99").mkdir()
+    changed = recipe(tmp_path)
+    Pipeline(changed, run, device=torch.device("cpu"), say=said.append, progress=False).go(resume=True)
+    assert sum("step_99: it has no manifest.json" in text for text in said) == 1
+    assert (run / "stages" / "long" / "checkpoints" / "damaged_step_99").is_dir()
+
+
 def test_a_finished_stage_without_checkpoints_is_told(tmp_path):
     run = tmp_path / "run"
     go(tmp_path, run)

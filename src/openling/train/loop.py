@@ -52,7 +52,7 @@ from openling.train.metrics import PLAIN_LINE_SECONDS, Display, MetricsLog, memo
 from openling.train.objective import Loss, Part, counts, mtp_steps, objective, objective_of, prepare, to_device
 from openling.train.optim import Optimizers, ParameterChoice, select_names
 from openling.train.ranks import Ranks
-from openling.train.rules import check_losses, check_parts, read_record
+from openling.train.rules import check_losses, check_parts, check_recorded, read_record
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
 
@@ -129,7 +129,11 @@ def train(
         stack.enter_context(_cast_once(models, set(chosen.values()), config))
         every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
         display = (progress is not False, every)
-        return _Run(model, config, batches, chosen, teacher, run, display, start, ranks, trackers).go()
+        entered = _Run(model, config, batches, chosen, teacher, run, display, start, ranks, trackers)
+        if not resume:  # nothing is refused any more
+            record = {"config": config.model_dump(mode="json"), "parameters": names}
+            ranks.told(lambda: write_json(run / "train.json", record))
+        return entered.go()
 
 
 def settled(config: TrainConfig, device: torch.device, run: Path) -> TrainConfig:
@@ -150,8 +154,9 @@ def _begun(path: Path) -> dict[str, Any]:
 
 
 def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -> None:
-    """Write `train.json` in a new run; in one that resumes, compare with it."""
+    """Whether a run can begin here, or go on as `train.json` says."""
     path = run / "train.json"
+    check_recorded(run)
     if resume and not path.exists():
         raise UserError(
             "there is nothing to resume", where=run, expected="train.json of an earlier run", next="the same without --resume"
@@ -161,13 +166,12 @@ def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -
             "the folder holds a run already", where=run, expected="a new folder", next="add --resume, or choose another"
         )
     if not resume:
-        return write_json(path, {"config": config.model_dump(mode="json"), "parameters": names})
+        return
     old = _begun(path)
     for field, (value, before) in config.differences(old["config"]).items():
         raise UserError("the run has another configuration", where=field, value=value, expected=before)
     if different := sorted(set(old["parameters"]) ^ set(names)):
         raise UserError("the run trains other parameters", where=different[0], expected=f"{len(old['parameters'])} as in {path}")
-    return None
 
 
 def _leave(teacher: Ling | None, chosen: dict[str, nn.Parameter]) -> None:

@@ -187,7 +187,18 @@ def read_record(path: Path, fix: str) -> dict[str, Any]:
 
 def begun_stages(run: Path) -> set[str]:
     """Stages of which a step may have been taken."""
-    return {path.parent.name for path in run.glob("stages/*/train.json")}
+    return {path.name for path in run.glob("stages/*") if (path / "train.json").exists() or checkpoints(path)}
+
+
+def check_recorded(run: Path) -> None:
+    """A `UserError` where checkpoints have lost the record of the settings that they were trained with. run: a stage's folder."""
+    path = run / "train.json"
+    if checkpoints(run) and not path.exists():
+        raise UserError(
+            "the record of what these checkpoints were trained with is missing", where=path,
+            value=f"checkpoints/{list(checkpoints(run).values())[-1].name} and no train.json",
+            next=f"put it back, or remove {run} and train again",
+        )  # fmt: skip
 
 
 def check_same(recipe: RecipeConfig, run: Path) -> None:
@@ -217,6 +228,8 @@ def check_same(recipe: RecipeConfig, run: Path) -> None:
         )  # fmt: skip
     for stage in recipe.stages[: len(stages)]:
         _check_stage(stage, stages[stage.name], run, followed=stage.name != list(stages)[-1])
+        if not (run / "models" / stage.name).exists():  # one that is finished is compared with recipe.json alone
+            check_recorded(run / "stages" / stage.name)
 
 
 def _difference(mine: Any, old: Any, where: str) -> tuple[str, Any, Any] | None:

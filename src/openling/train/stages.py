@@ -40,7 +40,7 @@ from openling.model.ling import Ling, first_values
 from openling.parallel.apply import Parallel, apply
 from openling.parallel.fill import fill, give_memory
 from openling.parallel.mesh import Mesh, build
-from openling.train.checkpoint import load_start, sole_writer, whole_checkpoint, write_json
+from openling.train.checkpoint import checkpoints, damage, load_start, sole_writer, whole_checkpoint, write_json
 from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
@@ -50,7 +50,7 @@ from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
 from openling.weights.folder import load_tokenizer
-from openling.weights.io import read_hf_config
+from openling.weights.io import CheckpointReader, read_hf_config
 
 
 @dataclass(frozen=True)
@@ -119,11 +119,14 @@ class Pipeline:
             told(self._build_corpora, self.group)
             config, _ = first_config(self.recipe)
             finished = told(lambda: [self._is_done(stage) for stage in self.recipe.stages], self.group)
+            damaged = told(
+                lambda: [d and self._is_damaged(s) for s, d in zip(self.recipe.stages, finished, strict=True)], self.group
+            )
             # Refused before the first step, if at all; what finished stages read is not needed again.
             sources = [None if d else self._batches(s, config) for s, d in zip(self.recipe.stages, finished, strict=True)]
             before: list[Path] = []
             models: list[Path] = []
-            for stage, batches in zip(self.recipe.stages, sources, strict=True):
+            for stage, batches, again in zip(self.recipe.stages, sources, damaged, strict=True):
                 config = stage_config(config, stage)
                 folder, out = self.run / "stages" / stage.name, self.run / "models" / stage.name
                 if batches is not None:
@@ -139,7 +142,7 @@ class Pipeline:
                         next=f"put it back, or continue from {out}: model.folder of a new recipe",
                     )  # fmt: skip
                 before.append(last)
-                if batches is not None:
+                if batches is not None or again:
                     told(partial(self._write, config, stage, folder, out, before), self.group)
                 models.append(out)
         return Outcome(models, None)
@@ -155,13 +158,18 @@ class Pipeline:
 
     @contextmanager
     def _entered(self, resume: bool) -> Iterator[None]:
-        path = self.run / "recipe.json"
+        path, begun = self.run / "recipe.json", begun_stages(self.run)
+        if begun and not path.exists():
+            raise UserError(
+                "the record of this run is missing", where=path, value=f"stages of the run: {', '.join(sorted(begun))}",
+                next="put recipe.json back, or choose a new --out",
+            )  # fmt: skip
         if resume and not path.exists():
             raise UserError(
                 "there is nothing to resume", where=self.run, expected="recipe.json of an earlier run",
                 next="the same without --resume",
             )  # fmt: skip
-        if not resume and begun_stages(self.run):
+        if not resume and begun:
             raise UserError(
                 "the folder holds a run already", where=self.run, expected="a new folder", next="add --resume, or choose --out"
             )
@@ -222,7 +230,31 @@ class Pipeline:
         if not out.exists():
             return False
         trained = read_record(out / "openling.json", f"remove {out}: it is written again from the stage's checkpoints")
-        return bool(trained.get("steps") == stage.total_steps or stage.max_seconds is not None)
+        return "steps" in trained and (trained["steps"] == stage.total_steps or stage.max_seconds is not None)
+
+    def _is_damaged(self, stage: StageConfig) -> bool:
+        """Whether files of a finished stage's folder were cut short or are gone, as headers and index tell; a `UserError` where
+        the checkpoints that it was made of cannot give it again.
+        """
+        out, folder = self.run / "models" / stage.name, self.run / "stages" / stage.name
+        try:
+            CheckpointReader(out)
+            return False
+        except UserError as error:
+            wrong = error
+        record, there = read_record(out / "openling.json", f"copy {out} again"), checkpoints(folder)
+        made_of = [one["step"] for one in record.get("merged", [])] or [record["steps"]]
+        gone = [n for n in made_of if n not in there or damage(there[n])]
+        place = wrong.parts["where"]
+        if gone:
+            rest = "makes it from the checkpoints that are left" if there else "trains the stage again"
+            raise UserError(
+                f"a finished stage's folder is damaged ({wrong.what}), and not every checkpoint that it was made of is whole",
+                where=place, value=f"without step {', '.join(map(str, gone))}", expected=f"{folder}/checkpoints/step_{gone[0]}",
+                next=f"put back either of them, or remove {out}: the same command then {rest}",
+            )  # fmt: skip
+        self.say(f"stage {stage.name} is finished, but {wrong.what}: {place}; its folder is written again from its checkpoint")
+        return True
 
     def _model(self, config: ModelConfig, before: list[Path], device: torch.device) -> Ling:
         """The whole model in FP32 as the stage before left it, with this stage's configuration."""
@@ -297,7 +329,6 @@ class Pipeline:
 
     def _write(self, config: ModelConfig, stage: StageConfig, folder: Path, out: Path, before: list[Path]) -> None:
         """The stage's checkpoint folder; a shorter one of the same stage gives way."""
-        shutil.rmtree(out, ignore_errors=True)
         out.parent.mkdir(exist_ok=True)
         dtype = getattr(torch, self.recipe.model.dtype)
         state = read_record(before[-1] / "state.json", f"remove {before[-1]}, and --resume goes on from the one before")
@@ -313,6 +344,7 @@ class Pipeline:
         if stage.merge is not None:
             about |= merge_into(model, chosen_checkpoints(folder, last=stage.merge.last), stage.merge.weights)
         preset = None if source is not None else PRESETS[str(self.recipe.model.preset)]() | self.recipe.model.overrides
+        shutil.rmtree(out, ignore_errors=True)
         save(
             model.eval(), out, dtype=dtype, source=source, hf_config=preset, provenance=about, name=title, companions=companions
         )  # fmt: skip
