@@ -94,6 +94,16 @@ def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
         ("steps = 5", "steps = 5\nbetas = [false, 0.9]", ["stages.one.betas", "no switch"]),
         ('name = "small"', 'name = "small"\nseed = true', ["seed", "no switch"]),
         ("mixture = { length = 64 }", "mixture = { length = 64, shares = { all = true } }", ["mixture", "no switch"]),
+        (
+            "mixture = { length = 64 }",
+            "mixture = { shares = { al = 0.5, all = 0.5 } }",
+            ["no source has this group", "stages.one.mixture.shares", "value:    al", "nearest:  all"],
+        ),
+        (
+            "mixture = { length = 64 }",
+            "mixture = { shares = { all = -0.5 } }",
+            ["stages.one.mixture, shares.all", "value:    -0.5", "greater than 0"],
+        ),
         ("mixture = { length = 64 }", "mixture = { preset = 3 }", ["no such mixture", "stages.one.mixture", "value:    3"]),
         ('[[sources]]\ncorpus = "texts"', "", ["stages.one.mixture", "1 or more of them"]),
         ('preset = "tiny"', 'preset = "tiny"\noverrides = { hiden_size = 64 }', ["did you mean 'hidden_size'"]),

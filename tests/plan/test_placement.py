@@ -223,6 +223,11 @@ def test_mistakes_in_a_mesh(text, where, nearest):
     assert (caught.value.parts["where"], caught.value.parts["nearest"]) == (where, nearest)
 
 
+def test_flags_are_shown_as_they_are_typed():
+    with pytest.raises(UserError, match="not to --world 2048"):
+        parse_mesh("shard=4", 2048)
+
+
 @pytest.mark.parametrize(
     ("name", "mesh", "axis", "nearest"),
     [

@@ -6,12 +6,13 @@ pre-training, so both are named and neither is a default.
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Set
 from fractions import Fraction
 from typing import Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveFloat, model_validator
 
-from openling.config.section import Section, refusal
+from openling.config.section import Section, refusal, wrong
 from openling.errors import UserError, nearest
 
 # Weights are tokens^(1/temperature): of 10^13 tokens still a number.
@@ -50,7 +51,7 @@ class LongConfig(Section):
 class MixtureConfig(Section):
     """Groups with exact shares of the tokens. Shares must come to 1; every group needs a source."""
 
-    shares: dict[str, float] = Field({"all": 1.0}, description="part of the tokens that each group gives")
+    shares: dict[str, PositiveFloat] = Field({"all": 1.0}, description="part of the tokens that each group gives")
     sources: tuple[SourceConfig, ...] = Field(min_length=1)
     temperature: dict[str, float] = Field({}, description="of a group: sources weigh tokens^(1/temperature); 1 where not named")
     length: int = Field(4096, gt=1, description="tokens of a window")
@@ -59,17 +60,15 @@ class MixtureConfig(Section):
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         total = sum(Fraction(str(share)) for share in self.shares.values())
-        if total != 1 or min(self.shares.values()) <= 0:
-            raise ValueError(f"shares must be positive and come to 1, they come to {float(total):g}")
+        if total != 1:
+            raise ValueError(f"shares must come to 1, they come to {float(total):g}")
         groups = {s.group for s in self.sources}
-        if groups != set(self.shares):
-            without = sorted(set(self.shares) - groups)
-            raise ValueError(f"groups without a source: {without}" if without else f"no share for {groups - set(self.shares)}")
+        _check_groups("shares of groups that have a source", self.shares, groups)
+        _check_groups("sources of groups that have a share", groups, self.shares.keys())
         for group in groups:
             if len({s.weight is None for s in self.sources if s.group == group}) > 1:
                 raise ValueError(f"give a weight to all sources of the group {group}, or to none")
-        if unknown := set(self.temperature) - groups:
-            raise ValueError(f"temperature of a group that is not there: {sorted(unknown)}")
+        _check_groups("temperatures of groups that have a share", self.temperature, groups)
         if any(t < LEAST_TEMPERATURE for t in self.temperature.values()):
             raise ValueError(f"temperatures must be at least {LEAST_TEMPERATURE}")
         if self.long is not None and (self.long.length <= self.length or self.long.length % self.length):
@@ -80,6 +79,12 @@ class MixtureConfig(Section):
     def row_length(self) -> int:
         """Tokens of a row."""
         return self.length if self.long is None else self.long.length
+
+
+def _check_groups(what: str, named: Iterable[str], there: Set[str]) -> None:
+    """A refusal of the first named group that is not there, with the nearest one that is."""
+    for group in sorted(set(named) - there):
+        raise wrong(f"{what}: {group!r} is none of {', '.join(sorted(there))}", nearest(group, there))
 
 
 _TEXT = {"reasoning": 0.46, "general": 0.5, "multilingual_web": 0.028, "multilingual_capability": 0.012}

@@ -231,7 +231,8 @@ def _stage(stage: dict[str, Any], shared: dict[str, Any], sources: list[Any], ke
     _tables(fields, dict, ("mixture", "ramp", "yarn", "merge"), where, place)
     table = dict(fields.get("mixture") or {})
     _tables(table, dict, ("shares", "temperature", "long"), where, f"{place}.mixture")
-    table.setdefault("sources", _fitting(sources, table, place))
+    if "sources" not in table:
+        table["sources"] = _fitting(sources, table, f"{where}, {place}.mixture")
     mixture = read_mixture(table, where=f"{where}, {place}.mixture")
     if fields.get("sequence_length", mixture.row_length) != mixture.row_length:
         raise UserError(
@@ -268,9 +269,13 @@ def _no_table(where: object, dotted: str, value: object, header: str) -> UserErr
     return UserError("this is no table", where=f"{where}, {dotted}", value=value, expected=f"a table, as under {header}")
 
 
-def _fitting(sources: list[Any], table: dict[str, Any], place: str) -> list[Any]:
-    """The recipe's sources that belong to a group of this mixture."""
+def _fitting(sources: list[Any], table: dict[str, Any], where: str) -> list[Any]:
+    """The recipe's sources that belong to a group of this mixture; a `UserError` where a group has none."""
     shares = table.get("shares") or MIXTURES.get(str(table.get("preset")), {}).get("shares") or {"all": 1.0}
+    there = list(dict.fromkeys(str(s.get("group", "all")) for s in sources))
+    if there and (unknown := next((group for group in shares if group not in there), None)) is not None:
+        close, expected = nearest(unknown, there), f"a group of [[sources]]: {', '.join(there)}"
+        raise UserError("no source has this group", where=f"{where}.shares", value=unknown, expected=expected, nearest=close)
     return [s for s in sources if s.get("group", "all") in shares]
 
 

@@ -162,7 +162,7 @@ class MixtureBatches:
         short = [need for need in self.needs(steps) if need.epochs > need.repeat]
         if short:
             lines = [f"{n.source}: {n.tokens:,} asked, {n.available:,} there, repeat {n.repeat:g}" for n in short]
-            enough = ", ".join(f"{ceil(n.epochs):,} for {n.source}" for n in short)
+            enough = ", ".join(f"{ceil(n.epochs)} for {n.source}" for n in short)
             raise UserError(
                 "the mixture cannot be met",
                 where=f"{steps:,} steps of {self.tokens_per_step:,} tokens",

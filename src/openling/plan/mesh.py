@@ -99,7 +99,7 @@ def parse_mesh(text: str, world: int) -> Mesh:
     if mesh.world != world:
         left = world // others if world % others == 0 else None
         raise UserError(
-            f"the axes multiply to {mesh.world:,} ranks, not to --world {world:,}",
+            f"the axes multiply to {mesh.world:,} ranks, not to --world {world}",
             where="--mesh",
             value=str(mesh),
             expected="pipeline x replicate x shard x context x tensor = world (expert is taken from shard x context)",
