@@ -14,6 +14,7 @@ from openling.config.data import MIXTURES, MixtureConfig, mixture_preset, read_m
 from openling.data.batches import BatchSource, check_fingerprint
 from openling.data.dataset import Dataset
 from openling.data.mixture import MixtureBatches, by_length
+from openling.data.shards import BLOCK, SAMPLES
 from openling.errors import UserError
 
 LONG = 64
@@ -207,6 +208,26 @@ def test_wrong_corpora_are_refused(corpus, tmp_path):
         MixtureBatches(MixtureConfig(sources=[choice(corpus, "web")], length=16, long=long), rows=1)
     with pytest.raises(UserError, match="multiple of 3 ranks"):
         read(choice(corpus, "web"), world=3)
+
+
+def test_shards_are_checked_ahead_once_and_only_those_that_are_read(tmp_path):
+    texts = {name: [f"{name}{i:03} " * 9 for i in range(300)] for name in ("web", "code")}
+    folder = built(tmp_path, config_unit_bytes=8000, **texts)
+    lines = Dataset(folder).index["shards"]
+    web, code = ([folder / line["file"] for line in lines if line["source"] == name] for name in texts)
+    assert len(web) > 1
+    data = bytearray(code[-1].read_bytes())
+    data[(len(data) - BLOCK) * 3 // (SAMPLES - 1)] ^= 1  # in a sampled block that is neither the first nor the last
+    code[-1].write_bytes(data)
+    checked = set()
+    MixtureBatches(mixture(folder, {"web": 1}), rows=1).check_shards(checked)
+    assert checked == set(web)
+    both = MixtureBatches(mixture(folder, {"web": 1, "code": 1}), rows=1)
+    both.batch(0)
+    with pytest.raises(UserError, match="damaged") as error:
+        both.check_shards(checked)
+    assert error.value.parts["where"] == code[-1] and checked == {*web, *code[:-1]}
+    both.check_shards({*web, *code})  # each is taken to be sound
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -15,6 +15,9 @@ from safetensors.torch import load_file
 
 from openling.cli import main
 from openling.config.recipe import read_recipe
+from openling.data.build import BuildConfig, build
+from openling.data.byte_tokenizer import byte_tokenizer
+from openling.data.sources import Source
 from openling.errors import UserError
 from openling.train.loop import TrainResult
 from openling.train.stages import Outcome, Pipeline
@@ -171,6 +174,25 @@ def test_what_a_later_stage_cannot_do_is_told_before_the_first_step(tmp_path, na
         go(tmp_path, tmp_path / "run", changes=[(name, value)])
     assert str(error.value.parts["where"]).startswith("stages.")
     assert not list(tmp_path.glob("run/stages/*"))
+
+
+@pytest.mark.parametrize("damage", ["one byte", "cut"])
+def test_a_damaged_shard_of_a_later_stage_is_told_before_the_first_step(tmp_path, damage):
+    recipe(tmp_path)
+    (tmp_path / "later.txt").write_text("lamp river stone " * 200)
+    corpus = tmp_path / "later"
+    build(BuildConfig((Source("later", str(tmp_path / "later.txt"), "MIT", "en"),)), corpus, byte_tokenizer())
+    shard = corpus / "000000.safetensors"
+    sound = shard.read_bytes()
+    shard.write_bytes(sound[:-1] if damage == "cut" else sound[:-1] + bytes([sound[-1] ^ 1]))
+    changes = [("stages.long.mixture.sources", json.dumps([{"corpus": str(corpus), "repeat": 1000}]))]
+    told = "cut short" if damage == "cut" else "damaged[\\s\\S]*sampled blocks differ"
+    with pytest.raises(UserError, match=told) as error:
+        go(tmp_path, tmp_path / "run", changes=changes)
+    assert error.value.parts["where"] == f"stages.long, {shard}"
+    assert not list(tmp_path.glob("run/stages/*"))
+    shard.write_bytes(sound)
+    go(tmp_path, tmp_path / "run", resume=True, changes=changes)
 
 
 @pytest.mark.parametrize("axis", ["pipeline", "shard", "expert"])

@@ -158,6 +158,10 @@ class ShardStream:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
+    def shards(self) -> Iterator[tuple[Path, dict[str, Any], TokenizerInfo]]:
+        """What each shard of this stream is opened with."""
+        return ((self.dataset.folder / line["file"], line, self.dataset.tokenizer) for line, _, _ in self._places)
+
     def shard(self, number: int) -> Shard:
         """A shard of this stream by its place."""
         return self.dataset.shard(self._places[number][0])

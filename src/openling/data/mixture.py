@@ -22,6 +22,7 @@ from openling.config.data import MixtureConfig, SourceConfig
 from openling.data.batches import ORDER_VERSION, PackedBatch, TokenStream, Windows, packed, rank_rows
 from openling.data.dataset import Dataset, ShardStream
 from openling.data.order import Shares, stable_key
+from openling.data.shards import Shard
 from openling.errors import UserError, nearest
 
 # Weights by temperature are irrational; this many decimals of them count.
@@ -123,10 +124,10 @@ class MixtureBatches:
         self._rank, self._world, self._rows, self._ramp = rank, world, rows, tuple(ramp)
         for count in (rows, *(r for _, r in ramp)):
             rank_rows(count, rank, world)
-        choices, streams = _streams(config, vocab_size, tokenizer)
-        self._lanes = _lanes(config, choices, streams, seed)
+        choices, self._streams = _streams(config, vocab_size, tokenizer)
+        self._lanes = _lanes(config, choices, self._streams, seed)
         self._lane_shares = Shares(_lane_weights(config), key=stable_key(seed, "lanes"))
-        self._fingerprint = self._hash([s.fingerprint() for s in streams])
+        self._fingerprint = self._hash([s.fingerprint() for s in self._streams])
         if steps is not None:
             self.check(steps)
 
@@ -170,6 +171,16 @@ class MixtureBatches:
                 expected="at most `repeat` epochs of each source",
                 next=f"fewer steps, more text, other shares, or repeat = {enough}",
             )
+
+    def check_shards(self, checked: set[Path]) -> None:
+        """A `UserError` where size, header or sampled blocks of a shard that is read here are not the index's.
+
+        checked: shards to leave out, which those found sound join. None stays open.
+        """
+        for path, line, tokenizer in (place for stream in self._streams for place in stream.shards()):
+            if path not in checked:
+                Shard(path, line, tokenizer)
+                checked.add(path)
 
     def batch(self, step: int) -> PackedBatch:
         """This rank's rows of global batch `step`."""

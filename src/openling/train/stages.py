@@ -103,6 +103,7 @@ class Pipeline:
         """Where torch.distributed is up, every rank makes one, with its own device."""
         self.recipe, self.run, self.device, self.command = recipe, run, device, command
         self.say, self.progress = say, progress
+        self.checked: set[Path] = set()  # shards found sound; stages share most of them
         self.world = dist.get_world_size() if dist.is_initialized() else 1
         self.meshes = self._meshes()
         # Others may wait for hours, while a corpus is built or a folder written.
@@ -209,7 +210,7 @@ class Pipeline:
             for s in stage.mixture.sources
         )
         try:
-            return MixtureBatches(
+            batches = MixtureBatches(
                 stage.mixture.model_copy(update={"sources": placed}),
                 rows=stage.batch_size,
                 seed=stage.seed,
@@ -220,6 +221,8 @@ class Pipeline:
                 vocab_size=config.vocab_size,
                 tokenizer=self.tokenizer,
             )
+            told(partial(batches.check_shards, self.checked), self.group)
+            return batches
         except UserError as error:
             place = ", ".join(str(part) for part in (f"stages.{stage.name}", error.parts["where"]) if part is not None)
             raise UserError(error.what, **error.parts | {"where": place}) from error
