@@ -21,6 +21,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import wait
@@ -40,7 +41,7 @@ from openling.data.synthesis import RECIPES
 from openling.data.tokens import Encoder, TokenizerInfo, describe
 from openling.errors import Failure, UserError
 from openling.weights.units import Units
-from openling.weights.whole import new_file, write_all, write_json
+from openling.weights.whole import NO_SPACE, new_file, write_all, write_json
 
 # Below this much text a second process starts more slowly than the first one works.
 WORTH_A_PROCESS = 8 << 20
@@ -79,6 +80,34 @@ def build(
     """
     info, tokenizer_json = describe(tokenizer)
     run = out.with_name(out.name + ".run")
+    with _space_told(run):
+        return _build(config, out, run, info, tokenizer_json, workers, say)
+
+
+@contextmanager
+def _space_told(run: Path) -> Iterator[None]:
+    """A full disk as a `UserError`: the file that had no place, and what is free there."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
+        raise UserError(
+            "no space left while building; units that are done are kept", where=error.filename or run,
+            value=f"{error.strerror}, {free:,} bytes free", next="free some space; the same command goes on with the build",
+        ) from error  # fmt: skip
+
+
+def _build(
+    config: BuildConfig,
+    out: Path,
+    run: Path,
+    info: TokenizerInfo,
+    tokenizer_json: str,
+    workers: int | None,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     plan = _plan(config, info)
     if out.exists() and not (out / INDEX).exists():
         raise UserError(
