@@ -8,6 +8,7 @@ import os
 import shutil
 import signal
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -207,20 +208,39 @@ def test_a_build_killed_again_and_again_ends_with_the_same_bytes(tmp_path):
     (tmp_path / "killed").mkdir()
     kills = 0
     for attempt in range(200):
-        child = multiprocessing.get_context("fork").Process(target=_again if attempt else _first, args=(tmp_path / "killed",))
+        again = _again if attempt else _first
+        place = {"target": _dying, "args": (again, tmp_path / "killed", 1 + attempt // 4, attempt % 2 == 0)}
+        child = multiprocessing.get_context("fork").Process(**place)
         child.start()
-        child.join(0.03 + 0.005 * attempt)
-        if child.exitcode is None:
-            os.kill(child.pid, signal.SIGKILL)
-            kills += 1
         child.join()
-        out = tmp_path / "killed" / "corpus"
-        if out.exists():
+        if child.exitcode == 0:
             break
+        assert child.exitcode == -signal.SIGKILL
+        kills += 1
         assert not list(tmp_path.glob("killed/*/index.json"))
-    assert kills >= 2 and child.exitcode is not None
+    assert kills >= 4 and child.exitcode == 0
+    out = tmp_path / "killed" / "corpus"
     assert contents(out) == contents(whole)
     _again(tmp_path / "killed")  # killed after the rename: the same command says it is done
+
+
+def _dying(build_again, folder, count, before):
+    """Kill this process before or after its `count`-th file or folder gets its name."""
+    rename = Path.rename
+    done = []
+
+    def counted(self, target):
+        if str(self).startswith(str(folder)):
+            done.append(target)
+        if len(done) == count and before:
+            os.kill(os.getpid(), signal.SIGKILL)
+        found = rename(self, target)
+        if len(done) == count and target != folder / "corpus":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return found
+
+    Path.rename = counted
+    build_again(folder)
 
 
 def _first(folder):
