@@ -75,8 +75,10 @@ def test_killed_stopped_and_resumed_on_other_meshes(tmp_path):
     process = started(*words)
     wait_for_a_checkpoint(stage, process)
     workers(process)[1].kill()
-    process.communicate(timeout=120)
+    _, told = process.communicate(timeout=120)
     assert process.returncode != 0
+    assert told.count("another rank has died") == 1 and "with --resume" in told, told
+    assert "openling/train" not in told  # no traceback of ours
     newest = latest_checkpoint(stage)
     assert damage(newest) is None
     process = started(*words, "--resume")

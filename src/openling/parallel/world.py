@@ -8,6 +8,7 @@ raise alike, that is the main rank. A rank that is killed notes nothing: `torchr
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 import time
@@ -20,11 +21,13 @@ import torch
 import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
-from openling.errors import OpenlingError, UserError
+from openling.errors import Failure, OpenlingError, UserError
 
 NOTE = "openling/failed"
 # How often the note is looked for; how long a rank may end by itself once it is there; by how much the main rank is preferred.
 LOOK_SECONDS, GRACE_SECONDS, YIELD_SECONDS = 1.0, 10.0, 0.5
+# What gloo and NCCL say where a peer is gone.
+LOST = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited")
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ def ending_together(world: World) -> Iterator[None]:
         dist.all_reduce(torch.zeros(1))
         done.set()
     except (Exception, KeyboardInterrupt) as error:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, for the others of a rank that died: say why first
         time.sleep(0 if world.main else YIELD_SECONDS)
         code = error.exit_code if isinstance(error, OpenlingError) else 1
         if _noted_first(world.store, code):
@@ -89,6 +93,13 @@ def _tell(error: BaseException, world: World) -> None:
         print(f"openling: {error}" if world.main else f"openling, rank {world.rank}: {error}", file=sys.stderr, flush=True)
     elif isinstance(error, KeyboardInterrupt):
         print("openling: interrupted", file=sys.stderr, flush=True)
+    elif isinstance(error, RuntimeError) and any(words in str(error) for words in LOST):
+        gone = Failure(
+            "another rank has died or cannot be reached", where=f"rank {world.rank}, which waited for it",
+            expected="all ranks until the end; torchrun's report tells whose exit code came first, -9 being killed",
+            next="the same command, with --resume where it has that, goes on from the newest checkpoint",
+        )  # fmt: skip
+        print(f"openling: {gone}", file=sys.stderr, flush=True)
     else:
         traceback.print_exception(error)
         sys.stderr.flush()
