@@ -258,6 +258,18 @@ def test_requests_that_contradict_the_run(source, tmp_path):
         convert_folder(job(source, out, text=False, config=settings(seed=1)), resume=True)
 
 
+def test_a_config_that_changed_since_the_run_began(source, tmp_path):
+    model, out = shutil.copytree(source, tmp_path / "model"), tmp_path / "out"
+    convert_folder(job(model, out, text=False), resume=False)
+    assert {check.outcome for check in verify(model, out)} == {"ok"}
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"rope_theta": 123.0}))
+    with pytest.raises(UserError, match="settings have changed[\\s\\S]*config.json"):
+        convert_folder(job(model, out, text=False), resume=True)
+    wrong = [check for check in verify(model, out) if check.outcome == "wrong"]
+    assert [check.name for check in wrong] == ["source as it was converted"] and "config.json" in wrong[0].found
+
+
 def test_the_command_line(tmp_path):
     from small_runs import byte_tokenizer, openling_command
 

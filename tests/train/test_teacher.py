@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from safetensors.torch import load_file, save_file
 from test_stages import go, recipe, rows
 
 from openling.cli import main
@@ -101,6 +102,7 @@ def test_on_two_ranks_it_is_followed_as_on_one(place, tmp_path):
     ("changes", "told"),
     [
         ([("model.teacher", "nowhere")], "nowhere"),
+        ([("model.teacher", "")], "model.teacher"),
         ([("stages.short.kl", "0"), ("stages.short.align", "0"), ("stages.short.ce", "1")], "no stage follows the teacher"),
         ([("model.overrides.num_hidden_layers", "5")], "another shape[\\s\\S]*num_hidden_layers = 4[\\s\\S]*expected: 5"),
         ([("model.overrides.vocab_size", "300")], "other tokens[\\s\\S]*vocab_size"),
@@ -109,6 +111,31 @@ def test_on_two_ranks_it_is_followed_as_on_one(place, tmp_path):
 def test_what_cannot_be_followed_is_told_before_the_first_step(place, tmp_path, changes, told):
     with pytest.raises(UserError, match=told):
         followed(place, tmp_path / "run", [*FOLLOWING, *changes])
+    assert not list(tmp_path.glob("run/stages/*"))
+
+
+@pytest.mark.parametrize("name", ["model.teacher", "model.folder"])
+def test_a_run_does_not_go_on_with_another_model_in_a_folder_that_it_reads(place, tmp_path, name):
+    for copy in ("teacher", "student"):
+        shutil.copytree(place / "teacher", tmp_path / copy)
+    shutil.copy(place / "small.toml", tmp_path)
+    changes = [*FOLLOWING, ("model.folder", str(tmp_path / "student"))]
+    followed(tmp_path, tmp_path / "run", changes)
+    path = tmp_path / name.replace("model.", "").replace("folder", "student") / "model.safetensors"
+    tensors = load_file(path)
+    tensors["lm_head.weight"] += 1
+    save_file(tensors, path, metadata={"format": "pt"})
+    changed = read_recipe(tmp_path / "small.toml", [("model.teacher", str(tmp_path / "teacher")), *changes])
+    with pytest.raises(UserError, match=f"another model than when this run began[\\s\\S]*{name}"):
+        Pipeline(changed, tmp_path / "run", device=torch.device("cpu"), progress=False).go(resume=True)
+
+
+def test_a_teacher_that_is_cut_short_is_told_before_the_first_step(place, tmp_path):
+    shutil.copytree(place, tmp_path, dirs_exist_ok=True)
+    path = tmp_path / "teacher" / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(UserError, match="model.safetensors"):
+        followed(tmp_path, tmp_path / "run", [("stages.long.kl", "1")])
     assert not list(tmp_path.glob("run/stages/*"))
 
 
@@ -127,4 +154,4 @@ def test_a_dry_run_counts_the_teacher_and_misses_its_folder(place, tmp_path, cap
     assert main([*words, str(tmp_path / "absent")]) == 0
     assert f"not there yet: {tmp_path / 'absent'}" in capsys.readouterr().out
     assert main([*words, str(place / "teacher"), "--world", "2", "--parallel.pipeline", "2"]) == 2
-    assert "pipeline" in capsys.readouterr().err
+    assert "teachers are not cut into pipeline stages" in capsys.readouterr().err

@@ -144,6 +144,10 @@ def test_config_missing_or_broken(folder: Path) -> None:
         ("hidden_size", "abc", ["wrong kind", "hidden_size", "'abc'", "an integer"]),
         ("num_hidden_layers", 2.0, ["wrong kind", "num_hidden_layers", "2.0", "an integer"]),
         ("vocab_size", True, ["wrong kind", "vocab_size", "True", "an integer"]),
+        ("tie_word_embeddings", "no", ["wrong kind", "tie_word_embeddings", "'no'", "true or false"]),
+        ("num_key_value_heads", 0, ["num_key_value_heads", "a positive integer"]),
+        ("architectures", 5, ["unknown architecture", "5"]),
+        ("architectures", [5], ["unknown architecture", "5"]),
         ("rms_norm_eps", "small", ["wrong kind", "rms_norm_eps", "'small'", "a number"]),
         ("num_hidden_layers", 10**22, ["so many layers", "num_hidden_layers", "10000 at most"]),
         ("num_nextn_predict_layers", 10**6, ["so many layers", "num_nextn_predict_layers"]),
@@ -152,6 +156,16 @@ def test_config_missing_or_broken(folder: Path) -> None:
 def test_a_number_of_another_kind(folder: Path, key: str, value: object, told: list[str]) -> None:
     edit_config(folder, **{key: value})
     refused(folder, *told)
+
+
+def test_null_is_as_if_the_key_were_not_there(folder: Path) -> None:
+    edit_config(folder, rms_norm_eps=None, rope_theta=None)
+    assert openling.load(folder).config.rms_norm_eps == 1e-6
+
+
+def test_an_index_of_other_things_than_names(folder: Path) -> None:
+    (folder / INDEX).write_text('{"weight_map": {"a": 5}}')
+    refused(folder, "the index lists no tensors", "shard")
 
 
 def test_unknown_architecture(folder: Path) -> None:

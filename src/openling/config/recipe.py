@@ -28,11 +28,13 @@ NAME = r"^[\w-][\w.-]*$"
 class StartConfig(Section):
     """The first weights: a checkpoint folder, or a shape with random weights. With both the shape serves estimates alone."""
 
-    folder: str | None = Field(None, description="checkpoint folder to continue from, as `openling migrate` writes it")
+    folder: str | None = Field(
+        None, min_length=1, description="checkpoint folder to continue from, as `openling migrate` writes it"
+    )
     preset: str | None = Field(None, description="shape by name")
     overrides: dict[str, Any] = Field({}, description="keys of config.json that replace the preset's")
-    tokenizer: str | None = Field(None, description="folder with a tokenizer, or `bytes`; null: that of `folder`")
-    teacher: str | None = Field(None, description="checkpoint folder that `kl` and `align` of the stages follow")
+    tokenizer: str | None = Field(None, min_length=1, description="folder with a tokenizer, or `bytes`; null: that of `folder`")
+    teacher: str | None = Field(None, min_length=1, description="checkpoint folder that `kl` and `align` of the stages follow")
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="of the checkpoints that stages write")
 
     @model_validator(mode="after")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from openling.config.migrate import MigrateConfig
 from openling.errors import UserError
-from openling.weights.io import CheckpointReader, read_json
-
-# Of every weight file this many blocks, evenly spread, tell whether the weights are still the same.
-FINGERPRINT_BLOCKS, BLOCK_BYTES = 256, 4096
+from openling.weights.files import fingerprint
+from openling.weights.io import read_json
 
 
 def run_folder(out: Path) -> Path:
@@ -77,20 +73,3 @@ def _flat(fields: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for name, value in fields.items():
         out |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
     return out
-
-
-def fingerprint(folder: Path) -> str:
-    """A hash of config, tokenizer, tensor names and shapes, and of blocks all over the weights: notices another model."""
-    reader = CheckpointReader(folder)
-    tensors = [(name, list(reader.shape(name)), str(reader.dtype(name))) for name in sorted(reader.names())]
-    digest = hashlib.sha256(json.dumps(tensors).encode())
-    for path in (folder / "config.json", folder / "tokenizer.json"):
-        digest.update(path.read_bytes() if path.exists() else b"")
-    for path in sorted(folder.glob("*.safetensors")):
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            for start in range(0, size, max(BLOCK_BYTES, size // FINGERPRINT_BLOCKS)):
-                file.seek(start)
-                digest.update(file.read(BLOCK_BYTES))
-    return digest.hexdigest()

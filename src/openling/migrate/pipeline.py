@@ -28,7 +28,7 @@ from openling.errors import Failure, UserError
 from openling.migrate.convert import check_mla, to_lightning, to_mla
 from openling.migrate.findings import Findings
 from openling.migrate.gates import Gatekeeper
-from openling.migrate.journal import continued, fingerprint, is_finished, run_folder, sweep
+from openling.migrate.journal import continued, is_finished, run_folder, sweep
 from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, target_config
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
@@ -42,7 +42,7 @@ from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmul
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
 from openling.weights.export import save
-from openling.weights.files import MANIFEST, manifest
+from openling.weights.files import MANIFEST, fingerprint, manifest
 from openling.weights.folder import load, load_tokenizer
 from openling.weights.io import CheckpointReader, read_hf_config
 

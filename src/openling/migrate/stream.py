@@ -42,6 +42,7 @@ from openling.weights.files import (
     check_unchanged,
     copy_file,
     copy_tensors,
+    file_hash,
     identity,
     link_file,
     read_ahead,
@@ -62,6 +63,7 @@ MOVERS = 2
 # Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
 AHEAD_BYTES = 1 << 30
 WAIT_SECONDS = 0.5
+CONFIG = "config.json"
 Stage = Literal["lightning", "mla"]
 
 
@@ -81,7 +83,7 @@ class Job:
         digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in self.windows or ()))
         text = None if self.windows is None else digest.hexdigest()
         chosen = self.config.model_dump(mode="json", include={"stages", "layout", "conversion", "seed"})
-        return chosen | {"mode": self.mode, "text": text}
+        return chosen | {"mode": self.mode, "text": text, CONFIG: file_hash(self.source / CONFIG)}
 
 
 @dataclass(frozen=True)
@@ -204,12 +206,12 @@ def _begun(job: Job, run: Path) -> dict[str, dict[str, object]]:
     """The source's shards when this run began; a `UserError` where it was begun with other settings."""
     begun = json.loads((run / "job.json").read_text())
     for name, value in job.settings().items():
-        if begun["settings"][name] != value:
+        if begun["settings"].get(name) != value:
             raise UserError(
                 "the settings have changed since this run began",
-                where=name,
+                where=job.source / name if name == CONFIG else name,
                 value=value,
-                expected=begun["settings"][name],
+                expected=begun["settings"].get(name),
                 next=f"undo that, or remove {run}",
             )
     settle_bf16_matmuls(begun["bf16_products"])

@@ -62,7 +62,10 @@ def _source_unchanged(source: Path, manifest: dict[str, Any] | None) -> Check:
         now = identity(path) if path.exists() else {"bytes": "absent"}
         if any(now.get(key) != before[key] for key in ("bytes", "samples")):
             return Check(name, "wrong", f"{shard}: now {now['bytes']} bytes, then {before['bytes']}; its blocks differ")
-    return Check(name, "ok", f"{len(manifest['shards'])} shards (size and blocks all over each)")
+    before = manifest.get("settings", {}).get("config.json")
+    if before is not None and file_hash(source / "config.json") != before:
+        return Check(name, "wrong", f"config.json: its sha256 is no longer {before[:16]}...")
+    return Check(name, "ok", f"{len(manifest['shards'])} shards (size and blocks all over each), config.json")
 
 
 def _files(source: Path, out: Path, manifest: dict[str, Any] | None) -> Check:

@@ -229,7 +229,7 @@ def read_ling(hf: dict[str, Any]) -> ModelConfig:
         intermediate_size=hf.get("intermediate_size") or 0,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=hf.get("num_key_value_heads") or heads,
+        num_key_value_heads=hf.get("num_key_value_heads", heads),
         head_dim=hf.get("head_dim") or hidden // heads,
         layer_kinds=kinds,
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),

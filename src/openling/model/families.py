@@ -42,7 +42,7 @@ def _common(hf: dict[str, Any]) -> dict[str, Any]:
         intermediate_size=hf.get("intermediate_size") or 0,
         num_hidden_layers=layers,
         num_attention_heads=heads,
-        num_key_value_heads=hf.get("num_key_value_heads") or heads,
+        num_key_value_heads=hf.get("num_key_value_heads", heads),
         head_dim=hf.get("head_dim") or hidden // heads,
         layer_kinds=("gqa",) * layers,
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
@@ -134,7 +134,8 @@ FAMILIES: dict[str, Family] = {
 def family_of(hf: dict[str, Any], *, where: object = None) -> Family:
     """The row for a config.json dict."""
     names = hf.get("architectures") or []
-    name = names[0] if names else str(hf.get("model_type"))
+    listed = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    name = str(names) if not listed else names[0] if names else str(hf.get("model_type"))
     if name not in FAMILIES:
         raise UserError(
             "unknown architecture",
@@ -148,8 +149,9 @@ def family_of(hf: dict[str, Any], *, where: object = None) -> Family:
 
 def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     """`ModelConfig` from any supported config.json dict."""
+    hf = {key: value for key, value in hf.items() if value is not None}  # as if the key were not there
     family = family_of(hf, where=where)
-    _check_numbers(hf, where)
+    _check_kinds(hf, where)
     try:
         return family.read(hf)
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
@@ -157,16 +159,21 @@ def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
         raise UserError(what, where=where, value=error, expected=f"the keys of {family.architecture}") from error
 
 
-def _check_numbers(hf: dict[str, Any], where: object) -> None:
-    """Numbers where `ModelConfig` has numbers, and not so many layers that to list them takes long."""
+def _check_kinds(hf: dict[str, Any], where: object) -> None:
+    """Numbers and switches where `ModelConfig` has them, and not so many layers that to list them takes long."""
     for name, kind in get_type_hints(ModelConfig).items():
         value, kinds = hf.get(name), {kind, *get_args(kind)}
         place = name if where is None else f"{where}, {name}"
-        if value is None or not kinds & {int, float} or isinstance(value, list):
+        if value is None or not kinds & {int, float, bool} or isinstance(value, list):
             continue
-        whole = int in kinds
-        if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
-            what, expected = "config.json has a value of the wrong kind", "an integer" if whole else "a number"
+        if bool in kinds:
+            ok, expected = value in (True, False), "true or false"
+        elif int in kinds:
+            ok, expected = isinstance(value, int) and not isinstance(value, bool), "an integer"
+        else:
+            ok, expected = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+        if not ok:
+            what = "config.json has a value of the wrong kind"
             raise UserError(what, where=place, value=repr(value), expected=expected)
         if name in LAYER_COUNTS and value > MOST_LAYERS:
             raise UserError("no model has so many layers", where=place, value=value, expected=f"{MOST_LAYERS} at most")

@@ -24,6 +24,7 @@ from openling.train.checkpoint import checkpoints
 from openling.train.optim import select_names
 from openling.train.teacher import check_teacher, teacher_config
 from openling.train.trackers import check_trackers
+from openling.weights.files import fingerprint
 from openling.weights.merge import coefficients
 
 SEARCHED = 100  # multiples of the data ranks on either side of a ramp's start
@@ -108,6 +109,8 @@ def check_mesh(recipe: RecipeConfig, stage: StageConfig, model: ModelConfig, wor
     """
     c = recipe.parallel_of(stage)
     place = "parallel" if stage.parallel is None else f"stages.{stage.name}.parallel"
+    if stage.follows and c.pipeline > 1:
+        raise UserError("teachers are not cut into pipeline stages", where=f"{place}.pipeline", value=c.pipeline, expected=1)
     check_alone(c, world, place=place)
     try:
         axes = fit(Axes(c.pipeline, c.replicate, *c.leaving(world), c.tensor, c.expert), world)
@@ -145,9 +148,6 @@ def check_stages(recipe: RecipeConfig, model: ModelConfig, world: int | None = N
     for stage in recipe.stages:
         place = f"stages.{stage.name}."
         check_losses(stage, model, teacher=folder is not None, place=place)
-        if stage.follows and (pipeline := recipe.parallel_of(stage).pipeline) > 1:
-            where = f"{'parallel' if stage.parallel is None else f'{place}parallel'}.pipeline"
-            raise UserError("teachers are not cut into pipeline stages", where=where, value=pipeline, expected=1)
         if world is not None:
             axes = check_mesh(recipe, stage, model, world)
             if teacher is not None and stage.follows:
@@ -199,6 +199,25 @@ def check_recorded(run: Path) -> None:
             value=f"checkpoints/{list(checkpoints(run).values())[-1].name} and no train.json",
             next=f"put it back, or remove {run} and train again",
         )  # fmt: skip
+
+
+def folders_read(recipe: RecipeConfig) -> dict[str, str]:
+    """By setting, what tells whether a checkpoint folder that training reads is still the same."""
+    named = {"model.folder": recipe.model.folder, "model.teacher": recipe.model.teacher}
+    return {name: fingerprint(Path(folder)) for name, folder in named.items() if folder is not None}
+
+
+def check_folders(now: dict[str, str], run: Path) -> None:
+    """A `UserError` where a folder that a begun run reads holds another model: checkpoints lack what is frozen."""
+    path = run / "recipe.json"
+    before = read_record(path, OTHERWISE).get("folders", {}) if begun_stages(run) else {}
+    for name, found in now.items():
+        if name in before and before[name] != found:
+            raise UserError(
+                "the folder holds another model than when this run began", where=name, value=found[:16],
+                expected=before[name][:16],
+                next="put the old files back, or train into a new folder",
+            )  # fmt: skip
 
 
 def check_same(recipe: RecipeConfig, run: Path) -> None:

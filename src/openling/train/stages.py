@@ -44,7 +44,7 @@ from openling.train.checkpoint import checkpoints, damage, load_start, sole_writ
 from openling.train.loop import TrainResult, settled, train
 from openling.train.ranks import Ranks, told
 from openling.train.reading import open_checkpoint
-from openling.train.rules import begun_stages, check_mesh, check_same, check_stages, read_record
+from openling.train.rules import begun_stages, check_folders, check_mesh, check_same, check_stages, folders_read, read_record
 from openling.train.teacher import check_tokens, fill_from, load_teacher
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
@@ -177,7 +177,17 @@ class Pipeline:
         with sole_writer(self.run):
             fields = self.recipe.model_dump(mode="json")
             check_same(self.recipe, self.run)
-            record = {"recipe": fields, "command": self.command, "hardware": hardware(), "versions": versions()}
+            folders = folders_read(self.recipe)
+            check_folders(folders, self.run)
+            if "model.teacher" in folders and folders["model.teacher"] == folders.get("model.folder"):
+                self.say("the teacher is the model itself: kl and align begin at 0")
+            record = {
+                "recipe": fields,
+                "folders": folders,
+                "command": self.command,
+                "hardware": hardware(),
+                "versions": versions(),
+            }
             write_json(path, record | {"commit": commit(), "date": now()})
             yield
 

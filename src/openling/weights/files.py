@@ -10,6 +10,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import json
 import os
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from openling.errors import Failure, UserError
 from openling.weights.headers import write_header
-from openling.weights.io import INDEX, TensorFiles, raw_bytes, tensors_header
+from openling.weights.io import INDEX, CheckpointReader, TensorFiles, raw_bytes, tensors_header
 from openling.weights.whole import new_file, write_all
 
 PIECE = 16 << 20
@@ -224,6 +225,23 @@ def identity(path: Path) -> dict[str, object]:
             file.seek(start)
             digest.update(file.read(BLOCK))
     return {"bytes": about.st_size, "changed_ns": about.st_mtime_ns, "samples": digest.hexdigest()}
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of config, tokenizer, tensor names and shapes, and of blocks all over the weights: notices another model."""
+    reader = CheckpointReader(folder)
+    tensors = [(name, list(reader.shape(name)), str(reader.dtype(name))) for name in sorted(reader.names())]
+    digest = hashlib.sha256(json.dumps(tensors).encode())
+    for path in (folder / "config.json", folder / "tokenizer.json"):
+        digest.update(path.read_bytes() if path.exists() else b"")
+    for path in sorted(folder.glob("*.safetensors")):
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            for start in range(0, size, max(BLOCK, size // SAMPLES)):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()
 
 
 def file_hash(path: Path) -> str:

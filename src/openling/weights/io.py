@@ -181,7 +181,7 @@ class CheckpointReader(TensorFiles):
         if (self.folder / INDEX).exists():
             index = read_json(self.folder / INDEX)
             weight_map = index.get("weight_map")
-            if not isinstance(weight_map, dict) or not weight_map:
+            if not isinstance(weight_map, dict) or not weight_map or not all(isinstance(s, str) for s in weight_map.values()):
                 raise UserError(
                     "the index lists no tensors", where=self.folder / INDEX, expected='{"weight_map": {tensor: shard}}'
                 )
