@@ -154,6 +154,10 @@ def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     _check_kinds(hf, where)
     try:
         return family.read(hf)
+    except UserError as error:  # which names a key
+        if where is None:
+            raise
+        raise UserError(error.what, **error.parts | {"where": f"{where}, {error.parts['where']}"}) from error
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         what = "config.json has a value of the wrong kind"
         raise UserError(what, where=where, value=error, expected=f"the keys of {family.architecture}") from error
