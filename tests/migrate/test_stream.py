@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from stream_jobs import job, quantised, same, settings, teacher, tensors
 from test_convert import windows
 
@@ -17,7 +18,7 @@ from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.stream import convert_folder
 from openling.migrate.touched import round_to
 from openling.migrate.verify import verify
-from openling.ops.cpu import half_products
+from openling.ops.cpu import half_products, settle_bf16_matmuls
 from openling.weights.cluster import ENGINES, Launch, command, launch_script, read_checkpoint
 from openling.weights.export import save
 from openling.weights.fp8 import Dequantised, Form
@@ -66,6 +67,25 @@ def test_the_result_is_the_in_memory_one_to_the_bit(family, mode, tmp_path):
         models = [openling.load(tmp_path / name, dtype=torch.float32).model for name in ("out", "memory")]
         assert torch.equal(models[0](ids), models[1](ids))
     assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_fp16_is_computed_as_the_in_memory_one_where_bf16_products_are_on(mixed, tmp_path, recwarn):
+    source = teacher(tmp_path / "source", dtype=torch.float16)
+    if mixed:
+        shard = min(source.glob("*.safetensors"))
+        save_file({n: t.bfloat16() for n, t in load_file(shard).items()}, shard, metadata={"format": "pt"})
+    settle_bf16_matmuls(True)
+    try:
+        convert_folder(job(source, tmp_path / "out"), resume=False)
+        in_memory(source, tmp_path / "memory", settings())
+    finally:
+        settle_bf16_matmuls(None)
+    a, b = (openling.load(tmp_path / name, dtype=torch.float32).model.state_dict() for name in ("out", "memory"))
+    same({n: t.half() for n, t in a.items()}, {n: t.half() for n, t in b.items()})
+    recwarn.clear()
+    assert {check.outcome for check in verify(source, tmp_path / "out")} == {"ok"}
+    assert not recwarn.list  # it rounds nothing that it compares
 
 
 def test_one_stage_at_a_time_is_both_at_once(tmp_path):

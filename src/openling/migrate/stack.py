@@ -81,8 +81,9 @@ class FolderStack:
         """Token embeddings, [B, T, M]; only the rows of these tokens are read."""
         binding, reader = self.opened.bindings[EMBEDDINGS], self.opened.reader
         rows, place = ids_BT.cpu().unique(return_inverse=True)
-        found = torch.cat([reader.read_rows(binding.theirs[0], int(row), 1) for row in rows])
-        return found.to(self.opened.stored).float().to(self.device)[place.to(self.device)]
+        # FP32 before they are joined: MTP layers embed in autocast, whose cat on a CPU refuses FP16.
+        found = torch.cat([reader.read_rows(binding.theirs[0], int(row), 1).to(self.opened.stored).float() for row in rows])
+        return found.to(self.device)[place.to(self.device)]
 
     def rope(self, ids_BT: Tensor) -> RopeTables:
         """Rotation tables for windows of this length."""

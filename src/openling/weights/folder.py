@@ -221,8 +221,9 @@ def read_binding(opened: Opened, name: str, shape: torch.Size, device: torch.dev
     out = torch.empty(shape, dtype=_dtype_of(name, dtype or opened.stored), device=device)
     for piece_name, target in zip(binding.theirs, binding.split(out), strict=True):
         piece = reader.read(piece_name)
-        # Both extremes are finite only if every value is, and no mask of the tensor's size is needed.
-        if not torch.stack(piece.aminmax()).isfinite().all():
+        # Both extremes are finite only if every value is, and no mask of the tensor's size is needed. They are looked at one by
+        # one: this also runs in a walk's autocast, whose stack and cat on a CPU refuse FP16.
+        if not all(bool(extreme.isfinite()) for extreme in piece.aminmax()):
             bad = int((~piece.isfinite()).sum())
             raise UserError(
                 "the weights hold NaN or infinite values",
