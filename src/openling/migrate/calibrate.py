@@ -42,13 +42,23 @@ class Gram:
         return self.zz / self.count
 
     def ridge(self, damping: float, prior: Tensor | None = None) -> Tensor:
-        """W [O, P] that minimises sum |W z - y|^2 + lambda |W - prior|^2, lambda = damping * mean diagonal of z z^T."""
+        """W [O, P] that minimises sum |W z - y|^2 + lambda |W - prior|^2, lambda = damping * mean diagonal of z z^T.
+
+        Where every z is zero any W does: the prior, or zero.
+        """
         assert self.zz is not None and self.zy is not None
         lam = damping * self.zz.diagonal().mean()
+        if not self.zz.any():
+            return torch.zeros_like(self.zy).T if prior is None else prior.double()
         right = self.zy if prior is None else self.zy + lam * prior.double().T
         damped = self.zz.clone()
         damped.diagonal().add_(lam)
         return torch.linalg.solve(damped, right).T
+
+
+def relative(part: Tensor | float, energy: Tensor | float, of_nothing: float = 0.0) -> float:
+    """A squared error, or the energy that is kept, relative to the whole energy; that may be zero: a dead layer's."""
+    return float(part) / float(energy) if float(energy) > 0 else of_nothing
 
 
 @dataclass

@@ -7,17 +7,18 @@ windows. What each approximate step costs is returned by name and layer.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import partial
+from functools import partial, wraps
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
 
 from openling.config.migrate import Conversion
-from openling.errors import UserError
+from openling.errors import Failure, UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.findings import Approximation, Findings, HeadSpans, Spectrum
 from openling.migrate.fold import attention_received, best_fold, check_fold
-from openling.migrate.lightning import look_back, match_heads, refit_norm_and_gate, refit_output, widen
+from openling.migrate.lightning import check_alive, look_back, match_heads, refit_norm_and_gate, refit_output, widen
 from openling.migrate.mla import Projections, fill_mla, kv_spectrum
 from openling.migrate.qknorm import remove_norms
 from openling.migrate.ranks import share_ranks
@@ -26,6 +27,7 @@ from openling.model.config import ModelConfig
 from openling.model.ling import GroupedQueryAttention, LatentAttention, LightningAttention, Ling
 from openling.ops.lightning import log_decay
 
+P = ParamSpec("P")
 OnLayer = Callable[[int], None]
 # Between the seeds of neighbouring layers (the golden ratio in 64 bits).
 SEED_STEP = 0x9E3779B97F4A7C15
@@ -119,6 +121,25 @@ def check_mla(options: Conversion, config: ModelConfig) -> None:
         )
 
 
+def _names_layer(fit: Callable[Concatenate[LayerStep, P], Findings]) -> Callable[Concatenate[LayerStep, P], Findings]:
+    """Algebra without a solution ends in a `Failure` that says where."""
+
+    @wraps(fit)
+    def named(step: LayerStep, *args: P.args, **kwargs: P.kwargs) -> Findings:
+        try:
+            return fit(step, *args, **kwargs)
+        except torch.linalg.LinAlgError as error:
+            raise Failure(
+                "the algebra of this layer's conversion has no solution",
+                where=f"layer {step.index}",
+                value=str(error).splitlines()[0],
+                next="look for damaged rows in its attention weights; a layout in which it becomes of the other kind may do",
+            ) from error
+
+    return named
+
+
+@_names_layer
 @torch.no_grad()
 def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool = True) -> Findings:
     """Fill the student's mixer where it is Lightning and the teacher's is not; `text`: the inputs are those of real text."""
@@ -133,6 +154,7 @@ def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool
         order = match_heads(distance, decay) if options.match_heads else order
         found.heads.append(HeadSpans.of(step.index, decay, distance[order]))
     widen(source, target, order=order, generator=generator)
+    check_alive(step.index, source, target)
     if options.refit_norm or options.refit_gate:
         error = refit_norm_and_gate(step, order=order, damping=options.damping, gate=options.refit_gate)
         what = "relative error after the fit of norm and gate"
@@ -141,6 +163,7 @@ def fit_lightning(step: LayerStep, options: Conversion, seed: int, *, text: bool
     return found
 
 
+@_names_layer
 @torch.no_grad()
 def fit_mla(step: LayerStep, options: Conversion, rotary_dim: int, *, rank: int | None = None) -> Findings:
     """Fill the student's mixer where it is MLA and the teacher's is not; `rotary_dim` is the teacher's, `rank` the latent dims

@@ -42,7 +42,8 @@ class Spectrum:
         count = len(squared)
         evenly = torch.logspace(0, math.log10(count), CURVE_POINTS, dtype=torch.float64).round().long().tolist()
         ranks = sorted({*evenly, min(rank, count), count})
-        share = (squared.double().clamp(min=0).cumsum(0) / squared.double().clamp(min=0).sum()).cpu()
+        energy = squared.double().clamp(min=0)
+        share = (energy.cumsum(0) / energy.sum()).nan_to_num(nan=1.0).cpu()  # of a factor that is zero, all is kept
         return Spectrum(layer, part, rank, ranks, [float(share[r - 1]) for r in ranks])
 
 

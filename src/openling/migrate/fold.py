@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
+from openling.migrate.calibrate import relative
 from openling.migrate.mla import Projections, concentrate, moment_of, split_rope
 from openling.model.ling import RopeTables
 from openling.ops.attention import softmax_attention
@@ -69,7 +70,7 @@ def best_fold(
         keep = fold * rope // rotary
         basis = concentrate(w, moment, rotary, fold, keep=keep, query_weighted=query_weighted, attended=attended)
         found = partly_rotated_outputs(w, held_out, tables, *split_rope(w, basis, rotary, fold))
-        errors[fold] = float((found - exact).square().sum() / exact.square().sum())
+        errors[fold] = relative((found - exact).square().sum(), exact.square().sum())
         if errors[fold] > min(errors.values()):
             break
     return min(errors, key=lambda fold: errors[fold]), errors

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from openling.migrate.calibrate import Gram, LayerStep
+from openling.errors import Failure
+from openling.migrate.calibrate import Gram, LayerStep, relative
 from openling.model.ling import GroupedQueryAttention, LightningAttention
 
 # Standard deviation of new weights in the Ling-2.0 initialisation, used where the report says "random".
@@ -111,6 +112,28 @@ def widen(
         target.g_proj.weight.copy_(noise)
 
 
+def check_alive(layer: int, source: GroupedQueryAttention, target: LightningAttention) -> None:
+    """A `Failure` where softmax attention says something and linear attention cannot: without queries or keys it reads the mean
+    of the values, Lightning nothing. A layer that said nothing before may well say nothing after."""
+    packed = (source.query_key_value.weight, source.query_key_value.bias)
+    values = [part.detach()[-source.kv_heads * source.dim :] for part in packed if part is not None]
+    if not (any(part.any() for part in values) and source.dense.weight.any()):
+        return
+    new = (target.query_key_value.weight, target.query_key_value.bias)
+    wide = target.query_key_value.weight.shape[0] // 3
+    for number, name in enumerate(("q_proj", "k_proj")):
+        parts = [part.detach()[number * wide : (number + 1) * wide] for part in new if part is not None]
+        if not any(part.any() for part in parts):
+            raise Failure(
+                "the layer cannot become Lightning: its attention scores are all alike, and linear attention would output zero",
+                where=f"layer {layer}",
+                value=f"{name} is all zero",
+                expected="queries and keys that are not zero",
+                next=f"name it among the layers that become MLA (--layout {layer},...), which keeps its function, "
+                "or check that the folder was trained and copied whole",
+            )
+
+
 # Steps that are tried along the gate's direction, by channel; 0 leaves it at one half.
 GATE_STEPS = (0.0, 0.125, 0.25, 0.5, 1.0)
 
@@ -140,7 +163,7 @@ def refit_norm_and_gate(step: LayerStep, *, order: Tensor, damping: float, gate:
     yz, zz, yy = _gated_sums(step, mixer, order, range(len(step.student_h)), mixer.g_proj.weight, (1.0,))[0]
     gamma = yz / zz.clamp(min=1e-30)
     mixer.g_norm.weight.copy_(gamma)
-    return float((yy - gamma * yz).sum() / yy.sum())
+    return relative((yy - gamma * yz).sum(), yy.sum())
 
 
 def _heads_and_outputs(step: LayerStep, mixer: LightningAttention, order: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -206,4 +229,4 @@ def refit_output(step: LayerStep, *, damping: float, correct_residual: bool) -> 
     assert gram.zz is not None and gram.zy is not None
     explained = 2 * (weight.T * gram.zy).sum() - ((weight @ gram.zz) * weight).sum()
     mixer.dense.weight.copy_(weight)
-    return float(1 - explained / energy)
+    return relative(energy - explained, energy)

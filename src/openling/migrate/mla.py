@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openling.migrate.calibrate import Gram
+from openling.migrate.calibrate import Gram, relative
 from openling.model.ling import GroupedQueryAttention, LatentAttention
 
 Balance = Literal["ratio", "weighted"]
@@ -98,7 +98,7 @@ def concentrate(
     if query_weighted:
         query = pairs(w.q, rotary, fold).unflatten(1, (w.k.shape[0], w.group))
         energy = torch.einsum("ckgpfm,mn,ckgpfn->pkf", query, moment, query).flatten(1)
-        weight = energy.clamp(min=1e-12 * float(energy.max())).sqrt()
+        weight = energy.clamp(min=1e-12 * float(energy.max()) or 1.0).sqrt()  # queries that are all zero ask for no key first
     scaled = key * weight.unflatten(1, (-1, fold)).transpose(0, 1)[None, ..., None]
     values, vectors = rorope_basis(scaled, moment if attended is None else attended)
     best = vectors[..., :keep].transpose(1, 2)  # [p, j, K*f]
@@ -106,7 +106,7 @@ def concentrate(
     order = (best.square() @ index).argsort(dim=-1, stable=True)
     best = best.gather(1, order[..., None].expand_as(best))
     weight = weight[:, None]
-    return Concentration(best * weight, best / weight, float(values[:, :keep].sum() / values.sum()))
+    return Concentration(best * weight, best / weight, relative(values[:, :keep].sum(), values.sum(), of_nothing=1.0))
 
 
 def split_rope(w: Projections, basis: Concentration, rotary: int, fold: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -163,7 +163,7 @@ def low_rank(rows_PM: Tensor, moment: Tensor, rank: int, metric_P: Tensor | None
     basis = basis if span is None else span @ basis
     up = basis if metric_P is None else torch.linalg.solve(metric_P, basis)
     spectrum = values.flip(-1)
-    return LowRank(basis.T @ scaled, up, float(spectrum[:rank].sum() / spectrum.sum()), spectrum)
+    return LowRank(basis.T @ scaled, up, relative(spectrum[:rank].sum(), spectrum.sum(), of_nothing=1.0), spectrum)
 
 
 def _spanned(rows_PM: Tensor, rank: int) -> tuple[Tensor | None, Tensor]:
@@ -189,19 +189,26 @@ def balance_metric(
         out = dense.double().unflatten(1, (kv_heads, w.group, dim))
         query = torch.einsum("kgdm,mn,kgen->kde", q, moment, q)
         reader = torch.einsum("mkgd,mkge->kde", out, out)
-        blocks = [matrix_sqrt(x) for x in (*query, *reader)]
+        blocks = [root for both in (query, reader) for root in _roots(both)]
     metric = torch.block_diag(*blocks)
     rows = metric @ torch.cat((left, w.v)).flatten(0, 1)
     energy = torch.einsum("pm,mn,pn->p", rows, moment if attended is None else attended, rows).unflatten(0, (2, -1)).sum(-1)
     # Keys that went into the shared rotated key whole leave rounding noise, or nothing: that is not to be scaled up to V.
-    metric[: kv_heads * dim] *= (energy[1] / energy[0].clamp(min=1e-12 * float(energy[1]))).sqrt()
+    if energy[1] > 0:  # else there are no values to share the latent with
+        metric[: kv_heads * dim] *= (energy[1] / energy[0].clamp(min=1e-12 * float(energy[1]))).sqrt()
     return metric
 
 
-def matrix_sqrt(symmetric: Tensor) -> Tensor:
-    """Square root of a positive semi-definite matrix, its smallest eigenvalues lifted to 1e-6 of the mean."""
+def matrix_sqrt(symmetric: Tensor, least: float = 0.0) -> Tensor:
+    """Square root of a positive semi-definite matrix, its smallest eigenvalues lifted to 1e-6 of the mean, or to `least`."""
     values, vectors = torch.linalg.eigh(symmetric)
-    return (vectors * values.clamp(min=1e-6 * float(values.mean())).sqrt()) @ vectors.T
+    return (vectors * values.clamp(min=1e-6 * float(values.mean()) or least).sqrt()) @ vectors.T
+
+
+def _roots(by_head: Tensor) -> list[Tensor]:
+    """`matrix_sqrt` of each head's; of a head that nothing reads, 1e-6 of what the mean head has: a metric has an inverse."""
+    mean = float(by_head.diagonal(dim1=-2, dim2=-1).mean())
+    return [matrix_sqrt(x, 1e-6 * mean or 1.0) for x in by_head]
 
 
 def after_norm(

@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from openling.migrate.calibrate import Gram
+from openling.migrate.calibrate import Gram, relative
 
 QkNormRemoval = Literal["pooled", "scalar", "ridge"]
 REMOVALS: tuple[QkNormRemoval, ...] = ("pooled", "scalar", "ridge")
@@ -54,7 +54,7 @@ class NormedHeads:
         E[k_hat x^T] (E[x x^T] + lambda)^-1, drawn towards scalar's, so that on the inputs taken in it is never worse.
         """
         square, cross, weighted = self._moments_3h / self.gram.count
-        factor = square.rsqrt() if method == "pooled" else cross / weighted
+        factor = square.rsqrt() if method == "pooled" else cross / weighted.clamp(min=1e-300)  # of a dead head
         scaled = factor[:, None, None] * self.gamma_hD[..., None] * self.weight
         return self.gram.ridge(damping, scaled.flatten(0, 1)).view_as(scaled) if method == "ridge" else scaled
 
@@ -110,5 +110,5 @@ def remove_norms(
         parts = zip(*(x.split(list(sizes)) for x in (made, *heads.errors(made))), strict=True)
         for group, (weight, wrong, energy) in enumerate(parts):
             if chosen[group] == m:  # a view would keep all of what was made
-                found[group] = Removal(m, weight.clone(), float(wrong.sum() / energy.sum()))
+                found[group] = Removal(m, weight.clone(), relative(wrong.sum(), energy.sum()))
     return [found[group] for group in range(len(sizes))]

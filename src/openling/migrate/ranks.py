@@ -22,7 +22,7 @@ def share_ranks(spectra: Sequence[Tensor], mean_rank: int, widest: int) -> list[
 
     spectra: squared singular values of each layer, descending.
     """
-    shares = [s[:widest].double().cpu().clamp(min=0) / s.double().cpu().clamp(min=0).sum() for s in spectra]
+    shares = [s[:widest].double().cpu().clamp(min=0) / s.double().cpu().clamp(min=0).sum().clamp(min=1e-300) for s in spectra]
     layer = torch.cat([torch.full((len(s) - 1,), i) for i, s in enumerate(shares)])
     gain = torch.cat([s[1:] for s in shares])
     chosen = layer[gain.argsort(descending=True, stable=True)[: len(spectra) * (mean_rank - 1)]]

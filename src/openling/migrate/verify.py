@@ -24,6 +24,7 @@ from openling.weights.io import TensorFiles, read_json
 from openling.weights.linked import kept_tensors
 from openling.weights.names import bind
 
+CPU = torch.device("cpu")
 Outcome = Literal["ok", "wrong", "not run"]
 
 
@@ -113,14 +114,27 @@ def _untouched(old: Opened, new: Opened) -> Check:
 def _rewritten(old: Opened, new: Opened) -> Check:
     """Presence and shapes are known from the headers; here: finite, and not left empty."""
     changed, count = _changed(old, new), 0
-    device = torch.device("cpu")
     for i in changed:
+        dead = _dead(old, i)
         for name in (n for n in new.bindings if n.startswith(f"model.layers.{i}.attention.")):
-            tensor = read_binding(new, name, new.shapes[name], device)  # refuses NaN and infinities
+            tensor = read_binding(new, name, new.shapes[name], CPU)  # refuses NaN and infinities
             count += 1
-            if tensor.dim() == 2 and not tensor.any() and not name.endswith("g_proj.weight"):
+            if tensor.dim() == 2 and not tensor.any() and not name.endswith("g_proj.weight") and not dead:
                 return Check("rewritten tensors present", "wrong", f"{name} is all zero")
     return Check("rewritten tensors present", "ok", f"{count} tensors of {len(changed)} layers, finite, shapes as in config.json")
+
+
+def _dead(old: Opened, layer: int) -> bool:
+    """Whether a projection of the source's mixer is all zero, as one of the new mixer then may be."""
+    if old.config.layer_kind(layer) != "gqa":
+        return False
+    prefix = f"model.layers.{layer}.attention."
+    packed, dense = (
+        read_binding(old, n, old.shapes[n], CPU) for n in (prefix + "query_key_value.weight", prefix + "dense.weight")
+    )
+    heads = (old.config.num_attention_heads, old.config.num_key_value_heads, old.config.num_key_value_heads)
+    parts = packed.unflatten(0, (sum(heads), -1)).split(heads)
+    return not all(part.any() for part in (*parts, dense))
 
 
 def _lightning_heads(old: Opened, new: Opened, manifest: dict[str, Any] | None) -> Check:
@@ -145,7 +159,7 @@ def _head_order(old: Opened, new: Opened, layer: int) -> str | None:
     prefix, c = f"model.layers.{layer}.attention.", old.config
 
     def read(opened: Opened, name: str) -> Tensor:
-        return read_binding(opened, prefix + name, opened.shapes[prefix + name], torch.device("cpu"), old.stored)
+        return read_binding(opened, prefix + name, opened.shapes[prefix + name], CPU, old.stored)
 
     q, k, v = (
         read(old, "query_key_value.weight")
