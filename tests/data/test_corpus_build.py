@@ -266,7 +266,7 @@ def test_a_full_disk_leaves_nothing_half_written(tmp_path, monkeypatch):
     monkeypatch.setattr("openling.data.shards.write_all", full)
     with pytest.raises(UserError, match=r"no space left[\s\S]*value: +No space left on device, [\d,]+ bytes free") as error:
         built(tmp_path, config_unit_bytes=2000, **MANY)
-    assert error.value.parts["where"] == str(tmp_path / "corpus.run" / "out" / "000002.safetensors")
+    assert error.value.parts["where"] == tmp_path / "corpus.run" / "out" / "000002.safetensors"
     assert "the same command goes on" in error.value.parts["next"]
     assert not (tmp_path / "corpus").exists()
     assert len(list((tmp_path / "corpus.run" / "out").iterdir())) == 2  # whole ones; the draft is gone

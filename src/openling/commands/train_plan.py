@@ -160,8 +160,8 @@ def _named(place: str) -> Iterator[None]:
 def _too_large(stage: StageConfig, c: ParallelConfig, error: TooLarge, gpu: Device) -> UserError:
     """The same refusal with the recipe's settings: those that the nearest job that fits has otherwise."""
     better, what = error.better, f"stage {stage.name} does not fit{error.what.partition('does not fit')[2]}"
-    kinds = {name: kind.memory for name, kind in DEVICES.items()}
-    larger = ", ".join(n for n, memory in kinds.items() if memory > gpu.memory in kinds.values())  # none where it was given
+    stock = any(kind.memory == gpu.memory for kind in DEVICES.values())  # else --gpu-memory says how much there is
+    larger = ", ".join(name for name, kind in DEVICES.items() if stock and kind.memory > gpu.memory)
     if better is None:
         more = f"GPUs with more memory: --gpu {larger}" if larger else "GPUs with more memory"
         return UserError(what, **error.parts | {"next": f"more ranks, or {more}"})

@@ -21,7 +21,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import lru_cache
 from multiprocessing.connection import wait
@@ -40,6 +39,7 @@ from openling.data.steps import counted, make_step
 from openling.data.synthesis import RECIPES
 from openling.data.tokens import Encoder, TokenizerInfo, describe
 from openling.errors import Failure, UserError
+from openling.weights.io import write_error
 from openling.weights.units import Units
 from openling.weights.whole import NO_SPACE, new_file, write_all, write_json
 
@@ -80,49 +80,27 @@ def build(
     """
     info, tokenizer_json = describe(tokenizer)
     run = out.with_name(out.name + ".run")
-    with _space_told(run):
-        return _build(config, out, run, info, tokenizer_json, workers, say)
-
-
-@contextmanager
-def _space_told(run: Path) -> Iterator[None]:
-    """A full disk as a `UserError`: the file that had no place, and what is free there."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in NO_SPACE:
-            raise
-        free = shutil.disk_usage(next(path for path in (run, *run.absolute().parents) if path.exists())).free
-        raise UserError(
-            "no space left while building; units that are done are kept", where=error.filename or run,
-            value=f"{error.strerror}, {free:,} bytes free", next="free some space; the same command goes on with the build",
-        ) from error  # fmt: skip
-
-
-def _build(
-    config: BuildConfig,
-    out: Path,
-    run: Path,
-    info: TokenizerInfo,
-    tokenizer_json: str,
-    workers: int | None,
-    say: Callable[[str], None],
-) -> dict[str, Any]:
     plan = _plan(config, info)
     if out.exists() and not (out / INDEX).exists():
         raise UserError(
             "there is something else already, which is no corpus", where=out, expected="a new folder, named behind the sources"
         )
-    if out.exists():
-        return _mend(out, run, plan, tokenizer_json, say)
-    _enter(run, plan, tokenizer_json)
-    jobs = Jobs(run, _workers(workers, plan), say)
-    names = [unit["name"] for unit in plan["units"]]
-    if config.dedup != "none":
-        jobs.do("scan", names)
-        _resolve(run, names, config.dedup)
-    jobs.do("tokenise", names)
-    return _finish(out, run, plan, say)
+    try:
+        if out.exists():
+            return _mend(out, run, plan, tokenizer_json, say)
+        _enter(run, plan, tokenizer_json)
+        jobs = Jobs(run, _workers(workers, plan), say)
+        names = [unit["name"] for unit in plan["units"]]
+        if config.dedup != "none":
+            jobs.do("scan", names)
+            _resolve(run, names, config.dedup)
+        jobs.do("tokenise", names)
+        return _finish(out, run, plan, say)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            raise
+        again = "free some space; the same command goes on with the build"
+        raise write_error(error, Path(error.filename or run), kept="units that are done are kept", resume=again) from error
 
 
 def _plan(config: BuildConfig, info: TokenizerInfo) -> dict[str, Any]:

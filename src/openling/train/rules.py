@@ -210,7 +210,7 @@ def folders_read(recipe: RecipeConfig) -> dict[str, str]:
 def check_folders(now: dict[str, str], run: Path) -> None:
     """A `UserError` where a folder that a begun run reads holds another model: checkpoints lack what is frozen."""
     path = run / "recipe.json"
-    before = read_record(path, OTHERWISE).get("folders", {}) if begun_stages(run) else {}
+    before = read_record(path, f"put it back, or remove {run} and train again").get("folders", {}) if begun_stages(run) else {}
     for name, found in now.items():
         if name in before and before[name] != found:
             raise UserError(

@@ -49,7 +49,7 @@ from openling.train.teacher import check_tokens, fill_from, load_teacher
 from openling.train.trackers import open_trackers
 from openling.train.wsm import chosen_checkpoints, merge_into
 from openling.weights.export import ling_config, save
-from openling.weights.folder import load_tokenizer
+from openling.weights.folder import load_tokenizer, open_folder
 from openling.weights.io import CheckpointReader, read_hf_config
 
 
@@ -237,6 +237,10 @@ class Pipeline:
             place = ", ".join(str(part) for part in (f"stages.{stage.name}", error.parts["where"]) if part is not None)
             raise UserError(error.what, **error.parts | {"where": place}) from error
 
+    def _teacher(self, stage: StageConfig) -> str | None:
+        """The folder of whom the stage follows."""
+        return self.recipe.model.teacher if stage.follows else None
+
     def _is_done(self, stage: StageConfig) -> bool:
         """Whether the stage's checkpoint folder stands for all of its steps: a longer stage goes on."""
         out = self.run / "models" / stage.name
@@ -284,7 +288,7 @@ class Pipeline:
         if all(f"model/{name}" in trained for name, _ in model.named_parameters()):
             before = before[-1:]
         elif start.folder is not None:
-            fill_from(start.folder, parallel, device)
+            fill_from(open_folder(start.folder), parallel, device)
         else:
             # Drawn where training runs, whatever is filled: devices draw differently.
             generator, std = torch.Generator(self.device).manual_seed(self.recipe.seed), model.config.initializer_range
@@ -314,10 +318,9 @@ class Pipeline:
         if c.pipeline == 1:
             self._fill(parallel, before, self.device)
         ranks, teacher = Ranks(parallel), None
-        if self.recipe.model.teacher is not None and stage.follows:
-            teacher = load_teacher(
-                self.recipe.model.teacher, self.meshes[stage.name], self.device, model_dtype=dtype, seq_len=stage.sequence_length
-            )  # fmt: skip
+        if (leader := self._teacher(stage)) is not None:
+            mesh, length = self.meshes[stage.name], stage.sequence_length
+            teacher = load_teacher(leader, mesh, self.device, model_dtype=dtype, seq_len=length)
 
         def begin() -> bool:
             folder.mkdir(parents=True, exist_ok=True)
@@ -348,8 +351,8 @@ class Pipeline:
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
         about = {"recipe": self.recipe.name, "stage": stage.name, "steps": state["step"], "tokens": state["tokens"]}
         about |= {"loss": json.loads(lines[-1])["loss"] if lines else None, "command": self.command or None}
-        if self.recipe.model.teacher is not None and stage.follows:
-            about["teacher"] = self.recipe.model.teacher
+        if (teacher := self._teacher(stage)) is not None:
+            about["teacher"] = teacher
         companions = self.run / "tokenizer"
         source = self.recipe.model.folder
         title = f"{self.recipe.name}-{stage.name}"

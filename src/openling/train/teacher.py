@@ -19,7 +19,7 @@ from openling.model.ling import Ling
 from openling.parallel.apply import Parallel, apply
 from openling.parallel.fill import fill, give_memory
 from openling.parallel.mesh import Mesh
-from openling.weights.folder import check_tied, load_tokenizer, open_folder, read_binding
+from openling.weights.folder import Opened, check_tied, load_tokenizer, open_folder, read_binding
 from openling.weights.io import read_hf_config
 
 WHERE = "model.teacher"
@@ -53,18 +53,18 @@ def check_tokens(folder: str, tokenizer: Any) -> None:
         )  # fmt: skip
 
 
-def fill_from(folder: str | Path, parallel: Parallel, device: torch.device) -> None:
+def fill_from(opened: Opened, parallel: Parallel, device: torch.device) -> None:
     """A folder's weights in FP32, for a model whose memory is there."""
-    opened = open_folder(folder)
     check_tied(opened)
     fill(parallel, lambda name, shape: read_binding(opened, name, shape, device, torch.float32))
 
 
 def load_teacher(folder: str, mesh: Mesh | None, device: torch.device, *, model_dtype: torch.dtype | None, seq_len: int) -> Ling:
     """The teacher, shared among ranks as the student is; every rank. model_dtype: as for `parallel.apply`."""
+    opened = open_folder(folder)
     with torch.device("meta"):
-        model = Ling(open_folder(folder).config)
+        model = Ling(opened.config)
     parallel = apply(model, mesh, model_dtype=model_dtype, seq_len=seq_len)
     give_memory(parallel, device)
-    fill_from(folder, parallel, device)
+    fill_from(opened, parallel, device)
     return parallel.model.eval()

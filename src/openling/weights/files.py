@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 from torch import Tensor
 
@@ -221,9 +221,7 @@ def identity(path: Path) -> dict[str, object]:
     digest = hashlib.sha256()
     with path.open("rb") as file:
         about = os.fstat(file.fileno())
-        for start in range(0, about.st_size, max(BLOCK, about.st_size // SAMPLES)):
-            file.seek(start)
-            digest.update(file.read(BLOCK))
+        _sample(file, about.st_size, digest)
     return {"bytes": about.st_size, "changed_ns": about.st_mtime_ns, "samples": digest.hexdigest()}
 
 
@@ -238,10 +236,15 @@ def fingerprint(folder: Path) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}".encode())
         with path.open("rb") as file:
-            for start in range(0, size, max(BLOCK, size // SAMPLES)):
-                file.seek(start)
-                digest.update(file.read(BLOCK))
+            _sample(file, size, digest)
     return digest.hexdigest()
+
+
+def _sample(file: BinaryIO, size: int, digest: hashlib._Hash) -> None:
+    """Add blocks all over a file to a digest."""
+    for start in range(0, size, max(BLOCK, size // SAMPLES)):
+        file.seek(start)
+        digest.update(file.read(BLOCK))
 
 
 def file_hash(path: Path) -> str:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from openling.errors import Failure, OpenlingError, UserError, nearest
 from openling.weights.headers import DTYPE_NAMES, DTYPES, Span, read_header, write_header
+from openling.weights.whole import NO_SPACE
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -370,9 +371,10 @@ class FolderWriter:
 
 def write_error(error: OSError, out: Path, *, kept: str = "nothing was kept", resume: str | None = None) -> OpenlingError:
     """What an `OSError` met while writing `out` means to the user; what is `kept`, and how a run that resumes goes on."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+    if error.errno in NO_SPACE:
         what, fix = f"no space left while writing; {kept}", resume or "free some space, or name a folder on another disk"
-        return UserError(what, where=out, value=error.strerror, next=fix)
+        free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
+        return UserError(what, where=out, value=f"{error.strerror}, {free:,} bytes free", next=fix)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
         return UserError(
             "the output folder cannot be written", where=out, value=error.strerror, expected="a writable, new folder"
