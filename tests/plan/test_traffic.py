@@ -8,6 +8,7 @@ import torch
 from fake_world import fake_ranks
 from torch.distributed.pipelining import Schedule1F1B
 from torch.distributed.pipelining._utils import InferenceMode
+from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from openling.config.presets import PRESETS
@@ -15,15 +16,15 @@ from openling.model.config import ModelConfig
 from openling.model.families import read_config
 from openling.model.ling import Ling
 from openling.ops.loss import head_loss
-from openling.parallel.apply import apply
+from openling.parallel.apply import apply, inside
 from openling.parallel.matrices import matrices
 from openling.parallel.mesh import Axes, build
 from openling.plan.devices import DEVICES, device
 from openling.plan.memory import memory
 from openling.plan.mesh import GATHERS, Mesh
 from openling.plan.placement import inventory
-from openling.plan.setup import Setup, Stage, stages
-from openling.plan.traffic import seconds, traffic
+from openling.plan.setup import Followed, Setup, Stage, stages
+from openling.plan.traffic import seconds, teacher_traffic, traffic
 from openling.train.optim import in_muon
 
 
@@ -108,6 +109,53 @@ def test_training_sends_what_is_planned(tie, replicate, gather):
     found.bytes["all-reduce"] -= 4  # the norm
     # Nothing is padded: every dim 0 of this model is a multiple of 8.
     assert found.bytes == planned_buffers(c, job, stages(inventory(c), job)[0])
+
+
+@pytest.mark.parametrize("kinds", [("gqa",) * 8, ("lightning",) * 7 + ("mla",)])
+@pytest.mark.parametrize("gather", GATHERS)
+def test_a_teacher_sends_and_holds_what_is_planned(gather, kinds):
+    """Two steps of two micro-batches, as `train.teacher` and `train.objective` go: embeddings and head stay after the first."""
+    student = preset("tiny", num_nextn_predict_layers=0, moe_layers=(), num_experts=0)
+    c = student.replace(layer_kinds=kinds, intermediate_size=2 * student.intermediate_size)
+    followed = Followed(inventory(c))
+    job = setup(Mesh(shard=8), seq_len=64, batches=2, gather=gather, teacher=followed)
+    with fake_ranks(8):
+        parallel = apply(Ling(c), build(Axes(), c, "cpu"), model_dtype=torch.bfloat16)
+        model, ids, steps = parallel.model.eval(), torch.zeros(1, 64, dtype=torch.long), []
+        local = sum(p.to_local().nbytes if isinstance(p, DTensor) else p.nbytes for p in model.parameters())
+        for _ in range(2):
+            with Collectives() as found, torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+                for _ in range(2):
+                    head = inside(model, lambda: (model.model(ids), model.lm_head.weight))[1]
+            steps.append(found.bytes)
+    assert head.shape == (c.vocab_size, c.hidden_size)
+    flow = [f for f in teacher_traffic(followed, job) if f.axis == "shard"]
+    assert steps[1] == {"all-gather": sum(f.bytes * f.calls * 8 / 7 for f in flow), "reduce-scatter": 0, "all-reduce": 0}
+    parts = {p.what: p.bytes for p in memory(inventory(student), job)[0].parts if p.kind == "teacher"}
+    assert parts["embeddings and head, FP32, whole from the first step on"] == steps[0]["all-gather"] - steps[1]["all-gather"]
+    assert parts["weights, FP32, sharded as the student's"] == local
+
+
+@pytest.mark.parametrize(("logits", "align"), [(True, False), (False, True), (True, True)])
+def test_what_the_loss_has_of_a_teacher(logits, align):
+    """By hand, with words enough for the loss to be the fullest moment: 2 x 64 tokens of 64 numbers, eight layers."""
+    c = preset("tiny", num_nextn_predict_layers=0, vocab_size=100_000)
+    job = setup(Mesh(), seq_len=64, micro_batch=2, teacher=Followed(inventory(c), logits, align))
+    parts = {p.what: p.bytes for p in memory(inventory(c), job)[0].parts if p.kind == "teacher"}
+    assert parts["hidden states, BF16"] == 2 * 64 * 64 * 2 * (9 if align else 1)
+    assert parts["the LM head in BF16"] == 100_000 * 64 * 2
+    assert parts.get("a chunk of logits, BF16", 0) == (2 * 64 * 100_000 * 2 if logits else 0)
+
+
+def test_collectives_inside_a_teachers_layers_run_once_where_a_students_run_twice():
+    c = preset("tiny", num_nextn_predict_layers=0, n_group=1, topk_group=1)
+    mesh = Mesh(shard=2, context=2, tensor=2, expert=2)
+    job = setup(mesh, batches=3, recompute="none", teacher=Followed(inventory(c)))
+    own = {f.what: f.calls for f in traffic(c, job, stages(inventory(c), job)[0]) if f.when == "exposed"}
+    theirs = {f.what.removeprefix("teacher: "): f.calls for f in teacher_traffic(job.teacher, job) if f.when == "exposed"}
+    twice = ["outputs and gradients of inputs, BF16", "rows to their experts and back, BF16", "Lightning states, FP32"]
+    assert {what: theirs[what] for what in twice} == {what: own[what] / 2 for what in twice}
+    assert theirs["latents, BF16"] == own["latents, BF16"] and not any(what.startswith("gradients of") for what in theirs)
 
 
 def test_muon_gathers_what_is_planned():

@@ -153,5 +153,16 @@ def test_a_dry_run_counts_the_teacher_and_misses_its_folder(place, tmp_path, cap
     assert "forward pass of the teacher" in capsys.readouterr().out
     assert main([*words, str(tmp_path / "absent")]) == 0
     assert f"not there yet: {tmp_path / 'absent'}" in capsys.readouterr().out
+    world = ["--world", "2", "--stages.short.precision", "bf16", "--stages.long.precision", "bf16"]
+    world += ["--stages.long.batch_size", "2"]
+    assert main([*words, str(tmp_path / "absent"), *world]) == 0
+    out = capsys.readouterr().out
+    assert out.count("Not planned: the teacher, whose folder is not there.") == 1 and "teacher:" not in out
+    assert main([*words, str(place / "teacher"), *world]) == 0
+    out = capsys.readouterr().out
+    short, long = out.partition("stage long")[::2]
+    assert (
+        "Not planned" not in out and "all-gather: teacher: weights" in short and "teacher: " not in long
+    )  # which follows nobody
     assert main([*words, str(place / "teacher"), "--world", "2", "--parallel.pipeline", "2"]) == 2
     assert "teachers are not cut into pipeline stages" in capsys.readouterr().err

@@ -9,6 +9,7 @@ import argparse
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from openling.commands.gpus import add_rates, planned_device, planned_reserve
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from openling.model.config import ModelConfig
     from openling.parallel.mesh import Axes
     from openling.plan.job import TooLarge, TrainingPlan
+    from openling.plan.setup import Followed
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -118,9 +120,24 @@ def _plan_stage(
                 gather=c.gather,
                 optimizer=stage.optimizer,
                 reserve=reserve,
+                teacher=_followed(recipe, stage),
             )
         except TooLarge as error:
             raise _too_large(stage, c, error, gpu) from error
+
+
+def _followed(recipe: RecipeConfig, stage: StageConfig) -> Followed | None:
+    """What a stage follows, where the teacher's folder is there."""
+    from openling.plan.placement import inventory
+    from openling.plan.setup import Followed
+    from openling.train.teacher import teacher_config
+
+    teacher = teacher_config(recipe) if stage.follows and _teacher_is_there(recipe) else None
+    return None if teacher is None else Followed(inventory(teacher), stage.kl > 0, stage.align > 0)
+
+
+def _teacher_is_there(recipe: RecipeConfig) -> bool:
+    return recipe.model.teacher is not None and Path(recipe.model.teacher).exists()
 
 
 def _left_out(recipe: RecipeConfig, stage: StageConfig) -> list[str]:
@@ -130,8 +147,8 @@ def _left_out(recipe: RecipeConfig, stage: StageConfig) -> list[str]:
         found.append("stages_per_rank, one stage a rank is assumed")
     if stage.fp8_experts != "none":
         found.append("FP8 experts, their products are taken as BF16")
-    if stage.follows:
-        found.append("the teacher")
+    if stage.follows and not _teacher_is_there(recipe):
+        found.append("the teacher, whose folder is not there")
     if stage.trainable != ("",):
         found.append("frozen parameters, all are taken to train")
     return found

@@ -22,7 +22,7 @@ from openling.plan.memory import LayerCosts, StageMemory, fullest, memory
 from openling.plan.mesh import AXES, GATHERS, Gather, Mesh, Optimizer
 from openling.plan.placement import Inventory, inventory
 from openling.plan.roofline import StepTime, predict
-from openling.plan.setup import Setup, default_reserve, stages
+from openling.plan.setup import Followed, Setup, default_reserve, stages
 
 TOKENS_PER_RANK = 32768  # of the default batch
 RUNNERS_UP = 5
@@ -141,11 +141,13 @@ def plan_training(
     gather: Gather | None = None,
     optimizer: Optimizer = "adamw",
     reserve: int | None = None,
+    teacher: Followed | None = None,
 ) -> TrainingPlan:
     """The plan of a job of `world` ranks; UserError if it cannot be.
 
     mesh: `parse_mesh`'s text, a Mesh, or "auto". batch_tokens: per optimiser step and all ranks (default: 32,768 per rank,
-    rounded to what divides). recompute and gather: see `Setup`; None takes the fastest that fits.
+    rounded to what divides). recompute and gather: see `Setup`; None takes the fastest that fits. teacher: what
+    a warm-up follows; then there is no pipeline.
     """
     given = {"--world": world, "--seq-len": seq_len, "--micro-batch": micro_batch, "--batch-tokens": batch_tokens}
     for name, value in given.items():
@@ -156,9 +158,8 @@ def plan_training(
         raise UserError(
             "this reserve leaves no memory", where="--reserve", value=_gib(reserve), expected=f"0 to {_gib(gpu.memory)}"
         )
-    fixed = Setup(
-        Mesh(), gpu, seq_len, 0, micro_batch, optimizer=optimizer, reserve=default_reserve(gpu) if reserve is None else reserve
-    )
+    reserve = default_reserve(gpu) if reserve is None else reserve
+    fixed = Setup(Mesh(), gpu, seq_len, 0, micro_batch, optimizer=optimizer, reserve=reserve, teacher=teacher)
     search = _Search(inventory(config), fixed, world, batch_tokens, recompute, gather)
     if mesh == "auto":
         return search.best()
@@ -198,6 +199,15 @@ class _Search:
         gathers = [g for g in self.gathers if g in meshes.gathers(mesh)]
         return [dataclasses.replace(base, recompute=p, gather=g) for p in self.policies for g in gathers]
 
+    def meshes(self) -> list[Mesh]:
+        """All that divide the model; with a teacher without a pipeline, and that divide it too."""
+        s = self.fixed
+        found = meshes.meshes(self.inv.config, self.world, seq_len=s.seq_len, node=s.device.node)
+        if s.teacher is None:
+            return found
+        c = s.teacher.inventory.config
+        return [mesh for mesh in found if mesh.pipeline == 1 and not meshes.problems(c, mesh, seq_len=s.seq_len)]
+
     def weigh(self, setup: Setup) -> Candidate:
         """Its memory; its time too if it fits."""
         self.tried += 1
@@ -216,8 +226,8 @@ class _Search:
 
     def best(self) -> TrainingPlan:
         """The fastest setup of every mesh that divides the model."""
-        c, s = self.inv.config, self.fixed
-        possible = meshes.meshes(c, self.world, seq_len=s.seq_len, node=s.device.node)
+        s = self.fixed
+        possible = self.meshes()
         found = [x for mesh in possible for x in self.weigh_all(self.setups(mesh))]
         fitting = sorted((x for x in found if x.fits), key=lambda x: (-x.tokens_per_second, x.bytes))
         if fitting:
@@ -284,10 +294,8 @@ class _Search:
 
     def nearest(self, mesh: Mesh) -> Setup | None:
         """The setup that fits on the mesh with the fewest changes; of those alike, the fastest."""
-        c, s = self.inv.config, self.fixed
-        others = meshes.meshes(c, self.world, seq_len=s.seq_len, node=s.device.node)
         by_distance: dict[float, list[Mesh]] = {}
-        for other in others:
+        for other in self.meshes():
             by_distance.setdefault(round(meshes.distance(mesh, other), 6), []).append(other)
         for _, near in sorted(by_distance.items()):
             found = [x for other in near for x in self.weigh_all(self.setups(other)) if x.fits]

@@ -16,7 +16,10 @@ from openling.plan.setup import Setup, Stage, stages
 
 # Values of one chunk of logits: `ops.loss.KERNEL_CHUNK_VALUES`, which cannot be imported without torch.
 LOSS_CHUNK = 2**30
-KINDS = ("parameters", "gradients", "optimiser", "gathered weights", "activations", "logits and loss", "communication", "reserve")
+KINDS = (
+    "parameters", "gradients", "optimiser", "gathered weights", "activations", "logits and loss", "teacher", "communication",
+    "reserve",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def fullest(inv: Inventory, setup: Setup, costs: LayerCosts) -> int:
 
 def _stage(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> list[Part]:
     """What is there all the time, and what comes to it at the fullest moment of a step."""
-    always = _states(setup, stage) + _communication(c, setup, stage)
+    always = _states(setup, stage) + _teacher_states(setup) + _communication(c, setup, stage)
     always.append(Part("reserve", "CUDA context, NCCL, fragmentation (estimate)", setup.reserve))
     fullest_moment = max(_moments(c, setup, stage, costs), key=lambda parts: sum(p.bytes for p in parts))
     return [p for p in always + fullest_moment if p.bytes]
@@ -131,7 +134,7 @@ def _moments(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> l
     first = [*before, kept, *_loss_left(c, setup, stage), *passing, *_gathered(setup, stage), made]
     if not pipeline:
         first += [reduced, *([shard] if setup.accumulates else [])]
-    in_loss = [*before, kept, *loss, *_gathered(setup, stage, in_forward=True)]
+    in_loss = [*before, kept, *loss, *_teacher_in_loss(setup), *_gathered(setup, stage, in_forward=True)]
     left = Part("activations", "kept, of the first layer and of other micro-batches", _left(setup, stage, costs))
     last = [left, *passing, *_gathered(setup, stage, last=True), made]
     found = [first, in_loss]
@@ -141,6 +144,31 @@ def _moments(c: ModelConfig, setup: Setup, stage: Stage, costs: LayerCosts) -> l
         return [*found, [whole, reduced, *_gathered(setup, stage, last=True)]]
     ends = Part("gradients", "of embeddings and head, FP32, whole", 4 * stage.ends if setup.shards else 0)
     return [*found, [sharded, ends, *last, reduced]]
+
+
+def _teacher_states(setup: Setup) -> list[Part]:
+    """A teacher's weights."""
+    if (teacher := setup.teacher) is None:
+        return []
+    mesh = setup.mesh
+    whole = sum(b.gathered for b in teacher.ends(mesh)) if setup.shards else 0
+    return [
+        Part("teacher", "weights, FP32, sharded as the student's", 4 * sum(b.local + b.buffers for b in teacher.blocks(mesh))),
+        Part("teacher", "embeddings and head, FP32, whole from the first step on", 4 * whole),
+    ]
+
+
+def _teacher_in_loss(setup: Setup) -> list[Part]:
+    """What the loss has of a teacher: its hidden states (to be aligned with, those behind every layer), head and logits."""
+    if (teacher := setup.teacher) is None:
+        return []
+    c, tokens = teacher.inventory.config, setup.rows.total
+    vocabulary, streams = -(-c.vocab_size // setup.mesh.tensor), c.num_hidden_layers + 1 if teacher.align else 1
+    return [
+        Part("teacher", "hidden states, BF16", 2 * tokens * c.hidden_size * streams),
+        Part("teacher", "the LM head in BF16", 2 * vocabulary * c.hidden_size),
+        Part("teacher", "a chunk of logits, BF16", 2 * min(LOSS_CHUNK, tokens * vocabulary) * teacher.logits),
+    ]
 
 
 def _gradients(setup: Setup, stage: Stage) -> tuple[Part, Part]:

@@ -15,13 +15,14 @@ from dataclasses import dataclass, field
 
 from openling.model import count
 from openling.model.config import ModelConfig
+from openling.plan.devices import Device
 from openling.plan.placement import Inventory, Kind
 from openling.plan.setup import Setup, Stage, stages
-from openling.plan.traffic import Flow, traffic
+from openling.plan.traffic import Flow, teacher_traffic, traffic
 
 PARTS = (
     "matrix products", "experts", "attention", "Lightning", "norms, gates, RoPE", "LM head and loss", "expert all-to-all",
-    "tensor collectives", "context collectives", "weights and gradients", "pipeline bubble", "optimiser",
+    "tensor collectives", "context collectives", "weights and gradients", "pipeline bubble", "optimiser", "teacher",
 )  # fmt: skip
 COMMUNICATION = {"expert": "expert all-to-all", "tensor": "tensor collectives", "context": "context collectives"}
 
@@ -103,17 +104,27 @@ def work(c: ModelConfig, layer: int, setup: Setup) -> Work:
 def layer_seconds(c: ModelConfig, layer: int, setup: Setup) -> dict[str, float]:
     """Compute of one layer, forward and backward and what is recomputed, of one micro-batch, by part."""
     w, d, policy = work(c, layer, setup), setup.device, setup.recompute
+    once = forward_seconds(w, d)
     kept = 2.0 if policy == "layer" else 1.0  # forward passes of what "selective" keeps: products and attention
     ours = 1.0 if policy == "none" else 2.0  # and of our kernels
-    product = max(w.products / d.matmul, w.weights / d.bandwidth)
-    grouped = max(w.experts / d.matmul / d.grouped, w.expert_weights / d.bandwidth)
-    scan = max(w.lightning / d.matmul, w.scan_bytes / d.bandwidth)
+    passes = {
+        "matrix products": kept + 2,
+        "experts": ours + 2,
+        "attention": kept + 2.5,
+        "Lightning": ours + 3,
+        "norms, gates, RoPE": ours + 2,
+    }
+    return {part: seconds * passes[part] for part, seconds in once.items()}
+
+
+def forward_seconds(w: Work, d: Device) -> dict[str, float]:
+    """One forward pass of one layer and micro-batch, by part."""
     return {
-        "matrix products": product * (kept + 2),
-        "experts": grouped * (ours + 2),
-        "attention": w.attention / d.matmul / d.attention * (kept + 2.5),
-        "Lightning": scan * (ours + 3),
-        "norms, gates, RoPE": w.stream_bytes / d.bandwidth * (ours + 2),
+        "matrix products": max(w.products / d.matmul, w.weights / d.bandwidth),
+        "experts": max(w.experts / d.matmul / d.grouped, w.expert_weights / d.bandwidth),
+        "attention": w.attention / d.matmul / d.attention,
+        "Lightning": max(w.lightning / d.matmul, w.scan_bytes / d.bandwidth),
+        "norms, gates, RoPE": w.stream_bytes / d.bandwidth,
     }
 
 
@@ -159,7 +170,20 @@ def predict(inv: Inventory, setup: Setup, known: dict[object, dict[str, float]] 
     result["pipeline bubble"] = (setup.mesh.pipeline - 1) * totals[slowest]
     result["optimiser"] = optimiser_seconds(c, stage, setup)
     result["weights and gradients"] += sum(f.seconds for f in flows if f.when == "once")
-    return StepTime(result, totals, flows, slowest)
+    result["teacher"], sent = _teacher_seconds(setup)
+    return StepTime(result, totals, flows + sent, slowest)
+
+
+def _teacher_seconds(setup: Setup) -> tuple[float, list[Flow]]:
+    """A teacher's forward passes of a step, which hide the gathering of its weights, and what they send."""
+    if (teacher := setup.teacher) is None:
+        return 0.0, []
+    c, flows = teacher.inventory.config, teacher_traffic(teacher, setup)
+    layers = [(number, work(c, first, setup)) for first, number in teacher.kinds().values()]
+    computing = sum(number * sum(forward_seconds(w, setup.device).values()) for number, w in layers)
+    head = 2 * setup.rows.total * c.vocab_size * c.hidden_size / setup.mesh.tensor / setup.device.matmul * teacher.logits
+    hidden, exposed = (sum(f.seconds for f in flows if f.when == when) for when in ("hidden", "exposed"))
+    return max(setup.micro_batches * (computing + head), hidden) + exposed, flows
 
 
 def _stage_seconds(

@@ -2,13 +2,41 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from openling.errors import UserError
 from openling.plan.activations import Cut, Policy, Rows
 from openling.plan.devices import GIB, Device
 from openling.plan.mesh import Gather, Mesh, Optimizer
 from openling.plan.placement import Block, Inventory, Kind
+
+EMBEDDINGS = ("model.word_embeddings.weight",)
+HEAD = ("model.norm.weight", "lm_head.weight")
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A teacher: on the student's mesh, cut and spread alike, without a pipeline; forward only, layers gathered one by one.
+
+    logits, align: what is followed: its logits, its hidden states behind every layer.
+    """
+
+    inventory: Inventory
+    logits: bool = True
+    align: bool = False
+
+    def blocks(self, mesh: Mesh) -> list[Block]:
+        """All that is loaded, MTP layers too: embeddings and head first."""
+        return [*self.ends(mesh), *(self.inventory.layer_block(i, mesh) for i in range(self.inventory.layers))]
+
+    def ends(self, mesh: Mesh) -> list[Block]:
+        """Embeddings; final norm and head. They are gathered once and stay whole: no backward pass frees them (FSDP2's root)."""
+        return [self.inventory.outer_block(names, mesh) for names in (EMBEDDINGS, HEAD)]
+
+    def kinds(self) -> dict[Kind, tuple[int, int]]:
+        """Of each kind of hidden layer: the first, and how many there are."""
+        hidden = self.inventory.kinds[: self.inventory.config.num_hidden_layers]
+        return {kind: (hidden.index(kind), hidden.count(kind)) for kind in dict.fromkeys(hidden)}
 
 
 @dataclass(frozen=True)
@@ -29,6 +57,7 @@ class Setup:
     gather: Gather = "layer"
     optimizer: Optimizer = "adamw"
     reserve: int = 0
+    teacher: Followed | None = field(default=None, compare=False)
 
     @property
     def micro_batches(self) -> int:
@@ -116,10 +145,10 @@ def _stages(inv: Inventory, mesh: Mesh, seq_len: int) -> list[Stage]:
         last = index == mesh.pipeline - 1
         blocks = {}
         if index == 0 or (last and (c.num_nextn_predict_layers or c.tie_word_embeddings)):
-            blocks["embeddings"] = inv.outer_block(("model.word_embeddings.weight",), mesh)
+            blocks["embeddings"] = inv.outer_block(EMBEDDINGS, mesh)
         blocks |= {f"layer {i}": inv.layer_block(i, mesh) for i in layers}
         if last:
-            blocks["head"] = inv.outer_block(("model.norm.weight", "lm_head.weight"), mesh)
+            blocks["head"] = inv.outer_block(HEAD, mesh)
         kinds: dict[Kind, tuple[int, int]] = {}
         for i in layers:
             first, number = kinds.get(inv.kinds[i], (i, 0))

@@ -34,6 +34,7 @@ ADVICE = {
     "weights and gradients": "gathering and reducing weights: gather step, larger micro-batches or more stages",
     "pipeline bubble": "idle stages: more micro-batches in a step, or fewer stages",
     "optimiser": "the optimiser's own pass over its states: larger batches make it rarer",
+    "teacher": "the teacher's forward pass: nothing here makes it cheaper",
 }
 
 

@@ -7,7 +7,7 @@ Latency of single calls is left out.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from openling.model.config import ModelConfig
@@ -15,7 +15,7 @@ from openling.plan.activations import copies
 from openling.plan.devices import Device
 from openling.plan.mesh import Mesh
 from openling.plan.placement import Block, Kind
-from openling.plan.setup import Setup, Stage
+from openling.plan.setup import Followed, Setup, Stage
 
 Collective = Literal["all-gather", "reduce-scatter", "all-reduce", "all-to-all", "send"]
 When = Literal["hidden", "exposed", "once"]
@@ -73,15 +73,35 @@ def traffic(c: ModelConfig, setup: Setup, stage: Stage) -> list[Flow]:
     return [flow for flow in makers.found if flow.bytes]
 
 
+def teacher_traffic(teacher: Followed, setup: Setup) -> list[Flow]:
+    """Every flow of a teacher's forward passes."""
+    makers, c, m = _Flows(setup, backward=False), teacher.inventory.config, setup.micro_batches
+    for kind, (first, number) in teacher.kinds().items():
+        makers.kind, makers.number = kind, number
+        block = teacher.inventory.layer_block(first, setup.mesh)
+        for axis, whole in (("fsdp", block.dense), ("expert_fsdp", block.experts)):
+            makers.add(axis, "all-gather", "weights, BF16", 2 * whole, m, HIDDEN)
+        makers.layer(c, first)
+    makers.kind, makers.number = None, 1
+    makers.add("tensor", "all-reduce", "embeddings, BF16", 2 * setup.rows.total * c.hidden_size, m, "exposed")
+    return [replace(flow, what=f"teacher: {flow.what}") for flow in makers.found if flow.bytes]
+
+
 class _Flows:
     """Collects the flows of a stage."""
 
-    def __init__(self, setup: Setup) -> None:
+    def __init__(self, setup: Setup, *, backward: bool = True) -> None:
         self.setup, self.mesh, self.found = setup, setup.mesh, list[Flow]()
         self.kind: Kind | None = None
         self.number = 1
         # Forward runs once more where backward makes a layer again: collectives are no matrix products, so "selective" too.
-        self.forwards = 1 if setup.recompute == "none" else 2
+        self.forwards = 1 if setup.recompute == "none" or not backward else 2
+        self.backwards = int(backward)
+
+    @property
+    def passes(self) -> int:
+        """Through a layer, per micro-batch."""
+        return self.forwards + self.backwards
 
     def add(self, axis: str, collective: Collective, what: str, whole: float, calls: int, when: When) -> None:
         """`calls` of each layer of the current kind."""
@@ -135,27 +155,22 @@ class _Flows:
         hidden = 2 * rows.total * c.hidden_size
         # Outputs of mixer and feed-forward part, routed and shared experts apart; in backward the gradients of their inputs.
         halves = 3 if c.is_moe(layer) and c.num_shared_experts else 2
-        self.add(
-            "tensor", "all-reduce", "outputs and gradients of inputs, BF16", hidden, halves * (self.forwards + 1) * m, "exposed"
-        )
+        self.add("tensor", "all-reduce", "outputs and gradients of inputs, BF16", hidden, halves * self.passes * m, "exposed")
         if c.is_moe(layer):
             # A row, and its weights (FP32) and experts (int64) on the way there.
             k = c.num_experts_per_tok
             whole = copies(c, mesh.expert) * (hidden + rows.total * k * 6)
-            self.add(
-                "expert", "all-to-all", "rows to their experts and back, BF16", whole, 2 * (self.forwards + 1) * m, "exposed"
-            )
+            self.add("expert", "all-to-all", "rows to their experts and back, BF16", whole, 2 * self.passes * m, "exposed")
         if kind == "lightning":
             states = rows.sequences * c.num_attention_heads // mesh.tensor * c.head_dim**2 * 4
-            calls = (self.forwards + 1) * m
-            self.add("context", "all-gather", "Lightning states, FP32", states * mesh.context, calls, "exposed")
+            self.add("context", "all-gather", "Lightning states, FP32", states * mesh.context, self.passes * m, "exposed")
         else:
             width = (c.kv_lora_rank or 0) + (c.qk_rope_head_dim or 0)
             width = width if kind == "mla" else 2 * c.num_key_value_heads * c.head_dim // mesh.tensor
             whole = 2 * rows.total * mesh.context * width
             what = "latents" if kind == "mla" else "keys and values"
             self.add("context", "all-gather", f"{what}, BF16", whole, self.forwards * m, "exposed")
-            self.add("context", "reduce-scatter", f"gradients of {what}, BF16", whole, m, "exposed")
+            self.add("context", "reduce-scatter", f"gradients of {what}, BF16", whole, self.backwards * m, "exposed")
 
     def ends(self, c: ModelConfig, stage: Stage) -> None:
         """Between stages, and the vocabulary split over tensor ranks."""
