@@ -19,7 +19,7 @@ from openling.model.config import ModelConfig
 from openling.model.ling import Ling
 from openling.ops.cpu import settle_bf16_matmuls
 from openling.train import checkpoint as checkpoint_module
-from openling.train import loop as loop_module
+from openling.train import while_training
 from openling.train.checkpoint import latest_checkpoint, sole_writer
 from openling.train.loop import train
 from openling.train.optim import adamw, select_parameters
@@ -235,7 +235,7 @@ class Interrupting:
 
 
 def test_a_second_signal_stops_at_once(tmp_path, monkeypatch):
-    monkeypatch.setattr(loop_module, "ONE_SIGNAL_SECONDS", -1.0)  # what comes at once is another one then
+    monkeypatch.setattr(while_training, "ONE_SIGNAL_SECONDS", -1.0)  # what comes at once is another one then
     before = signal.getsignal(signal.SIGINT)
     batches = Batches(tiny_windows(), batch_size=8, seed=5)
     options = {"parameters": ATTENTION, "run": tmp_path, "progress": False}

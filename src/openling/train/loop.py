@@ -12,14 +12,11 @@ stopped and resumed ends with the same bits as one that was not, on the same mac
 
 from __future__ import annotations
 
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -55,9 +52,8 @@ from openling.train.ranks import Ranks
 from openling.train.rules import check_losses, check_parts, check_recorded, read_record
 from openling.train.schedule import learning_rate
 from openling.train.trackers import Tracker
+from openling.train.while_training import cast_once, caught_signals, in_training, only_gradients_of, own_memory
 
-# A signal that comes again within this time is one that a launcher handed on.
-ONE_SIGNAL_SECONDS = 0.5
 # Above any signal's number, among which ranks find the highest.
 NOT_WRITTEN = 1 << 10
 # The loss and its terms, as the metrics have them.
@@ -120,13 +116,13 @@ def train(
         some = f"of {len(names)} chosen tensors some in every stage"
         raise UserError("a pipeline stage has nothing to train", where="trainable parameters", expected=some)
     with ExitStack() as stack:
-        _leave(teacher, chosen)
+        own_memory(teacher, chosen)
         ranks.told(lambda: stack.enter_context(sole_writer(run)))
-        stack.enter_context(_only_gradients_of(model, chosen))
-        stack.enter_context(_in_training(model))
+        stack.enter_context(only_gradients_of(model, chosen))
+        stack.enter_context(in_training(model))
         stack.enter_context(experts_in_fp8(model, config, device))
         ranks.told(lambda: _enter_run(run, config, names, resume))
-        stack.enter_context(_cast_once(models, set(chosen.values()), config))
+        stack.enter_context(cast_once(models, set(chosen.values()), config))
         every = PLAIN_LINE_SECONDS if isinstance(progress, bool) else progress
         display = (progress is not False, every)
         entered = _Run(model, config, batches, chosen, teacher, run, display, start, ranks, trackers)
@@ -172,93 +168,6 @@ def _enter_run(run: Path, config: TrainConfig, names: list[str], resume: bool) -
         raise UserError("the run has another configuration", where=field, value=value, expected=before)
     if different := sorted(set(old["parameters"]) ^ set(names)):
         raise UserError("the run trains other parameters", where=different[0], expected=f"{len(old['parameters'])} as in {path}")
-
-
-def _leave(teacher: Ling | None, chosen: dict[str, nn.Parameter]) -> None:
-    """Parameters that a derived model shares with its teacher get memory of their own: what is followed must not learn along."""
-    theirs = set() if teacher is None else {p.data_ptr() for p in teacher.parameters() if not isinstance(p, DTensor)}
-    for p in chosen.values():
-        if not isinstance(p, DTensor) and p.data_ptr() in theirs:
-            p.data = p.data.clone()
-
-
-@contextmanager
-def _in_training(model: Ling) -> Iterator[None]:
-    """Expert layers count their tokens in training mode only; nothing else differs in it."""
-    before = model.training
-    model.train()
-    try:
-        yield
-    finally:
-        model.train(before)
-
-
-@contextmanager
-def _only_gradients_of(model: nn.Module, chosen: dict[str, nn.Parameter]) -> Iterator[None]:
-    """Freeze all other parameters, so that backward ends below the lowest chosen one; undone afterwards."""
-    before = {p: p.requires_grad for p in model.parameters()}
-    wanted = set(chosen.values())
-    try:
-        for p in before:
-            p.requires_grad_(p in wanted)
-        yield
-    finally:
-        for p, needed in before.items():
-            p.requires_grad_(needed)
-            p.grad = None
-
-
-@contextmanager
-def _cast_once(models: list[Ling], trained: set[nn.Parameter], config: TrainConfig) -> Iterator[None]:
-    """On a CPU, hold frozen matrices in BF16, as autocast would otherwise cast them again in every step; undone afterwards.
-
-    A head that is also the embedding stays: embeddings are read in FP32. So does what FSDP holds: it casts by itself.
-    """
-    read = {m.weight for model in models for m in model.modules() if isinstance(m, nn.Embedding)}
-    matrices = {m.weight for model in models for m in model.modules() if isinstance(m, nn.Linear)}
-    here = {p for p in matrices - read - trained if p.device.type == "cpu" and not isinstance(p, DTensor)}
-    wide = {p: p.data for p in here if config.precision == "bf16"}
-    try:
-        for p, data in wide.items():
-            p.data = data.to(torch.bfloat16)
-        yield
-    finally:
-        for p, data in wide.items():
-            p.data = data
-
-
-@contextmanager
-def _caught_signals() -> Iterator[Callable[[], int | None]]:
-    """Note SIGINT and SIGTERM instead of dying in mid-step; a second one does what it did before.
-
-    Launchers hand on what a terminal or a scheduler sends to all processes already: what follows at once is the same signal.
-    """
-    caught: list[int] = []
-    noted = 0.0
-    if threading.current_thread() is not threading.main_thread():
-        yield lambda: None
-        return
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-    def note(number: int, frame: FrameType | None) -> None:
-        nonlocal noted
-        if not caught:
-            caught.append(number)
-            noted = time.monotonic()
-        elif time.monotonic() - noted > ONE_SIGNAL_SECONDS:
-            restore()
-            signal.raise_signal(number)
-
-    try:
-        for number in before:
-            signal.signal(number, note)
-        yield lambda: caught[0] if caught else None
-    finally:
-        restore()
 
 
 class _Run:
@@ -326,7 +235,7 @@ class _Run:
         if self.step:
             self.display.say(f"continuing after step {self.step} of {self.config.total_steps}")
         try:
-            with self.display, _caught_signals() as caught, Prefetcher(self.batches, prepare=self._pinned) as source:
+            with self.display, caught_signals() as caught, Prefetcher(self.batches, prepare=self._pinned) as source:
                 self.balance.clear()
                 stall = 0.0
                 while (stopped := self._ended(number := self._interrupted(caught() or 0))) is None:
