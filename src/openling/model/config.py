@@ -115,6 +115,11 @@ def _problems(c: ModelConfig) -> list[dict[str, Any]]:
     positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     for name in positive:
         check(getattr(c, name) > 0, name, getattr(c, name), "a positive integer")
+    check(
+        0 < c.max_position_embeddings < 2**40, "max_position_embeddings", c.max_position_embeddings, "a positive number of tokens"
+    )
+    check(0 <= c.rms_norm_eps < 1, "rms_norm_eps", c.rms_norm_eps, "a small number, not negative")
+    check(1 < c.rope_theta < float("inf"), "rope_theta", c.rope_theta, "a finite number above 1")
     if found:
         return found
     kinds, heads = c.layer_kinds, c.num_attention_heads
