@@ -120,6 +120,55 @@ def test_sampling_and_cache_arguments(tmp_path: Path) -> None:
         theirs(IDS, past_key_values=foreign)
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_positions_that_begin_again_are_packed_documents(name: str, tmp_path: Path) -> None:
+    """As data collators of transformers pack them: each document has the logits that it has alone."""
+    _, theirs = exported(CONFIGS[name], tmp_path / "out")
+    lengths = ((10, 14), (24,))
+    positions = torch.stack([torch.cat([torch.arange(n) for n in row]) for row in lengths])
+    found = theirs(IDS, position_ids=positions, use_cache=True, output_hidden_states=True)
+    assert found.past_key_values is None and {h.shape for h in found.hidden_states} == {(2, 24, 32)}
+    for row, documents in enumerate(lengths):
+        parts = zip(IDS[row].split(documents), found.logits[row].split(documents), strict=True)
+        for ids, logits in parts:
+            torch.testing.assert_close(logits, theirs(ids[None]).logits[0], atol=1e-5, rtol=0)
+    assert not torch.allclose(found.logits[0, 10:], theirs(IDS).logits[0, 10:], atol=1e-3)
+
+
+@torch.no_grad()
+def test_positions_say_nothing_else(tmp_path: Path) -> None:
+    _, theirs = exported(HYBRID, tmp_path / "out")
+    plain, columns = theirs(IDS, use_cache=True), torch.arange(24)[None]
+    assert torch.equal(theirs(IDS, position_ids=columns).logits, plain.logits)
+    step = theirs(IDS[:, :1], position_ids=torch.tensor([[24]]), past_key_values=plain.past_key_values)
+    assert step.logits.shape == (2, 1, 96)
+    for wrong in (columns + 1, columns * 2, columns.flip(1)):
+        with pytest.raises(ValueError, match="position_ids"):
+            theirs(IDS, position_ids=wrong)
+    with pytest.raises(ValueError, match="position_ids"):  # a cache holds one document a row
+        theirs(IDS[:, :1], position_ids=torch.tensor([[0]]), past_key_values=plain.past_key_values)
+    # Padding says where rows begin: positions that are made of it are taken, also of a token behind a padded prompt.
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, :5] = 0
+    padded = theirs(IDS, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), use_cache=True)
+    assert torch.equal(padded.logits, theirs(IDS, attention_mask=mask).logits)
+    longer = torch.cat([mask, mask[:, -1:]], 1)
+    last = longer.sum(1, keepdim=True) - 1
+    theirs(IDS[:, :1], attention_mask=longer, position_ids=last, past_key_values=padded.past_key_values)
+
+
+@torch.no_grad()
+def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
+    _, theirs = exported(HYBRID, tmp_path / "out")
+    kept = torch.tensor([3, 5])
+    assert torch.equal(theirs(IDS, logits_to_keep=kept).logits, theirs(IDS).logits[:, kept])
+    with pytest.raises(ValueError, match="output_attentions"):
+        theirs(IDS, output_attentions=True)
+    with pytest.raises(ValueError, match="attention_mask"):
+        theirs(IDS, attention_mask=torch.ones(2, 1, 24, 24))
+
+
 @torch.no_grad()
 def test_bf16_loads_as_openling_does(tmp_path: Path) -> None:
     _, theirs = exported(HYBRID, tmp_path / "out", dtype=torch.bfloat16)

@@ -70,6 +70,22 @@ class OpenlingCache(Cache):
         self.reorder(beam_idx)
 
 
+def _packed_bounds(position_ids_BT: Tensor, seen: int) -> Tensor | None:
+    """Where documents begin in all rows behind one another, and the end; None where each row goes on behind `seen` tokens."""
+    columns_T = torch.arange(seen, seen + position_ids_BT.shape[1], device=position_ids_BT.device)
+    if (position_ids_BT == columns_T).all():
+        return None
+    begins_BT = position_ids_BT == 0
+    rises_BT = position_ids_BT[:, 1:] == position_ids_BT[:, :-1] + 1
+    if seen or not begins_BT[:, 0].all() or not (rises_BT | begins_BT[:, 1:]).all():
+        raise ValueError(
+            f"position_ids: each row rises by one from {seen}, the tokens that are cached"
+            + ("" if seen else ", and may begin again at 0 where another document does")
+        )
+    (starts_D,) = begins_BT.flatten().nonzero(as_tuple=True)
+    return torch.cat([starts_D, starts_D.new_tensor([begins_BT.numel()])]).int()
+
+
 class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801 (the architecture's published name)
     """Backbone and LM head under transformers' interface; MTP layers are loaded but not run."""
 
@@ -96,20 +112,38 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """FP32 logits [B, T, V] and, with labels [B, T] (-100 is ignored), the next-token loss.
 
-        attention_mask [B, S] covers cached and new tokens; 0 marks padding. logits_to_keep: only the last so many positions.
+        attention_mask [B, S] covers cached and new tokens; 0 marks padding, and then says all of positions. position_ids [B, T]
+        that begin again at 0 mark packed documents, which do not see one another (nothing is cached then); what else does not
+        rise by one is refused. logits_to_keep: only the last so many positions, or those of these indices.
         """
+        if output_attentions:
+            raise ValueError("output_attentions: Lightning layers have no attention matrices, and none are returned")
         cache = self._cache(past_key_values, use_cache)
+        padded = attention_mask is not None and not bool(attention_mask.all())
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask: [batch, tokens] with 0 for padding, got {attention_mask.dim()} dimensions")
             new = attention_mask[:, -input_ids.shape[1] :]
             attention_mask = None if new.all() else new
+        bounds = None
+        if position_ids is not None and not padded:
+            bounds = _packed_bounds(position_ids.expand(input_ids.shape), cache.get_seq_length() if cache is not None else 0)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        h_BTM = self.model(input_ids, cache=cache, attention_mask=attention_mask, hidden_states=hidden)
-        logits = self.lm_head(h_BTM[:, -logits_to_keep:] if logits_to_keep else h_BTM)
+        if bounds is None:
+            h_BTM = self.model(input_ids, cache=cache, attention_mask=attention_mask, hidden_states=hidden)
+        else:
+            cache, shape = None, (*input_ids.shape, -1)
+            h_BTM = self.model(input_ids.reshape(1, -1), cu_seqlens=bounds, hidden_states=hidden).view(shape)
+            hidden = None if hidden is None else [h.view(shape) for h in hidden]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h_BTM[:, kept])
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = None
         if labels is not None:
