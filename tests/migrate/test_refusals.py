@@ -266,6 +266,7 @@ def large_tokenizer(folder: Path) -> None:
         (edit_config(intermediate_size=100), "contradicts the weights"),
         (edit_config(num_hidden_layers=6), "contradicts the weights"),
         (edit_config(num_key_value_heads=3), "contradicts itself"),
+        (edit_config(partial_rotary_factor=0.5), "rotates whole heads"),
     ],
 )
 def test_bad_models(damage: Callable[[Path], object], said: str, place: Place, tmp_path: Path) -> None:

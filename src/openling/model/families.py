@@ -24,7 +24,11 @@ class Family:
     read: Callable[[dict[str, Any]], ModelConfig]
 
 
-def _common(hf: dict[str, Any]) -> dict[str, Any]:
+def _common(hf: dict[str, Any], *, partial_rotary: bool = False) -> dict[str, Any]:
+    rope = read_rope(hf)
+    if not partial_rotary and (factor := rope["partial_rotary_factor"]) != 1:
+        what = "transformers rotates whole heads in this architecture, whatever this key says"
+        raise UserError(what, where="partial_rotary_factor", value=factor, expected="1, or no such key")
     layers, hidden, heads = (need(hf, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
     window = hf.get("sliding_window")
     if window and hf.get("use_sliding_window", True) and window < (hf.get("max_position_embeddings") or 0):
@@ -51,7 +55,7 @@ def _common(hf: dict[str, Any]) -> dict[str, Any]:
         max_position_embeddings=hf.get("max_position_embeddings") or 4096,
         mtp_layer_kind="gqa",
         **read_tokens(hf),
-        **read_rope(hf),
+        **rope,
     )
 
 
@@ -105,7 +109,7 @@ def _ling2(hf: dict[str, Any]) -> ModelConfig:
     layers = need(hf, "num_hidden_layers")
     qk_norm = bool(hf.get("use_qk_norm", True))
     return ModelConfig(
-        **_common(hf),
+        **_common(hf, partial_rotary=True),
         use_qkv_bias=bool(hf.get("use_qkv_bias", False)),
         use_bias=bool(hf.get("use_bias", False)),
         use_qk_norm=qk_norm,
