@@ -18,6 +18,7 @@ import openling
 from openling.model.cache import Cache
 from openling.model.config import ModelConfig, read_ling
 from openling.weights.export import save
+from openling.weights.folder import load_tokenizer
 from openling.weights.remote import remote_code
 
 IDS = torch.randint(1, 95, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -249,3 +250,22 @@ def test_the_folder_is_complete(tmp_path: Path) -> None:
     for name, tensor in loaded.model.state_dict().items():
         kept = torch.float32 if name.endswith("expert_bias") else torch.bfloat16
         assert torch.equal(again.model.state_dict()[name], tensor.to(kept)), name
+
+
+@pytest.mark.parametrize("named", ["TokenizersBackend", "Qwen2Tokenizer", "PreTrainedTokenizerFast"])
+@pytest.mark.parametrize("model_type", ["qwen2", "mistral", "llama"])
+def test_text_is_split_as_the_source_splits_it(model_type: str, named: str, tmp_path: Path) -> None:
+    """transformers chooses a tokenizer's class by the model's type, too, and qwen2's splits blanks in a way of its own."""
+    source = tmp_path / "source"
+    inner = Tokenizer(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    inner.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    PreTrainedTokenizerFast(tokenizer_object=inner).save_pretrained(source)
+    for name, changes in (("tokenizer_config.json", {"tokenizer_class": named}), ("config.json", {"model_type": model_type})):
+        path = source / name
+        path.write_text(json.dumps((json.loads(path.read_text()) if path.exists() else {}) | changes))
+    save(tiny(HYBRID), tmp_path / "out", companions=source)
+    theirs, ours = (load_tokenizer(folder) for folder in (source, tmp_path / "out"))
+    text = "\n\n  Hello 12  x"
+    assert ours(text).input_ids == theirs(text).input_ids
+    before, after = (json.loads((folder / "tokenizer_config.json").read_text()) for folder in (source, tmp_path / "out"))
+    assert after == before or after == before | {"tokenizer_class": type(theirs).__name__}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import re
+import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,11 +18,12 @@ import torch
 from torch import Tensor
 
 from openling import __version__
-from openling.model.config import LING_ARCHITECTURE, ModelConfig, write_ling
+from openling.errors import UserError
+from openling.model.config import LING_ARCHITECTURE, LING_MODEL_TYPE, ModelConfig, write_ling
 from openling.model.families import family_of
 from openling.model.ling import Ling
 from openling.weights.cluster import ENGINES, chat_template, describe, launch_script
-from openling.weights.folder import EMBEDDINGS, LM_HEAD, TOKENIZER_FILES
+from openling.weights.folder import EMBEDDINGS, LM_HEAD, TOKENIZER_CONFIG, TOKENIZER_FILES, load_tokenizer
 from openling.weights.io import SHARD_BYTES, CheckpointReader, FolderWriter, checked_folder, read_hf_config, read_json
 from openling.weights.names import Binding, bind
 from openling.weights.remote import AUTO_MAP, REMOTE_FILE, remote_code
@@ -149,15 +151,48 @@ def add_companions(writer: FileSink, source: Path | None, config: ModelConfig) -
     """Tokenizer, chat template, generation config, licence."""
     if source is not None:
         licences = [p.name for pattern in _LICENSES for p in source.glob(pattern) if p.is_file()]
-        for name in (*TOKENIZER_FILES, *licences):
-            if (source / name).is_file():
-                writer.add_file(name, (source / name).read_bytes())
+        found = {n: (source / n).read_bytes() for n in (*TOKENIZER_FILES, *licences) if (source / n).is_file()}
+        if (settings := _tokenizer_config_with_class(source)) is not None:
+            found[TOKENIZER_CONFIG] = json_text(settings).encode()
+        for name, data in found.items():
+            writer.add_file(name, data)
     if source is not None and (source / "generation_config.json").is_file():
         generation = read_json(source / "generation_config.json")
     else:
         ids = {key: getattr(config, key) for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
         generation = {key: value for key, value in ids.items() if value is not None}
     writer.add_file("generation_config.json", json_text(generation))
+
+
+def _tokenizer_config_with_class(source: Path) -> dict[str, Any] | None:
+    """tokenizer_config.json with the class that transformers takes for the source, where a hybrid's folder would get another.
+
+    For some model types (qwen2) transformers sets aside the class that the folder names, and splits text otherwise.
+    """
+    path = source / TOKENIZER_CONFIG
+    if not (path.is_file() and (source / "config.json").is_file()):
+        return None
+    settings, config = read_json(path), read_json(source / "config.json")
+    if config.get("model_type") == LING_MODEL_TYPE:
+        return None
+    loaded = _tokenizer_class(source)
+    if loaded in (None, settings.get("tokenizer_class")):
+        return None
+    with tempfile.TemporaryDirectory() as bare:
+        for name in TOKENIZER_FILES:
+            if (source / name).is_file():
+                (Path(bare) / name).symlink_to((source / name).resolve())
+        (Path(bare) / "config.json").write_text(json.dumps({"model_type": LING_MODEL_TYPE}))
+        alike = _tokenizer_class(Path(bare)) == loaded
+    return None if alike else settings | {"tokenizer_class": loaded}
+
+
+def _tokenizer_class(folder: Path) -> str | None:
+    """Of what transformers loads from there; a tokenizer that it cannot read is copied as it is."""
+    try:
+        return type(load_tokenizer(folder)).__name__
+    except UserError:
+        return None
 
 
 def add_launch_scripts(

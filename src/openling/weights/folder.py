@@ -23,9 +23,10 @@ from openling.weights.fp8 import opened_values
 from openling.weights.io import CheckpointReader, TensorFiles, checked_folder, read_hf_config
 from openling.weights.names import RECOMPUTED, Binding, bind
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
 TOKENIZER_FILES = (
     "tokenizer.json",
-    "tokenizer_config.json",
+    TOKENIZER_CONFIG,
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.json",
