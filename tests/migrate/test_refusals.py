@@ -87,6 +87,16 @@ def test_bad_requests(words: list[str], said: list[str], place: Place, untouched
     refused(openling_command("migrate", place.teacher, untouched / "out", *words, *flags), *said)
 
 
+def test_a_run_that_was_killed_before_it_had_a_journal_begins(place: Place, tmp_path: Path, quick: None) -> None:
+    run = tmp_path / "out.run"
+    run.mkdir()
+    (run / ".lock").touch()
+    (run / "mine.txt").touch()
+    refused(place.migrate(tmp_path / "out", "--resume"), "something else")
+    (run / "mine.txt").unlink()
+    assert place.migrate(tmp_path / "out", "--resume").code == 0
+
+
 def test_settings_may_stand_before_the_folders(place: Place, untouched: Path) -> None:
     result = openling_command("migrate", "--conversion.damping", "0.5", place.teacher, untouched / "out", "--dry-run")
     assert (result.code, json.loads(result.out)["conversion"]["damping"]) == (0, 0.5)

@@ -258,6 +258,19 @@ def test_requests_that_contradict_the_run(source, tmp_path):
         convert_folder(job(source, out, text=False, config=settings(seed=1)), resume=True)
 
 
+@pytest.mark.parametrize("resume", [False, True])
+def test_a_run_that_was_killed_before_it_had_anything_begins(source, tmp_path, resume):
+    """What a kill leaves that comes before job.json: drafts of it, and an empty folder for shards."""
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    (run / "draft").mkdir(parents=True)
+    (run / ".job.json.draft").write_text("{")
+    (run / "mine.txt").write_text("")
+    with pytest.raises(UserError, match="something else"):
+        convert_folder(job(source, out, text=False), resume=resume)
+    (run / "mine.txt").unlink()
+    assert convert_folder(job(source, out, text=False), resume=resume)["bytes of new layers"] > 0
+
+
 def test_a_config_that_changed_since_the_run_began(source, tmp_path):
     model, out = shutil.copytree(source, tmp_path / "model"), tmp_path / "out"
     convert_folder(job(model, out, text=False), resume=False)

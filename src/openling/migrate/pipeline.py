@@ -102,12 +102,13 @@ def migrate(
             raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
     run = run_folder(out)
     journal_path, is_new = run / "journal.json", not run.exists()
-    if resume and not journal_path.exists():
+    if resume and is_new:
         raise UserError("there is nothing to resume", where=run, expected="journal.json of an earlier run", next="omit --resume")
     with sole_writer(run):
         if not resume and journal_path.exists():
             raise UserError("a migration to this folder was begun", where=run, next="add --resume, or remove that folder")
-        if not resume and any(not path.name.startswith(".") for path in run.iterdir()):
+        # One that was killed before it had a journal had nothing yet: it begins, with --resume or without.
+        if not journal_path.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
             raise UserError("the run folder holds something else", where=run, expected="a new folder", next="choose another OUT")
         try:
             migration = _Migration(model, out, config, teacher, device, command, events)

@@ -184,9 +184,12 @@ def _join(job: Job, plan: Outline, run: Path, resume: bool) -> dict[str, dict[st
     """Begin a run folder, or check that it is this job's; the identities of the source's shards."""
     path = run / "job.json"
     if not path.exists():
-        if resume:
+        if resume and not run.exists():
             raise UserError("there is nothing to resume", where=run, expected="job.json of an earlier run", next="omit --resume")
-        if run.exists() and any(run.iterdir()):
+        # One that was killed before it had job.json had nothing yet: it begins, with --resume or without.
+        if run.exists() and any(
+            not (p.name.startswith(".") or (p.name == "draft" and not any(p.iterdir()))) for p in run.iterdir()
+        ):
             raise UserError("the run folder holds something else", where=run, next="choose another OUT, or remove it")
         run.mkdir(parents=True, exist_ok=True)
         _check_space(plan, run)
