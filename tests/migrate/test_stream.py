@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from stream_jobs import job, quantised, same, settings, teacher, tensors
 from test_convert import windows
+from transformers import AutoModelForCausalLM
 
 import openling
 from openling.errors import UserError
@@ -150,6 +151,17 @@ def test_fp8_in_and_out(form, tmp_path):
     assert config["quantization_config"] == {"quant_method": "fp8", "weight_block_size": list(form.block)}
     assert {c.outcome for c in verify(source, tmp_path / "out") if "heads" not in c.name} == {"ok"}
     assert openling.load(tmp_path / "out", dtype=torch.float32).model(windows()[0][:1]).isfinite().all()
+
+
+def test_fp8_in_the_published_blocks_loads_in_transformers(tmp_path):
+    """Scales of 128 x 128 in FP32, as DeepSeek and Ling have them: on a CPU transformers makes BF16 of them, as we do."""
+    plain = teacher(tmp_path / "plain")
+    source = quantised(plain, tmp_path / "source", Form("block", "_scale_inv", torch.float32, False, (128, 128)))
+    convert_folder(job(source, tmp_path / "out"), resume=False)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    ours, ids = openling.load(tmp_path / "out", dtype=torch.bfloat16).model, windows()[0][:1]
+    with torch.no_grad():
+        assert torch.equal(theirs(ids).logits, ours(ids))
 
 
 @pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)

@@ -27,10 +27,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument("--copy", action="store_true", help="a folder of its own, clean of replaced tensors (default)")
     how.add_argument("--link", action="store_true", help="share untouched shards with SOURCE; only new attention is written")
     parser.add_argument("--stage", metavar="STAGE", help="lightning or mla; default: both, or what is left")
-    parser.add_argument("--weights-only", action="store_true", help="fit without text: reads the attention tensors alone")
+    parser.add_argument(
+        "--weights-only",
+        action="store_true",
+        help="fit without text: reads the attention tensors alone, so that NaNs elsewhere stay unseen",
+    )
     parser.add_argument("--preset", default="best", metavar="best|paper", help="ours (default), or the report's procedure")
     parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
-    parser.add_argument("--layout", metavar="ling|selected|none|I,J,..", help="layers that become MLA (default: as Ling-2.6)")
+    parser.add_argument(
+        "--layout", metavar="ling|selected|none|I,J,..",
+        help="layers that become MLA (default: as Ling-2.6; selected goes by --conversion.layer_score local, layer by layer)",
+    )  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names, paths, built corpora")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run, or take part in it")
