@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -10,10 +12,16 @@ from typing import TYPE_CHECKING, Any
 from openling.errors import UserError
 
 if TYPE_CHECKING:
+    from openling.model.config import ModelConfig
     from openling.model.ling import Ling
 
 # What --best measures on, in windows of at most this length.
 EVALUATION_TOKENS, EVALUATION_LENGTH = 65536, 1024
+# In which a stage's configuration may differ from that of --base: its own positions, special tokens, how the head is stored.
+FREE_OF_BASE = {
+    *("rope_theta", "rope_scaling", "max_position_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings"),
+}
 
 EXAMPLES = """examples:
   openling merge runs/mine/stages/cpt OUT --last 8 --weights 1-sqrt   # unrounded weights of a training run
@@ -65,16 +73,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _merge_run(args: argparse.Namespace) -> Path:
-    import json
-
     import torch
 
-    from openling.model.families import read_config
-    from openling.model.ling import Ling
     from openling.train.checkpoint import load_start
     from openling.train.wsm import chosen_checkpoints, merge_into
     from openling.weights.export import save
-    from openling.weights.folder import load, load_tokenizer
+    from openling.weights.folder import load_tokenizer
 
     run: Path = args.sources[0]
     if (args.best is None) != (args.eval_text is None) or (args.best is not None and args.best < 1):
@@ -87,21 +91,8 @@ def _merge_run(args: argparse.Namespace) -> Path:
     except ValueError as error:
         raise UserError("steps are whole numbers", where="--steps", value=args.steps, expected="100,200,300") from error
     sources = chosen_checkpoints(run, last=args.last, steps=steps)
-    if args.base is not None:
-        model = load(args.base, dtype=torch.float32).model
-    else:
-        if not (run / "config.json").exists():
-            raise UserError("the run does not say of which model it is", where=run, next="--base FOLDER")
-        trained = set(json.loads((run / "train.json").read_text())["parameters"])
-        with torch.device("meta"):
-            model = Ling(read_config(json.loads((run / "config.json").read_text()), where=run / "config.json"))
-        if missing := sorted({name for name, _ in model.named_parameters()} - trained):
-            raise UserError(
-                "the run did not train every tensor", where=run, value=missing[0], next="--base FOLDER for the others"
-            )
-        model = model.to_empty(device="cpu")
-        if model.config.tie_word_embeddings:
-            model.lm_head.weight = model.model.word_embeddings.weight
+    model = _unmerged(run, args.base)
+    if args.base is None:
         load_start(list(sources.values())[-1], model)
     companions = run.parents[1] / "tokenizer"
     told: dict[str, Any] = {}
@@ -117,6 +108,57 @@ def _merge_run(args: argparse.Namespace) -> Path:
         provenance=about | {"steps": max(sources), "command": args.command},
         companions=companions if companions.is_dir() else None,
     )
+
+
+def _unmerged(run: Path, base: Path | None) -> Ling:
+    """The stage's model, with weights of `base` for what the stage did not train; without one it must have trained everything."""
+    import torch
+
+    from openling.model.families import read_config
+    from openling.model.ling import Ling
+    from openling.weights.folder import load
+
+    path = run / "config.json"
+    if not path.exists():
+        if base is None:
+            raise UserError("the run does not say of which model it is", where=run, next="--base FOLDER")
+        return load(base, dtype=torch.float32).model
+    config = read_config(json.loads(path.read_text()), where=path)
+    loaded = None if base is None else load(base, dtype=torch.float32)
+    if loaded is not None:
+        _check_base(config, loaded.config, run, loaded.folder)
+        config = config.replace(tie_word_embeddings=config.tie_word_embeddings or loaded.config.tie_word_embeddings)
+    with torch.device("meta"):
+        model = Ling(config)
+    if loaded is not None:
+        model.load_state_dict(loaded.model.state_dict(), assign=True)
+    else:
+        trained = set(json.loads((run / "train.json").read_text())["parameters"])
+        if missing := sorted({name for name, _ in model.named_parameters()} - trained):
+            raise UserError(
+                "the run did not train every tensor", where=run, value=missing[0], next="--base FOLDER for the others"
+            )
+        model = model.to_empty(device="cpu")
+    if config.tie_word_embeddings:
+        model.lm_head.weight = model.model.word_embeddings.weight
+    return model
+
+
+def _check_base(stage: ModelConfig, base: ModelConfig, run: Path, folder: Path) -> None:
+    """A `UserError` where the base is of another shape. The stage may have changed positions: its own hold."""
+    import torch
+
+    from openling.model.families import read_config
+    from openling.weights.export import ling_config
+
+    there = read_config(ling_config(base, torch.float32))  # as the stage's own was written
+    for field in dataclasses.fields(stage):
+        mine, theirs = getattr(stage, field.name), getattr(there, field.name)
+        if mine != theirs and field.name not in FREE_OF_BASE:
+            raise UserError(
+                "the base is of another model than the run", where=f"--base {folder}, {field.name}", value=theirs, expected=mine,
+                next=f"the folder that {run} began with",
+            )  # fmt: skip
 
 
 def _best(
