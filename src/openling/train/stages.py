@@ -324,7 +324,8 @@ class Pipeline:
 
         def begin() -> bool:
             folder.mkdir(parents=True, exist_ok=True)
-            write_json(folder / "config.json", ling_config(config, torch.float32))
+            tied = {"tie_word_embeddings": config.tie_word_embeddings}  # of what trains; folders hold the head itself
+            write_json(folder / "config.json", ling_config(config, torch.float32) | tied)
             return (folder / "train.json").exists()
 
         resume, name = ranks.told(begin), f"{self.recipe.name}-{stage.name}"
