@@ -224,7 +224,6 @@ def test_what_has_begun_stays_as_it_was(tmp_path):
         ("stages.long.batch_size", "2", "begun with another setting"),
         ("stages.long.mixture.length", "32", "begun with another"),
         ("stages.short.steps", "8", "next stage has begun"),
-        ("stages.short.max_seconds", "8", "next stage has begun"),
         ("stages.long.steps", "4", "trained for longer"),
         ("stages.long.merge.last", "2", "merged already[\\s\\S]*openling merge"),
         ("stages.short.name", "first", "order of the stages"),
@@ -242,6 +241,46 @@ def test_what_has_begun_stays_as_it_was(tmp_path):
     go(tmp_path, run, resume=True, changes=changes)
     told = json.loads((run / "models" / "long" / "openling.json").read_text())
     assert told["steps"] == 8 and [m["step"] for m in told["merged"]] == [6, 8]
+
+
+def test_a_stage_that_the_clock_ended_goes_on_with_another_clock(tmp_path):
+    run, said = tmp_path / "run", []
+    plain = [("stages.long.merge", "null")]
+
+    def steps(stage):
+        return json.loads((run / "models" / stage / "openling.json").read_text())["steps"]
+
+    def resume(name, seconds):
+        changed = read_recipe(tmp_path / "small.toml", [*plain, ("stages.short.max_seconds", "1e9"), (name, seconds)])
+        Pipeline(changed, run, device=torch.device("cpu"), say=said.append, progress=False).go(resume=True)
+
+    go(tmp_path, run, changes=[*plain, ("stages.long.max_seconds", "1e-9")])
+    assert (steps("short"), steps("long")) == (6, 1)
+    resume("stages.long.max_seconds", "1e-9")  # the clock of a stage that came to its end may change
+    assert steps("long") == 1 and "stage long was ended by its clock (max_seconds = 1e-09): 1 of 6 steps" in said
+    resume("stages.long.max_seconds", "1e-8")  # spent already
+    assert steps("long") == 1
+    resume("stages.long.max_seconds", "100")
+    assert steps("long") == 6 and [row["step"] for row in rows(run, "long")] == [1, 2, 3, 4, 5, 6]
+    longer = [("stages.long.max_seconds", "100"), ("stages.long.steps", "8")]  # no clock has ended it
+    go(tmp_path, run, resume=True, changes=[*plain, *longer])
+    assert steps("long") == 8
+
+
+@pytest.mark.parametrize("seconds", ["100", "null"])
+def test_the_clock_of_a_stage_stays_once_the_next_has_begun(tmp_path, seconds):
+    run, cut = tmp_path / "run", [("stages.short.max_seconds", "1e-9")]
+    go(tmp_path, run, changes=cut)
+    before = files_of(run)
+    with pytest.raises(UserError, match="next stage has begun[\\s\\S]*stages.short.max_seconds[\\s\\S]*remove the later stages"):
+        go(tmp_path, run, resume=True, changes=[("stages.short.max_seconds", seconds)])
+    assert files_of(run) == before
+    go(tmp_path, run, resume=True, changes=cut)
+    for part in ("stages", "models"):
+        shutil.rmtree(run / part / "long")
+    go(tmp_path, run, resume=True, changes=[("stages.short.max_seconds", seconds)])
+    assert [row["step"] for row in rows(run, "short")] == [1, 2, 3, 4, 5, 6]
+    assert (run / "models" / "long").exists()
 
 
 def test_the_command_that_goes_on_can_be_pasted(tmp_path, monkeypatch, capsys):

@@ -305,12 +305,14 @@ def _read(stage: dict[str, Any]) -> dict[str, Any]:
 def _check_length(stage: StageConfig, old: dict[str, Any], trained: int, *, followed: bool) -> None:
     place = f"stages.{stage.name}"
     if followed:
-        for name in ("steps", "tokens", "max_seconds"):
+        # The clock of a stage that came to its end has changed nothing.
+        for name in ("steps", "tokens", *(("max_seconds",) if trained < stage.total_steps else ())):
             value, before = getattr(stage, name), old.get(name)
-            if value != before and not (name == "max_seconds" and None not in (value, before)):
+            if value != before:
+                again = "the same as before, or remove the later stages from stages/ and models/ of the run: they begin anew"
                 raise UserError(
                     "the next stage has begun where this one ended", where=f"{place}.{name}", value=value, expected=before,
-                    next="add a stage behind the others, or train into a new folder",
+                    next=again if name == "max_seconds" else "add a stage behind the others, or train into a new folder",
                 )  # fmt: skip
     elif trained > stage.total_steps:
         raise UserError(

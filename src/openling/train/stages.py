@@ -242,12 +242,22 @@ class Pipeline:
         return self.recipe.model.teacher if stage.follows else None
 
     def _is_done(self, stage: StageConfig) -> bool:
-        """Whether the stage's checkpoint folder stands for all of its steps: a longer stage goes on."""
+        """Whether the stage's checkpoint folder stands for all that is asked of it: a longer stage goes on, and so does one that
+        the clock ended and that has another clock now. Nothing does on which the next stage has begun.
+        """
         out = self.run / "models" / stage.name
         if not out.exists():
             return False
         trained = read_record(out / "openling.json", f"remove {out}: it is written again from the stage's checkpoints")
-        return "steps" in trained and (trained["steps"] == stage.total_steps or stage.max_seconds is not None)
+        if "steps" not in trained or trained["steps"] == stage.total_steps:
+            return "steps" in trained
+        names = [s.name for s in self.recipe.stages]
+        followed = bool(begun_stages(self.run) & set(names[names.index(stage.name) + 1 :]))
+        if stage.max_seconds is None or not (followed or trained.get("max_seconds") == stage.max_seconds):
+            return False
+        done = f"{trained['steps']:,} of {stage.total_steps:,} steps"
+        self.say(f"stage {stage.name} was ended by its clock (max_seconds = {stage.max_seconds:g}): {done}")
+        return True
 
     def _is_damaged(self, stage: StageConfig) -> bool:
         """Whether files of a finished stage's folder were cut short or are gone, as headers and index tell; a `UserError` where
@@ -352,6 +362,8 @@ class Pipeline:
         lines = (folder / "metrics.jsonl").read_text(errors="replace").splitlines()
         about = {"recipe": self.recipe.name, "stage": stage.name, "steps": state["step"], "tokens": state["tokens"]}
         about |= {"loss": json.loads(lines[-1])["loss"] if lines else None, "command": self.command or None}
+        if state["step"] < stage.total_steps:
+            about["max_seconds"] = stage.max_seconds  # what has ended it
         if (teacher := self._teacher(stage)) is not None:
             about["teacher"] = teacher
         companions = self.run / "tokenizer"
