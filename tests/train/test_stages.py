@@ -176,6 +176,14 @@ def test_what_a_later_stage_cannot_do_is_told_before_the_first_step(tmp_path, na
     assert not list(tmp_path.glob("run/stages/*"))
 
 
+def test_a_last_step_that_is_kept_twice_over_is_one_checkpoint(tmp_path):
+    changes = [("stages.long.keep_last", "1"), ("stages.long.keep_every", "2"), ("stages.long.merge.last", "4")]
+    with pytest.raises(UserError, match="fewer checkpoints[\\s\\S]*at most 3"):
+        go(tmp_path, tmp_path / "run", changes=changes)
+    changes[-1] = ("stages.long.merge.last", "3")
+    assert len(go(tmp_path, tmp_path / "run", changes=changes).models) == 2
+
+
 @pytest.mark.parametrize("damage", ["one byte", "cut"])
 def test_a_damaged_shard_of_a_later_stage_is_told_before_the_first_step(tmp_path, damage):
     recipe(tmp_path)

@@ -1,5 +1,6 @@
 """The parts of a recipe: balancing, Muon, schedules, ramps, steps that are left out, checkpoints that are kept."""
 
+import itertools
 import json
 
 import pytest
@@ -8,6 +9,7 @@ from packed_training import MIXED, Ramped, documents, hybrid, run
 
 from openling.config.train import BatchRamp, TrainConfig
 from openling.errors import Failure, UserError
+from openling.parallel.apply import Parallel
 from openling.train import checkpoint, muon
 from openling.train.balance import imbalance, shifted_bias
 from openling.train.checkpoint import checkpoints
@@ -15,6 +17,8 @@ from openling.train.guard import Guard
 from openling.train.metrics import MetricsLog
 from openling.train.muon import Muon, orthogonalised
 from openling.train.optim import in_muon
+from openling.train.ranks import Ranks
+from openling.train.rules import most_kept
 from openling.train.schedule import learning_rate
 from openling.train.wsm import chosen_checkpoints
 
@@ -197,6 +201,22 @@ def test_checkpoints_are_pruned_and_a_damaged_one_is_passed_over(tmp_path):
     for p, q in zip(straight.parameters(), again.parameters(), strict=True):
         assert torch.equal(p, q)
     assert [json.loads(line)["step"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == list(range(1, 12))
+
+
+@pytest.mark.parametrize("clock", [None, 60.0])
+@pytest.mark.parametrize("every", [None, 1, 2, 3])
+def test_as_many_checkpoints_are_counted_as_pruning_leaves(tmp_path, clock, every):
+    for steps, total, last in itertools.product((1, 2, 3, None), range(1, 14), (1, 2, 3, 5, 20)):
+        kept_apart = None if every is None or steps is None else every * steps
+        settings = {"checkpoint_steps": steps, "checkpoint_seconds": clock, "keep_last": last, "keep_every": kept_apart}
+        folder = tmp_path / f"{steps} {total} {last}"
+        saver = checkpoint.Saver(folder, Ranks(Parallel(torch.nn.Linear(1, 1), None, {})), keep_last=last, keep_every=kept_apart)
+        for step in range(1, total + 1):
+            if step == total or clock is not None or (steps and step % steps == 0):
+                (folder / "checkpoints" / f"step_{step}").mkdir(parents=True)
+                (folder / "checkpoints" / f"step_{step}" / "manifest.json").touch()
+                saver._prune(step)
+        assert len(checkpoints(folder)) == most_kept(MIXED(steps=total, **settings)), settings
 
 
 def test_what_has_no_manifest_is_no_checkpoint(tmp_path):

@@ -165,13 +165,27 @@ def _check_merge(stage: StageConfig, place: str) -> None:
     merge = stage.merge
     assert merge is not None
     coefficients(merge.weights, merge.last, where=f"{place}merge.weights")
-    most = stage.keep_last + (stage.total_steps // stage.keep_every if stage.keep_every else 0)
+    most = most_kept(stage)
     if most < merge.last:
         raise UserError(
             "the stage keeps fewer checkpoints than are to be merged", where=f"{place}merge.last", value=merge.last,
             expected=f"at most {most}, by keep_last = {stage.keep_last} and keep_every = {stage.keep_every}",
             next=f"keep_last = {merge.last}, or a keep_every of which {merge.last} multiples are in the stage's steps",
         )  # fmt: skip
+
+
+def most_kept(config: TrainConfig) -> int:
+    """How many checkpoints a finished run can have left, as `Saver` prunes them: exactly so many where no clock saves, too.
+
+    The last `keep_last`, with the run's last step, and multiples of `keep_every` before them.
+    """
+    total = config.total_steps
+    apart = 1 if config.checkpoint_seconds is not None else config.checkpoint_steps or total  # the clock may save at any step
+    saved = -(-total // apart)
+    if saved <= config.keep_last:
+        return saved
+    first = total if config.keep_last == 1 else apart * (saved - config.keep_last + 1)  # of the last few
+    return config.keep_last + ((first - 1) // config.keep_every if config.keep_every else 0)
 
 
 def read_record(path: Path, fix: str) -> dict[str, Any]:
