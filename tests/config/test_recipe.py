@@ -86,6 +86,11 @@ def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
             ["trackers", "each tracker once", "nearest:  ['wandb', 'trackio']"],
         ),
         ("steps = 5", "steps = 5\nramp = { start = 8, tokens = 64 }", ["stages.one", "nearest:  ramp.start = 4"]),
+        (
+            "steps = 5",
+            "steps = 5\nramp = { start = 1, tokens = 64, stairs = 100000000 }",
+            ["stages.one.ramp.stairs", "less than or equal to 1000", "nearest:  1000"],
+        ),
         ("steps = 5", "steps = 5\nkeep_every = 5\ncheckpoint_steps = 3", ["multiple", "nearest:  keep_every = 6"]),
         ("batch_size = 4", "batch_size = 12\naccumulation = 5", ["does not divide", "nearest:  accumulation = 4"]),
         ("batch_size = 4", "batch_size = 99999999999999\naccumulation = 7", ["does not divide", "nearest:  accumulation = 3"]),

@@ -104,9 +104,10 @@ def test_batch_ramp_is_whole_parts_and_counts_tokens():
     steps = [stop - start for start, stop in zip((0, *(s for s, _ in c.stairs)), (s for s, _ in c.stairs), strict=False)]
     for (_, rows), count in zip(c.stairs, steps, strict=True):
         assert 10_000 <= rows * 64 * count < 10_000 + rows * 64
-    total = sum(c.rows(s) * 64 for s in range(c.total_steps))
-    assert 100_000 <= total < 100_000 + 32 * 64
-    assert c.rows(c.stairs[-1][0]) == 32
+    rows = [next((rows for stop, rows in c.stairs if step < stop), 32) for step in range(c.total_steps)]
+    total = sum(rows) * 64
+    assert 100_000 <= total < 100_000 + 32 * 64 and c.total_tokens == total
+    assert rows[c.stairs[-1][0]] == 32
     one = TrainConfig(tokens=600, batch_size=32, accumulation=8, sequence_length=64, ramp=ramp)
     assert one.total_steps == 2
 

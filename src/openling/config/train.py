@@ -17,7 +17,7 @@ class BatchRamp(Section):
 
     start: int = Field(gt=0, description="windows of the first batches")
     tokens: int = Field(gt=0, description="tokens after which batches have their full size")
-    stairs: int = Field(8, gt=0)
+    stairs: int = Field(8, gt=0, le=1000, description="batch sizes on the way; every one is counted before the first step")
 
 
 class TrainConfig(Section):
@@ -116,10 +116,6 @@ class TrainConfig(Section):
             found.append((stop, rows))
         return tuple(found)
 
-    def rows(self, step: int) -> int:
-        """Windows of the batch of step 0, 1, ..."""
-        return next((rows for stop, rows in self.stairs if step < stop), self.batch_size)
-
     @property
     def total_steps(self) -> int:
         """Optimiser steps of the whole run; tokens are rounded up to a whole step."""
@@ -133,6 +129,15 @@ class TrainConfig(Section):
             left -= (stop - done) * size
             done = stop
         return done + -(-left // (self.batch_size * self.sequence_length))
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of the whole run, its smaller first batches counted."""
+        found, start, total = 0, 0, self.total_steps
+        for stop, rows in self.stairs:
+            found += max(0, min(stop, total) - start) * rows
+            start = min(stop, total)
+        return (found + (total - start) * self.batch_size) * self.sequence_length
 
     def differences(self, old: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
         """Fields in which a run that resumes may not differ from `old`, with both values.

@@ -32,7 +32,7 @@ def estimate(recipe: RecipeConfig, out: Path) -> str:
     flops = 0.0
     for stage in recipe.stages:
         config = stage_config(config, stage)
-        tokens, cost = tokens_of(stage), flops_of(config, stage)
+        tokens, cost = stage.total_tokens, flops_of(config, stage)
         flops += cost
         step = stage.batch_size * stage.sequence_length
         lines.append(
@@ -66,20 +66,10 @@ def meshes(recipe: RecipeConfig) -> list[str]:
     return lines
 
 
-def tokens_of(stage: StageConfig) -> int:
-    """Tokens of a stage, its smaller first batches counted."""
-    found, start = 0, 0
-    for stop, rows in stage.stairs:
-        stop = min(stop, stage.total_steps)
-        found += max(0, stop - start) * rows
-        start = stop
-    return (found + max(0, stage.total_steps - start) * stage.batch_size) * stage.sequence_length
-
-
 def flops_of(config: ModelConfig, stage: StageConfig) -> float:
     """FLOPs of a stage whose documents fill their rows: the most it can be."""
     steps = (stage.mtp_steps or config.num_nextn_predict_layers) if stage.mtp else 0
-    return training_flops(config, tokens_of(stage), stage.sequence_length / 2, steps)
+    return training_flops(config, stage.total_tokens, stage.sequence_length / 2, steps)
 
 
 def absent(recipe: RecipeConfig) -> list[str]:

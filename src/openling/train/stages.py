@@ -309,10 +309,8 @@ class Pipeline:
     def _train(
         self, config: ModelConfig, stage: StageConfig, batches: MixtureBatches, folder: Path, before: list[Path]
     ) -> TrainResult:
-        total = stage.total_steps
-        tokens = sum(stage.rows(s) for s in range(total)) if stage.ramp and total < 10**6 else total * stage.batch_size
         self.say(
-            f"stage {stage.name}: {total:,} steps, {tokens * stage.sequence_length:,} tokens, rows of {stage.sequence_length}"
+            f"stage {stage.name}: {stage.total_steps:,} steps, {stage.total_tokens:,} tokens, rows of {stage.sequence_length}"
         )
         run = told(lambda: settled(stage.run(), self.device, folder), self.group)
         dtype = torch.bfloat16 if run.precision == "bf16" else None
