@@ -61,3 +61,13 @@ def test_a_head_that_is_the_embedding_is_merged_as_it_trained(tmp_path):
         out = tmp_path / f"out{len(words)}"
         assert merge(run / "stages" / "long", out, "--steps", "6", *words) == 0
         assert_same_model(out, run / "models" / "long")
+
+
+@pytest.mark.parametrize(("steps", "nearest"), [("6,4", "4,6"), ("4,4", "4"), ("6,2,4,2", "2,4,6")])
+def test_steps_that_do_not_rise_are_refused(tmp_path, capsys, steps, nearest):
+    """Sorted in silence, they would be given one another's weights."""
+    stage = tmp_path / "stages" / "any"
+    (stage / "checkpoints").mkdir(parents=True)
+    assert merge(stage, tmp_path / "no", "--steps", steps, "--weights", "0.9,0.1") == 2
+    told = capsys.readouterr().err
+    assert "steps rise" in told and f"nearest:  {nearest}\n" in told

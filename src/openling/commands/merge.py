@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--last", type=int, metavar="N", help="of a run: the last N checkpoints (default: all that it kept)")
     parser.add_argument("--best", type=int, metavar="N", help="of a run: of those, the N with the lowest loss on --eval-text")
     parser.add_argument("--eval-text", metavar="TEXT", help="what --best measures on: a path, a built-in text, a corpus")
-    parser.add_argument("--steps", metavar="N,N,...", help="of a run: the checkpoints of these steps")
+    parser.add_argument("--steps", metavar="N,N,...", help="of a run: the checkpoints of these steps, oldest first")
     parser.add_argument("--base", type=Path, metavar="FOLDER", help="of a run: where tensors that it did not train come from")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="of a run's merged weights")
 
@@ -90,6 +90,11 @@ def _merge_run(args: argparse.Namespace) -> Path:
         steps = [int(word) for word in args.steps.split(",")] if args.steps is not None else []
     except ValueError as error:
         raise UserError("steps are whole numbers", where="--steps", value=args.steps, expected="100,200,300") from error
+    if steps != (rising := sorted(set(steps))):
+        raise UserError(
+            "steps rise, as --weights go by checkpoints from the oldest on", where="--steps", value=args.steps,
+            expected="each step once, oldest first", nearest=",".join(map(str, rising)),
+        )  # fmt: skip
     sources = chosen_checkpoints(run, last=args.last, steps=steps)
     model = _unmerged(run, args.base)
     if args.base is None:
