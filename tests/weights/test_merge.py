@@ -55,9 +55,26 @@ def test_merging_is_the_decay_it_stands_for(w):
     assert merged == pytest.approx(2.0 - sum(a * g for a, g in zip(w, steps, strict=True)), abs=1e-12)
 
 
-@pytest.mark.parametrize("wrong", ["meen", "ema:2", "ema:x", "0.5,0.5", "0,0,0", "nan,1,1"])
+@pytest.mark.parametrize("wrong", ["meen", "ema:2", "ema:x", "1,,1"])
 def test_unknown_weightings_are_told(wrong):
     with pytest.raises(UserError, match="no such weighting"):
+        coefficients(wrong, 3)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "told"),
+    [
+        ("0.5,0.5", "not as many weights as checkpoints[\\s\\S]*value: +2: 0.5,0.5\n +expected: 3 numbers"),
+        ("1", "not as many weights"),
+        ("0,0,0", "no weights of a mean"),
+        ("nan,1,1", "no weights of a mean"),
+        ("inf,1,1", "no weights of a mean"),
+        ("1e308,1e308,1", "no weights of a mean"),
+        ("-1,2,1", "none negative"),
+    ],
+)
+def test_numbers_that_are_no_weights_are_told(wrong, told):
+    with pytest.raises(UserError, match=told):
         coefficients(wrong, 3)
 
 
@@ -88,7 +105,8 @@ def test_folders_merge_to_a_folder(tmp_path, capsys):
     sources = [folder(tmp_path / str(i), i) for i in range(3)]
     out = tmp_path / "merged"
     assert main(["merge", *map(str, sources), str(out), "--weights", "1,2,1"]) == 0
-    assert capsys.readouterr().out.strip() == str(out)
+    said = capsys.readouterr()
+    assert said.out.strip() == str(out) and "1,2,1 come to 4: scaled to come to 1, 0.25,0.5,0.25" in said.err
     models = [load(s).model.state_dict() for s in sources]
     merged = load(out).model.state_dict()
     for name, tensor in merged.items():
@@ -97,6 +115,8 @@ def test_folders_merge_to_a_folder(tmp_path, capsys):
     assert float(merged["model.layers.1.mlp.gate.expert_bias"][0]) == 1.0
     told = json.loads((out / "openling.json").read_text())
     assert [m["weight"] for m in told["merged"]] == [0.25, 0.5, 0.25]
+    assert main(["merge", *map(str, sources), str(tmp_path / "even"), "--weights", "0.1,0.7,0.2"]) == 0
+    assert "scaled" not in capsys.readouterr().err
     with pytest.raises(UserError, match="exists already"):
         merge_folders(sources, out)
     other = folder(tmp_path / "other", 0, routed_scaling_factor=1.0)

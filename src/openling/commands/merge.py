@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,9 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "sources", nargs="+", type=Path, metavar="SOURCE", help="a stage's folder of a run, or checkpoint folders"
     )
     parser.add_argument("out", type=Path, metavar="OUT", help="new checkpoint folder")
-    parser.add_argument(
-        "--weights", default="mean", metavar="HOW", help="mean (default), 1-sqrt, cosine, ema:ALPHA, or numbers, oldest first"
-    )
+    how = "mean (default), linear, 1-sqrt, cosine, ema:ALPHA, or numbers, oldest first"
+    parser.add_argument("--weights", default="mean", metavar="HOW", help=how)
     parser.add_argument("--last", type=int, metavar="N", help="of a run: the last N checkpoints (default: all that it kept)")
     parser.add_argument("--best", type=int, metavar="N", help="of a run: of those, the N with the lowest loss on --eval-text")
     parser.add_argument("--eval-text", metavar="TEXT", help="what --best measures on: a path, a built-in text, a corpus")
@@ -57,6 +57,7 @@ def run(args: argparse.Namespace) -> int:
         if len(args.sources) > 1:
             raise UserError("one run at a time", where="SOURCE", value=str(args.sources[1]), expected="RUN/stages/NAME OUT")
         print(_merge_run(args))
+        _tell_scaling(args.weights)
         return 0
     if stages := sorted(str(path.parent) for path in args.sources[0].glob("stages/*/checkpoints")):
         raise UserError(
@@ -69,7 +70,18 @@ def run(args: argparse.Namespace) -> int:
             expected="a folder with checkpoints/, RUN/stages/NAME",
         )  # fmt: skip
     print(merge_folders(args.sources, args.out, args.weights, provenance={"command": args.command}))
+    _tell_scaling(args.weights)
     return 0
+
+
+def _tell_scaling(weighting: str) -> None:
+    """That numbers were not taken as they stand, where they do not come to 1."""
+    from openling.weights.merge import coefficients, given_numbers
+
+    numbers = given_numbers(weighting)
+    if numbers is not None and not math.isclose(sum(numbers), 1, rel_tol=1e-9):
+        weights = ",".join(f"{c:.6g}" for c in coefficients(weighting, len(numbers)))
+        print(f"weights {weighting} come to {sum(numbers):.6g}: scaled to come to 1, {weights}", file=sys.stderr)
 
 
 def _merge_run(args: argparse.Namespace) -> Path:

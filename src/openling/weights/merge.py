@@ -56,13 +56,29 @@ def coefficients(weighting: str, count: int, *, where: str = "--weights") -> lis
         if name == "ema" and 0 < float(text) <= 1:
             alpha = float(text)
             return [(1 - alpha) ** (count - 1), *(alpha * (1 - alpha) ** (count - 1 - j) for j in range(1, count))]
-        numbers = [float(part) for part in weighting.split(",")]
     except ValueError:
-        numbers = []
-    if len(numbers) != count or sum(numbers) <= 0 or not all(math.isfinite(c) for c in numbers):
+        pass
+    numbers = given_numbers(weighting)
+    if numbers is None:
         close = nearest(weighting, DECAYS)
         raise UserError("there is no such weighting", where=where, value=weighting, expected=EXPECTED, nearest=close)
+    if len(numbers) != count:
+        raise UserError(
+            "there are not as many weights as checkpoints", where=where, value=f"{len(numbers)}: {weighting}",
+            expected=f"{count} numbers, oldest first",
+        )  # fmt: skip
+    if not 0 < sum(numbers) < math.inf or any(c < 0 for c in numbers):
+        what = "these numbers are no weights of a mean"
+        raise UserError(what, where=where, value=weighting, expected="finite numbers, none negative, that come to more than 0")
     return [c / sum(numbers) for c in numbers]
+
+
+def given_numbers(weighting: str) -> list[float] | None:
+    """The weighting's numbers, as they stand; None where it is a name."""
+    try:
+        return [float(part) for part in weighting.split(",")]
+    except ValueError:
+        return None
 
 
 def weighted_sum(tensors: Sequence[Tensor], weights: Sequence[float], name: str = "") -> Tensor:
