@@ -87,6 +87,11 @@ def test_defaults_stages_and_changes_from_the_command_line(tmp_path):
         ),
         ("steps = 5", "steps = 5\nramp = { start = 8, tokens = 64 }", ["stages.one", "nearest:  ramp.start = 4"]),
         (
+            "tokens = 1e4",
+            "tokens = 1e4\nmax_position_embeddings = 100",
+            ["stages.two.max_position_embeddings", "value:    100", "at least 128", "nearest:  128"],
+        ),
+        (
             "steps = 5",
             "steps = 5\nramp = { start = 1, tokens = 64, stairs = 100000000 }",
             ["stages.one.ramp.stairs", "less than or equal to 1000", "nearest:  1000"],

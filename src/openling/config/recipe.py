@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from openling.config.data import MIXTURES, MixtureConfig, SourceConfig, read_mixture
 from openling.config.presets import PRESETS
@@ -124,6 +124,14 @@ class StageConfig(TrainConfig):
     max_position_embeddings: int | None = Field(None, gt=0, description="null: as before, or the rows where these are longer")
     merge: MergeConfig | None = None
     parallel: ParallelConfig | None = Field(None, description="in a file: what differs from [parallel]; null: nothing")
+
+    @field_validator("max_position_embeddings")
+    @classmethod
+    def _rows_fit(cls, most: int | None, info: ValidationInfo) -> int | None:
+        rows = info.data.get("sequence_length")  # absent where it is wrong itself
+        if most is not None and rows is not None and most < rows:
+            raise wrong(f"at least {rows}, the length of the stage's rows", rows)
+        return most
 
     def run(self) -> TrainConfig:
         """What the loop needs of it."""
