@@ -16,11 +16,12 @@ from byte_corpus import END, TOKENIZER, built, byte_tokenizer, decode, jsonl
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from openling.commands.data import describe
 from openling.data import build as build_module
 from openling.data.build import BuildConfig, build
 from openling.data.dataset import Dataset
 from openling.data.shards import read_index
-from openling.data.sources import BadInput, Fields, Source, parse_source, plan_units, read_unit
+from openling.data.sources import BadInput, Fields, Seen, Source, parse_source, plan_units, read_unit
 from openling.data.tokens import pieces
 from openling.errors import Failure, UserError
 
@@ -84,7 +85,7 @@ def test_every_line_is_in_one_unit(tmp_path, texts, size, ends):
         path.write_bytes(path.read_bytes().removesuffix(b"\n"))
     source = Source("a", str(path))
     units = plan_units([source], unit_bytes=size)
-    read = [r.text for unit in units for r in read_unit(unit, source, Fields(), pytest.fail)]
+    read = [r.text for unit in units for r in read_unit(unit, source, Fields(), pytest.fail, Seen())]
     assert read == [t for t in texts if t and not t.isspace()]
 
 
@@ -113,10 +114,14 @@ def test_parquet_is_read_by_row_groups(tmp_path):
     source = Source("a", str(path), "unknown")
     units = plan_units([source], unit_bytes=1)
     assert [(u.start, u.stop) for u in units] == [(0, 1), (1, 2)]
-    records = [r for u in units for r in read_unit(u, source, Fields(text="content"), pytest.fail)]
+    seen = Seen()
+    records = [r for u in units for r in read_unit(u, source, Fields(text="content"), pytest.fail, seen)]
     assert [(r.text, r.licence) for r in records] == [("one", "CC0"), ("two", "unknown"), ("three", "MIT")]
+    assert seen == Seen(1, {"license"})
     with pytest.raises(UserError, match="no such column"):
-        list(read_unit(units[0], source, Fields(), pytest.fail))
+        list(read_unit(units[0], source, Fields(), pytest.fail, Seen()))
+    with pytest.raises(UserError, match="expected: content, license; fields of the top level alone"):
+        list(read_unit(units[0], source, Fields(text="meta.text"), pytest.fail, Seen()))
     path.write_bytes(path.read_bytes()[:-20])
     with pytest.raises(UserError, match="cut short or damaged"):
         plan_units([source])
@@ -145,10 +150,27 @@ def test_a_bad_line_is_named_or_counted(tmp_path, line, message):
     assert f"{path}, line 3" in index["report"]["named"][0]
 
 
+def test_documents_without_text_and_columns_without_words_are_told(tmp_path):
+    rows = [{"text": "one", "language_code": 7}, {"text": None}, {"text": ""}, {"text": " \n"}, {"text": "two", "from": "web"}]
+    index = read_index(built(tmp_path, web=rows, config_fields=Fields(source="from", language="language_code")))
+    report = index["report"]
+    assert (index["sources"][0]["documents"], report["empty"], report["absent"]) == (2, 3, ["language_code"])
+    told = describe(tmp_path / "corpus")
+    assert "left out: 3 documents without text" in told and 'no row has a word under "language_code"' in told
+    whole = describe(built(tmp_path, "whole", code=["plain"]))
+    assert "left out" not in whole and "no row" not in whole
+    nested = jsonl(tmp_path / "nested.jsonl", [{"meta": {"text": "deep"}}])
+    with pytest.raises(BadInput, match="meta.text[\\s\\S]*fields of the top level alone are read"):
+        build(BuildConfig((Source("a", str(nested)),), Fields(text="meta.text")), tmp_path / "out", TOKENIZER)
+
+
 def test_bad_sources_are_refused(tmp_path):
+    def fail(error):
+        raise error
+
     def read(path):
         source = Source("a", str(path))
-        return [r for u in plan_units([source]) for r in read_unit(u, source, Fields(), lambda e: (_ for _ in ()).throw(e))]
+        return [r for u in plan_units([source]) for r in read_unit(u, source, Fields(), fail, Seen())]
 
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     with pytest.raises(BadInput, match=r"not UTF-8\n.*latin.txt, byte 3"):

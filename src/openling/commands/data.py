@@ -130,6 +130,10 @@ def describe(folder: Path) -> str:
     report = data.index["report"]
     for step, counts in report["steps"].items():
         lines.append(f"  {step}: " + ", ".join(f"{value:,} {key}" for key, value in counts.items()))
+    if empty := report.get("empty", 0):  # corpora of before it was counted have none
+        lines.append(f"  left out: {empty:,} documents without text")
+    for name in report.get("absent", []):
+        lines.append(f'  no row has a word under "{name}", which was named as a column')
     if report["bad"]:
         lines += [f"  left out: {report['bad']:,} unreadable lines or files, among them", *(f"    {n}" for n in report["named"])]
     return "\n".join(lines)

@@ -34,7 +34,7 @@ from openling.data.dedup import copies, load_arrays, parse_dedup, save_arrays, s
 from openling.data.defects import FILTERS
 from openling.data.order import shuffled, stable_key
 from openling.data.shards import INDEX, read_index, write_index, write_shard
-from openling.data.sources import UNIT_BYTES, BadInput, Fields, Record, Source, Unit, plan_units, read_unit
+from openling.data.sources import UNIT_BYTES, BadInput, Fields, Record, Seen, Source, Unit, absent_columns, plan_units, read_unit
 from openling.data.steps import counted, make_step
 from openling.data.synthesis import RECIPES
 from openling.data.tokens import Encoder, TokenizerInfo, describe
@@ -158,7 +158,6 @@ def _enter(run: Path, plan: dict[str, Any], tokenizer_json: str) -> None:
         return
     _lay_out(run, tokenizer_json)
     write_json(run / "plan.json", plan)
-    return
 
 
 def _lay_out(run: Path, tokenizer_json: str) -> None:
@@ -250,6 +249,7 @@ class _Account:
         self.skip_bad = config.skip_bad
         self.bad = 0
         self.named: list[str] = []
+        self.seen = Seen()
         self.steps: dict[str, dict[str, int]] = {}
 
     def refuse(self, error: BadInput) -> None:
@@ -262,12 +262,13 @@ class _Account:
 
     def as_json(self) -> dict[str, Any]:
         """For the journal."""
-        return {"bad": self.bad, "named": self.named, "steps": self.steps}
+        seen = {"empty": self.seen.empty, "columns": sorted(self.seen.columns)}
+        return {"bad": self.bad, "named": self.named, "steps": self.steps} | seen
 
 
 def _filtered(job: _Job, unit: Unit, account: _Account) -> Iterator[Record]:
     """The records that the filters leave."""
-    records = read_unit(unit, job.config.sources[unit.source], job.config.fields, account.refuse)
+    records = read_unit(unit, job.config.sources[unit.source], job.config.fields, account.refuse, account.seen)
     for spec in job.config.filters:
         records = counted(make_step(spec, FILTERS), records, account.steps.setdefault(spec, {}))
     return records
@@ -491,6 +492,8 @@ def _index(plan: dict[str, Any], results: Sequence[dict[str, Any]], removed: dic
         "bad": sum(r["bad"] for r in results),
         "named": [text for r in results for text in r["named"]][:NAMED_BAD],
         "steps": steps,
+        "empty": sum(r.get("empty", 0) for r in results),  # not in journals of before it was counted
+        "absent": absent_columns(Fields(**plan["config"]["fields"]), [r["columns"] for r in results if "columns" in r]),
     }
     settings = {k: v for k, v in plan["config"].items() if k not in ("sources", "unit_bytes")}
     return {"tokenizer": plan["tokenizer"], "settings": settings, "sources": sources, "shards": lines, "report": report}

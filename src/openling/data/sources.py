@@ -12,7 +12,7 @@ import os
 import re
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -85,6 +85,20 @@ class Unit:
     def as_json(self) -> dict[str, Any]:
         """The fields, for the plan."""
         return asdict(self)
+
+
+@dataclass
+class Seen:
+    """What reading came across besides records: documents without text, and the columns that said something of a document."""
+
+    empty: int = 0
+    columns: set[str] = field(default_factory=set)
+
+
+def absent_columns(fields: Fields, seen: Sequence[Sequence[str]]) -> list[str]:
+    """The columns of labels that somebody has named and that no row has a word under. seen: `Seen.columns` of the units."""
+    named = ((fields.source, Fields.source), (fields.licence, Fields.licence), (fields.language, Fields.language))
+    return [name for name, usual in named if name != usual and not any(name in columns for columns in seen)]
 
 
 class BadInput(UserError):
@@ -185,12 +199,14 @@ def plan_units(sources: Sequence[Source], *, unit_bytes: int = UNIT_BYTES) -> li
     return units
 
 
-def read_unit(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[Record]:
-    """The records of a unit, empty texts left out; what cannot be read goes to `bad`, which raises it or counts it."""
+def read_unit(unit: Unit, source: Source, fields: Fields, bad: Bad, seen: Seen) -> Iterator[Record]:
+    """The records of a unit, those without text counted alone; what cannot be read goes to `bad`, which raises or counts."""
     read = {"jsonl": _jsonl, "parquet": _parquet, "text": _text, "builtin": _builtin}[unit.kind]
-    for record in read(unit, source, fields, bad):
+    for record in read(unit, source, fields, bad, seen):
         if record.text and not record.text.isspace():
             yield record
+        else:
+            seen.empty += 1
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -198,12 +214,12 @@ def read_unit(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _builtin(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[Record]:
+def _builtin(unit: Unit, source: Source, fields: Fields, bad: Bad, seen: Seen) -> Iterator[Record]:
     for document in find_corpus(source.path).select("train"):
         yield Record(document.id, document.text, source.name, source.licence, source.language)
 
 
-def _text(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[Record]:
+def _text(unit: Unit, source: Source, fields: Fields, bad: Bad, seen: Seen) -> Iterator[Record]:
     root = Path(source.path)
     for name in unit.files:
         path = Path(name)
@@ -258,12 +274,12 @@ def _line_number(path: Path, place: int) -> int:
     return count
 
 
-def _jsonl(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[Record]:
+def _jsonl(unit: Unit, source: Source, fields: Fields, bad: Bad, seen: Seen) -> Iterator[Record]:
     path = Path(unit.files[0])
 
     def refuse(what: str, place: int, value: object) -> None:
-        where = f"{path}, line {_line_number(path, place)}"
-        bad(BadInput(what, where=where, value=value, expected=f'UTF-8 JSON: {{"{fields.text}": "..."}}', next=SKIP))
+        where, row = f"{path}, line {_line_number(path, place)}", f'UTF-8 JSON: {{"{fields.text}": "..."}}'
+        bad(BadInput(what, where=where, value=value, expected=row + _flat(fields), next=SKIP))
 
     for place, line in _lines(unit):
         if line.isspace():
@@ -277,13 +293,15 @@ def _jsonl(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[Rec
             refuse("the line is not JSON", place, line[:60].decode("utf-8", "replace").rstrip("\n"))
             continue
         text = row.get(fields.text) if isinstance(row, dict) else None
+        if text is None and isinstance(row, dict) and fields.text in row:
+            text = ""  # as in a table
         if not isinstance(text, str):
             found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
             refuse(f'the line has no string under "{fields.text}"', place, found)
         elif not _encodes(text):
             refuse("the text has half of a surrogate pair", place, ascii(text[:60]))
         else:
-            yield _record(f"{path.name}@{place}", text, row, source, fields)
+            yield _record(f"{path.name}@{place}", text, row, source, fields, seen)
 
 
 def _encodes(text: str) -> bool:
@@ -294,10 +312,17 @@ def _encodes(text: str) -> bool:
     return True
 
 
-def _record(id: str, text: str, row: dict[str, Any], source: Source, fields: Fields) -> Record:
+def _flat(fields: Fields) -> str:
+    return "; fields of the top level alone are read" if "." in fields.text else ""
+
+
+def _record(id: str, text: str, row: dict[str, Any], source: Source, fields: Fields, seen: Seen) -> Record:
     def column(name: str, default: str) -> str:
         value = row.get(name)
-        return value if isinstance(value, str) and value and _encodes(value) else default
+        if not (isinstance(value, str) and value and _encodes(value)):
+            return default
+        seen.columns.add(name)
+        return value
 
     licence, language = column(fields.licence, source.licence), column(fields.language, source.language)
     return Record(id, text, column(fields.source, source.name), licence, language)
@@ -331,13 +356,17 @@ def _row_groups(path: Path, unit_bytes: int) -> Iterator[tuple[int, int, int]]:
             start, weight = group + 1, 0
 
 
-def _parquet(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[Record]:
+def _parquet(unit: Unit, source: Source, fields: Fields, bad: Bad, seen: Seen) -> Iterator[Record]:
     path = Path(unit.files[0])
     file = _open_parquet(path)
     names = file.schema_arrow.names
     if fields.text not in names:
         raise UserError(
-            "the table has no such column", where=path, value=fields.text, expected=", ".join(names), next="--text-field NAME"
+            "the table has no such column",
+            where=path,
+            value=fields.text,
+            expected=", ".join(names) + _flat(fields),
+            next="--text-field NAME",
         )
     columns = [n for n in (fields.text, fields.source, fields.licence, fields.language) if n in names]
     for group in range(unit.start, unit.stop):
@@ -347,9 +376,9 @@ def _parquet(unit: Unit, source: Source, fields: Fields, bad: Bad) -> Iterator[R
                 for values in batch.to_pylist():
                     text, where = values[fields.text], f"{path}, row group {group}, row {row}"
                     row += 1
-                    if isinstance(text, str):
-                        yield _record(f"{path.name}@{group}.{row - 1}", text, values, source, fields)
-                    elif text is not None:
+                    if text is None or isinstance(text, str):
+                        yield _record(f"{path.name}@{group}.{row - 1}", text or "", values, source, fields, seen)
+                    else:
                         raise UserError("the column is no text", where=where, value=type(text).__name__, expected="strings")
         except (OSError, ValueError) as error:
             what = "the Parquet file is damaged"
