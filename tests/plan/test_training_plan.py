@@ -266,6 +266,9 @@ def test_json_and_overridden_rates(capsys):
         (["plan", "tiny", "--world", "8", "--device", "a100"], "--device"),
         (["plan", "tiny", "--budget", "1e20"], "MODEL"),
         (["plan", "--budget", "nan"], "--budget"),
+        (["plan", "--budget", "1e20", "--world", "8"], "where:    --world\n  value:    8"),
+        (["plan", "--budget", "1e20", "--mesh", "shard=8"], "where:    --mesh"),
+        (["plan", "--budget", "1e20", "--batch-tokens", "8"], "where:    --batch-tokens"),
     ],
 )
 def test_mistakes_on_the_command_line(flags, where, capsys):

@@ -105,6 +105,12 @@ def _budget(args: argparse.Namespace) -> int:
 
     if args.model is not None:
         raise UserError("a budget chooses its own model", where="MODEL", value=args.model, expected="--budget without MODEL")
+    job = {"--world": args.world, "--mesh": None if args.mesh == "auto" else args.mesh, "--batch-tokens": args.batch_tokens}
+    if flag := next((flag for flag, value in job.items() if value is not None), None):
+        raise UserError(
+            "a budget advises a model, whatever trains it", where=flag, value=job[flag], expected="--budget without it",
+            next=f"openling plan MODEL --world {args.world or 'N'} plans a job, with a config.json of the shape that is advised",
+        )  # fmt: skip
     moe, dense = plan_budget(args.budget, "moe"), plan_budget(args.budget, "dense")
     if args.json:
         print(json.dumps({"moe": moe.as_dict(), "dense": dense.as_dict()}, indent=2))
