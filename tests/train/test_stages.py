@@ -268,8 +268,13 @@ def test_a_stage_that_the_clock_ended_goes_on_with_another_clock(tmp_path):
     assert steps("long") == 1 and "stage long was ended by its clock (max_seconds = 1e-09): 1 of 6 steps" in said
     resume("stages.long.max_seconds", "1e-8")  # spent already
     assert steps("long") == 1
+    shutil.copytree(run / "models" / "long", tmp_path / "cut")
     resume("stages.long.max_seconds", "100")
     assert steps("long") == 6 and [row["step"] for row in rows(run, "long")] == [1, 2, 3, 4, 5, 6]
+    shutil.rmtree(run / "models" / "long")
+    shutil.move(tmp_path / "cut", run / "models" / "long")  # as if killed before it was written again
+    resume("stages.long.max_seconds", "1e-8")
+    assert steps("long") == 6
     longer = [("stages.long.max_seconds", "100"), ("stages.long.steps", "8")]  # no clock has ended it
     go(tmp_path, run, resume=True, changes=[*plain, *longer])
     assert steps("long") == 8

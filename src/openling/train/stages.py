@@ -253,7 +253,9 @@ class Pipeline:
             return "steps" in trained
         names = [s.name for s in self.recipe.stages]
         followed = bool(begun_stages(self.run) & set(names[names.index(stage.name) + 1 :]))
-        if stage.max_seconds is None or not (followed or trained.get("max_seconds") == stage.max_seconds):
+        further = max(checkpoints(self.run / "stages" / stage.name), default=0) > trained["steps"]  # it went on and was killed
+        same = trained.get("max_seconds") == stage.max_seconds and not further
+        if stage.max_seconds is None or not (followed or same):
             return False
         done = f"{trained['steps']:,} of {stage.total_steps:,} steps"
         self.say(f"stage {stage.name} was ended by its clock (max_seconds = {stage.max_seconds:g}): {done}")
