@@ -277,6 +277,12 @@ def large_tokenizer(folder: Path) -> None:
         (edit_config(num_hidden_layers=6), "contradicts the weights"),
         (edit_config(num_key_value_heads=3), "contradicts itself"),
         (edit_config(partial_rotary_factor=0.5), "rotates whole heads"),
+        (edit_config(rope_parameters={"rope_theta": 0}), "rope_theta"),
+        (edit_config(rope_parameters={"rope_type": "yarn", "factor": -2}), "rope_scaling.factor"),
+        (edit_config(rope_parameters={"rope_type": "yarn"}), "rope_scaling.factor"),
+        (edit_config(rope_parameters={"rope_type": "linear", "factor": 0}), "rope_scaling.factor"),
+        (edit_config(rope_parameters={"rope_type": "llama3", "factor": 8.0}), "rope_scaling.low_freq_factor"),
+        (edit_config(rope_parameters={"rope_type": "yarn", "factor": 2.0, "beta_fast": "x"}), "rope_scaling.beta_fast"),
     ],
 )
 def test_bad_models(damage: Callable[[Path], object], said: str, place: Place, tmp_path: Path) -> None:

@@ -160,6 +160,18 @@ def test_a_dry_run_counts_the_teacher_and_misses_its_folder(place, tmp_path, cap
     assert out.count("Not planned: the teacher, whose folder is not there.") == 1 and "teacher:" not in out
     assert main([*words, str(place / "teacher"), *world]) == 0
     out = capsys.readouterr().out
+    assert main([*words, str(place / "teacher"), *world, "--parallel.tensor", "2"]) == 0
+    shape = place / "teacher" / "config.json"
+    (tmp_path / "odd").mkdir()
+    odd = json.loads(shape.read_text()) | {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 8,
+        "group_norm_size": 4,
+    }
+    (tmp_path / "odd" / "config.json").write_text(json.dumps(odd))
+    assert main([*words, str(tmp_path / "odd"), *world, "--parallel.tensor", "2"]) == 2
+    assert "the teacher: " in capsys.readouterr().err
     short, long = out.partition("stage long")[::2]
     assert (
         "Not planned" not in out and "all-gather: teacher: weights" in short and "teacher: " not in long

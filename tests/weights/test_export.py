@@ -160,6 +160,28 @@ def test_positions_say_nothing_else(tmp_path: Path) -> None:
 
 
 @torch.no_grad()
+def test_padding_on_the_right_is_one_pass_alone(tmp_path: Path) -> None:
+    """Between tokens of a row padding would enter Lightning's states, so going on behind it is refused."""
+    _, theirs = exported(HYBRID, tmp_path / "out")
+    mask = torch.ones(2, 24, dtype=torch.long)
+    mask[0, 20:] = 0
+    padded = theirs(IDS, attention_mask=mask, position_ids=torch.arange(24)[None], use_cache=True)
+    torch.testing.assert_close(padded.logits[0, :20], theirs(IDS[:1, :20]).logits[0], atol=1e-5, rtol=0)
+    longer = torch.cat([mask, mask[:, :1]], 1)
+    with pytest.raises(ValueError, match="pad prompts at the left"):
+        theirs(IDS[:, :1], attention_mask=longer, past_key_values=padded.past_key_values)
+    mask[0, 5] = 0
+    with pytest.raises(ValueError, match="between tokens"):
+        theirs(IDS, attention_mask=mask)
+    mask[0, 5] = 1
+    packed = torch.cat([torch.arange(10), torch.arange(14)])[None]
+    with pytest.raises(ValueError, match="pack documents without padding"):
+        theirs(IDS, attention_mask=mask, position_ids=packed)
+    with pytest.raises(ValueError, match="position_ids that begin again"):
+        theirs(IDS[:1], cu_seq_lens_q=torch.tensor([0, 10, 24], dtype=torch.int32))
+
+
+@torch.no_grad()
 def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
     _, theirs = exported(HYBRID, tmp_path / "out")
     kept = torch.tensor([3, 5])
@@ -168,6 +190,9 @@ def test_what_cannot_be_had_is_refused(tmp_path: Path) -> None:
         theirs(IDS, output_attentions=True)
     with pytest.raises(ValueError, match="attention_mask"):
         theirs(IDS, attention_mask=torch.ones(2, 1, 24, 24))
+    seen = theirs(IDS, use_cache=True).past_key_values
+    with pytest.raises(ValueError, match="nothing is left"):
+        theirs.generate(IDS, past_key_values=seen, max_new_tokens=2)
 
 
 @torch.no_grad()

@@ -40,14 +40,19 @@ def check_meshes(recipe: RecipeConfig, world: int | None) -> list[Axes]:
     """Every stage's axes; a `UserError` with the setting to change. Without a world they are as few ranks as can be."""
     from openling.train.rules import check_mesh, check_parts
     from openling.train.stages import first_config
+    from openling.train.teacher import teacher_config
 
     if world is not None and world < 1:
         raise UserError("this has to be positive", where="--world", value=world, expected="a positive integer")
     config, _ = first_config(recipe, folder=False)
+    teacher = teacher_config(recipe) if _teacher_is_there(recipe) else None
     found = []
     for stage in recipe.stages:
         c = recipe.parallel_of(stage)
-        axes = check_mesh(recipe, stage, config, _least_world(c) if world is None else world)
+        least = _least_world(c) if world is None else world
+        axes = check_mesh(recipe, stage, config, least)
+        if teacher is not None and stage.follows:
+            check_mesh(recipe, stage, teacher, least, whose="the teacher: ")
         data = axes.data_replicate * axes.data_shard
         if world is not None or c.shard is not None or c.rest == "context":
             check_parts(stage, data, parallel=c, place=f"stages.{stage.name}.")

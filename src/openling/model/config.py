@@ -165,8 +165,10 @@ def need(hf: dict[str, Any], key: str) -> Any:
 def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     """rope_theta, rope_scaling and partial_rotary_factor from `rope_parameters` (transformers 5) or the older keys."""
     rope: dict[str, Any] = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    factor = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    theta, factor = (
+        next((value for value in (rope.pop(key, None), hf.get(key)) if value is not None), default)
+        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0))
+    )
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     if rope["rope_type"] == "yarn":
@@ -178,8 +180,24 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
             value=rope["rope_type"],
             expected="default, linear, llama3 or yarn",
         )
+    _check_scaling(rope)
     scaling = None if rope["rope_type"] == "default" else rope
     return {"rope_theta": float(theta), "rope_scaling": scaling, "partial_rotary_factor": float(factor)}
+
+
+def _check_scaling(rope: dict[str, Any]) -> None:
+    """A `UserError` where a key that the scaling's formula needs is absent or no number above 0."""
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "yarn": ("factor", "original_max_position_embeddings"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }[rope["rope_type"]]
+    given = tuple(key for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim") if rope.get(key))
+    for key in (*needed, *given):
+        value = rope.get(key)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError("this RoPE scaling cannot be", where=f"rope_scaling.{key}", value=value, expected="a number above 0")
 
 
 def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:

@@ -172,7 +172,10 @@ def _tokenizer_config_with_class(source: Path) -> dict[str, Any] | None:
     path = source / TOKENIZER_CONFIG
     if not (path.is_file() and (source / "config.json").is_file()):
         return None
-    settings, config = read_json(path), read_json(source / "config.json")
+    try:
+        settings, config = read_json(path), read_json(source / "config.json")
+    except UserError:  # a tokenizer that cannot be read is copied as it is
+        return None
     if config.get("model_type") == LING_MODEL_TYPE:
         return None
     loaded = _tokenizer_class(source)
@@ -188,7 +191,7 @@ def _tokenizer_config_with_class(source: Path) -> dict[str, Any] | None:
 
 
 def _tokenizer_class(folder: Path) -> str | None:
-    """Of what transformers loads from there; a tokenizer that it cannot read is copied as it is."""
+    """Of what transformers loads from there; None where it cannot be read."""
     try:
         return type(load_tokenizer(folder)).__name__
     except UserError:

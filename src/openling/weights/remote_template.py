@@ -86,6 +86,21 @@ def _packed_bounds(position_ids_BT: Tensor, seen: int) -> Tensor | None:
     return torch.cat([starts_D, starts_D.new_tensor([begins_BT.numel()])]).int()
 
 
+def _check_padding(mask_BS: Tensor, position_ids: Tensor | None, new_BT: Tensor) -> None:
+    """A `ValueError` where padding lies between a row's tokens, whose states it would enter, or positions contradict it."""
+    if (mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(1).add(mask_BS[:, 0]).gt(1).any():
+        raise ValueError(
+            "attention_mask: padding may not lie between tokens of a row; to go on from a cache, pad prompts at the left"
+        )
+    if position_ids is not None:
+        both_BT = new_BT[:, 1:] & new_BT[:, :-1]
+        rises_BT = position_ids[:, 1:] == position_ids[:, :-1] + 1
+        if not (rises_BT | ~both_BT).all():
+            raise ValueError(
+                "position_ids: with padding each row is one document, and rises by one; pack documents without padding"
+            )
+
+
 class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801 (the architecture's published name)
     """Backbone and LM head under transformers' interface; MTP layers are loaded but not run."""
 
@@ -119,18 +134,22 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """FP32 logits [B, T, V] and, with labels [B, T] (-100 is ignored), the next-token loss.
 
-        attention_mask [B, S] covers cached and new tokens; 0 marks padding, and then says all of positions. position_ids [B, T]
-        that begin again at 0 mark packed documents, which do not see one another (nothing is cached then); what else does not
-        rise by one is refused. logits_to_keep: only the last so many positions, or those of these indices.
+        attention_mask [B, S] covers cached and new tokens; 0 marks padding, on either side of a row's tokens. position_ids [B, T]
+        that begin again at 0 mark packed documents, which do not see one another (no padding then, and nothing is cached);
+        what else does not rise by one is refused. logits_to_keep: only the last so many positions, or those of these indices.
         """
         if output_attentions:
             raise ValueError("output_attentions: Lightning layers have no attention matrices, and none are returned")
+        if any(kwargs.pop(name, None) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")):
+            raise ValueError("cu_seq_lens, seq_idx: packed documents are marked by position_ids that begin again at 0 alone")
         cache = self._cache(past_key_values, use_cache)
         padded = attention_mask is not None and not bool(attention_mask.all())
         if attention_mask is not None:
             if attention_mask.dim() != 2:
                 raise ValueError(f"attention_mask: [batch, tokens] with 0 for padding, got {attention_mask.dim()} dimensions")
             new = attention_mask[:, -input_ids.shape[1] :]
+            if padded:
+                _check_padding(attention_mask.bool(), position_ids, new.bool())
             attention_mask = None if new.all() else new
         bounds = None
         if position_ids is not None and not padded:
@@ -166,6 +185,8 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
     ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if seen >= input_ids.shape[1]:
+            raise ValueError(f"past_key_values holds {seen} tokens, all that are given: nothing is left to go on with")
         passed_on = {key: kwargs[key] for key in ("use_cache", "output_hidden_states", "logits_to_keep") if key in kwargs}
         new = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
         return new | passed_on
