@@ -182,6 +182,11 @@ def _problems(c: ModelConfig) -> list[dict[str, Any]]:
     positive = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim")
     for name in positive:
         check(getattr(c, name) > 0, name, getattr(c, name), "a positive integer")
+    check(
+        0 < c.max_position_embeddings < 2**40, "max_position_embeddings", c.max_position_embeddings, "a positive number of tokens"
+    )
+    check(0 <= c.rms_norm_eps < 1, "rms_norm_eps", c.rms_norm_eps, "a small number, not negative")
+    check(1 < c.rope_theta < float("inf"), "rope_theta", c.rope_theta, "a finite number above 1")
     if found:
         return found
     kinds, heads = c.layer_kinds, c.num_attention_heads
@@ -227,8 +232,10 @@ def need(hf: dict[str, Any], key: str) -> Any:
 def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
     """rope_theta, rope_scaling and partial_rotary_factor from `rope_parameters` (transformers 5) or the older keys."""
     rope: dict[str, Any] = dict(hf.get("rope_scaling") or {}) | dict(hf.get("rope_parameters") or {})
-    theta = rope.pop("rope_theta", None) or hf.get("rope_theta") or 10000.0
-    factor = rope.pop("partial_rotary_factor", None) or hf.get("partial_rotary_factor") or 1.0
+    theta, factor = (
+        next((value for value in (rope.pop(key, None), hf.get(key)) if value is not None), default)
+        for key, default in (("rope_theta", 10000.0), ("partial_rotary_factor", 1.0))
+    )
     kind = rope.pop("type", None)
     rope.setdefault("rope_type", kind or "default")
     if rope["rope_type"] == "yarn":
@@ -240,8 +247,24 @@ def read_rope(hf: dict[str, Any]) -> dict[str, Any]:
             value=rope["rope_type"],
             expected="default, linear, llama3 or yarn",
         )
+    _check_scaling(rope)
     scaling = None if rope["rope_type"] == "default" else rope
     return {"rope_theta": float(theta), "rope_scaling": scaling, "partial_rotary_factor": float(factor)}
+
+
+def _check_scaling(rope: dict[str, Any]) -> None:
+    """A `UserError` where a key that the scaling's formula needs is absent or no number above 0."""
+    needed = {
+        "default": (),
+        "linear": ("factor",),
+        "yarn": ("factor", "original_max_position_embeddings"),
+        "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    }[rope["rope_type"]]
+    given = tuple(key for key in ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim") if rope.get(key))
+    for key in (*needed, *given):
+        value = rope.get(key)
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
+            raise UserError("this RoPE scaling cannot be", where=f"rope_scaling.{key}", value=value, expected="a number above 0")
 
 
 def read_tokens(hf: dict[str, Any]) -> dict[str, Any]:
@@ -2520,6 +2543,37 @@ class OpenlingCache(Cache):
         self.reorder(beam_idx)
 
 
+def _packed_bounds(position_ids_BT: Tensor, seen: int) -> Tensor | None:
+    """Where documents begin in all rows behind one another, and the end; None where each row goes on behind `seen` tokens."""
+    columns_T = torch.arange(seen, seen + position_ids_BT.shape[1], device=position_ids_BT.device)
+    if (position_ids_BT == columns_T).all():
+        return None
+    begins_BT = position_ids_BT == 0
+    rises_BT = position_ids_BT[:, 1:] == position_ids_BT[:, :-1] + 1
+    if seen or not begins_BT[:, 0].all() or not (rises_BT | begins_BT[:, 1:]).all():
+        raise ValueError(
+            f"position_ids: each row rises by one from {seen}, the tokens that are cached"
+            + ("" if seen else ", and may begin again at 0 where another document does")
+        )
+    (starts_D,) = begins_BT.flatten().nonzero(as_tuple=True)
+    return torch.cat([starts_D, starts_D.new_tensor([begins_BT.numel()])]).int()
+
+
+def _check_padding(mask_BS: Tensor, position_ids: Tensor | None, new_BT: Tensor) -> None:
+    """A `ValueError` where padding lies between a row's tokens, whose states it would enter, or positions contradict it."""
+    if (mask_BS[:, 1:] & ~mask_BS[:, :-1]).sum(1).add(mask_BS[:, 0]).gt(1).any():
+        raise ValueError(
+            "attention_mask: padding may not lie between tokens of a row; to go on from a cache, pad prompts at the left"
+        )
+    if position_ids is not None:
+        both_BT = new_BT[:, 1:] & new_BT[:, :-1]
+        rises_BT = position_ids[:, 1:] == position_ids[:, :-1] + 1
+        if not (rises_BT | ~both_BT).all():
+            raise ValueError(
+                "position_ids: with padding each row is one document, and rises by one; pack documents without padding"
+            )
+
+
 class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801 (the architecture's published name)
     """Backbone and LM head under transformers' interface; MTP layers are loaded but not run."""
 
@@ -2546,20 +2600,42 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
         use_cache: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-        logits_to_keep: int = 0,
+        logits_to_keep: int | Tensor = 0,
+        position_ids: Tensor | None = None,
+        output_attentions: bool | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast | tuple[Tensor, ...]:
         """FP32 logits [B, T, V] and, with labels [B, T] (-100 is ignored), the next-token loss.
 
-        attention_mask [B, S] covers cached and new tokens; 0 marks padding. logits_to_keep: only the last so many positions.
+        attention_mask [B, S] covers cached and new tokens; 0 marks padding, on either side of a row's tokens. position_ids [B, T]
+        that begin again at 0 mark packed documents, which do not see one another (no padding then, and nothing is cached);
+        what else does not rise by one is refused. logits_to_keep: only the last so many positions, or those of these indices.
         """
+        if output_attentions:
+            raise ValueError("output_attentions: Lightning layers have no attention matrices, and none are returned")
+        if any(kwargs.pop(name, None) is not None for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx")):
+            raise ValueError("cu_seq_lens, seq_idx: packed documents are marked by position_ids that begin again at 0 alone")
         cache = self._cache(past_key_values, use_cache)
+        padded = attention_mask is not None and not bool(attention_mask.all())
         if attention_mask is not None:
+            if attention_mask.dim() != 2:
+                raise ValueError(f"attention_mask: [batch, tokens] with 0 for padding, got {attention_mask.dim()} dimensions")
             new = attention_mask[:, -input_ids.shape[1] :]
+            if padded:
+                _check_padding(attention_mask.bool(), position_ids, new.bool())
             attention_mask = None if new.all() else new
+        bounds = None
+        if position_ids is not None and not padded:
+            bounds = _packed_bounds(position_ids.expand(input_ids.shape), cache.get_seq_length() if cache is not None else 0)
         hidden: list[Tensor] | None = [] if output_hidden_states else None
-        h_BTM = self.model(input_ids, cache=cache, attention_mask=attention_mask, hidden_states=hidden)
-        logits = self.lm_head(h_BTM[:, -logits_to_keep:] if logits_to_keep else h_BTM)
+        if bounds is None:
+            h_BTM = self.model(input_ids, cache=cache, attention_mask=attention_mask, hidden_states=hidden)
+        else:
+            cache, shape = None, (*input_ids.shape, -1)
+            h_BTM = self.model(input_ids.reshape(1, -1), cu_seqlens=bounds, hidden_states=hidden).view(shape)
+            hidden = None if hidden is None else [h.view(shape) for h in hidden]
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(h_BTM[:, kept])
         logits = logits if logits.dtype == torch.float64 else logits.float()
         loss = None
         if labels is not None:
@@ -2582,6 +2658,8 @@ class BailingMoeV2_5ForCausalLM(PreTrainedModel, GenerationMixin):  # noqa: N801
     ) -> dict[str, Any]:
         """Only the tokens that the cache has not seen."""
         seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if seen >= input_ids.shape[1]:
+            raise ValueError(f"past_key_values holds {seen} tokens, all that are given: nothing is left to go on with")
         passed_on = {key: kwargs[key] for key in ("use_cache", "output_hidden_states", "logits_to_keep") if key in kwargs}
         new = {"input_ids": input_ids[:, seen:], "attention_mask": attention_mask, "past_key_values": past_key_values}
         return new | passed_on
