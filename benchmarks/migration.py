@@ -6,8 +6,8 @@ TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `bench
 `moe_teacher.py`, the corpus that it built), N the tokens of each warm-up. Arms: those of `MIGRATED`, which are `openling
 migrate` with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most
 reach); `scratch`, the hybrid from random weights; `trained-on`, all of what the arm `--after` left in WORK, on the 2 N tokens
-that come after those (where the corpus ends, on its beginning again), as Ling-2.6 went on after its migration, and
-`trained-on-kl`, the same after the teacher's logits instead of the text (their peer is `continued` with twice the N).
+behind the `--seen` ones of the corpus (where it ends, on its beginning again), as Ling-2.6 went on after its migration, and
+`trained-on-kl`, the same after the teacher's logits instead of the text (their peer is `continued` on as many tokens in all).
 Arms run in turn; one whose results are there is left out, and one that was stopped goes on with the same command. Each writes
 benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by domain, drift of routers, recall of
 one fact among one or several beside the teacher's, and the training curve at tokens spaced by a fifth of a decade: each step's
@@ -167,7 +167,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     fields = {"tokens": 2 * args.tokens, "batch_size": args.rows, "sequence_length": args.length, "seed": args.seed}
     rate = {"lr": args.rate} if after else {}
     config = TrainConfig(**SCHEDULE | fields | {"schedule": "cosine", "weight_decay": 0.0} | TRAINED[arm] | rate)
-    seen = 2 * args.tokens if after else 0
+    seen = (2 * args.tokens if args.seen is None else args.seen) if after else 0
     tokens = scattered_tokens(args.text, tokenizer, vocab_size=loaded.config.vocab_size, max_tokens=seen + 2 * args.tokens)
     unseen_first = np.concatenate([tokens[seen:], tokens[:seen]])[: 2 * args.tokens]  # a corpus may end before
     batches = Batches(cut_windows(unseen_first, args.length), batch_size=args.rows, seed=args.seed)
@@ -208,6 +208,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=TRAINED_ON["lr"], help="peak learning rate of the arms that are trained on")
     parser.add_argument("--after", default="best-all-mixers", choices=MIGRATED, help="arm whose hybrid is trained on")
+    parser.add_argument("--seen", type=int, help="tokens that the arm `--after` was trained on (default: 2 N)")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--results", type=Path, default=RESULTS)
     words = sys.argv[1:]
