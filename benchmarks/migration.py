@@ -157,6 +157,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     device = pick_device(args.device)
     loaded = openling.load(args.teacher, device=device)
     teacher, tokenizer = loaded.model.float(), loaded.tokenizer
+    held_out = domain_windows(tokenizer, loaded.config.vocab_size, args.length)  # what is missing is missed before the training
     after = arm.startswith("trained-on")
     begin = args.work / f"{args.after}-{args.seed}" if after else args.teacher
     model = openling.load(begin, device=device).model.float()
@@ -174,7 +175,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     go_on = (run / "train.json").exists()
     train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=teacher if config.kl else None)
     rows, teacher = [], teacher.eval()
-    for name, windows in domain_windows(tokenizer, loaded.config.vocab_size, args.length).items():
+    for name, windows in held_out.items():
         rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher, windows, bf16=device.type == "cuda"))))
     steps = read_metrics(run / "metrics.jsonl")
     rows.append({"name": f"{arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, seen)})

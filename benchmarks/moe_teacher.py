@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from migration import RESULTS, curve, domain_windows, read_metrics, recall_rows
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
 import openling
 from openling.cli import main as command_line
@@ -37,6 +37,7 @@ END = "<|endoftext|>"
 # Characters that the tokenizer is fitted to, as many of every file.
 SAMPLE = 20_000_000
 GOAL = 0.95
+LONGEST = 1024  # tokens of a window, as in the recipe
 
 
 def files(text: Path) -> list[Path]:
@@ -115,6 +116,8 @@ def main() -> None:
     tokenizer, corpus, run = (args.work / name for name in ("tokenizer", "corpus", "run"))
     if not tokenizer.exists():
         make_tokenizer(files(args.text), args.vocabulary, tokenizer)
+    # What is missing for the measurements is missed before the training.
+    domain_windows(AutoTokenizer.from_pretrained(tokenizer), args.vocabulary, LONGEST)
     if not corpus.exists():
         facts = ("--synthesis", f"recall:share={args.share}")
         openling_command("data", "build", f"text={args.text}", corpus, "--tokenizer", tokenizer, *facts)

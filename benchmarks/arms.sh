@@ -1,0 +1,114 @@
+#!/usr/bin/env bash
+# Arms of docs/results.md on one GPU; the two teachers' may run beside one another.
+#
+#   bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
+#   bash benchmarks/arms.sh smollm2 WORK TEXT
+#
+# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained and writes text of its own while `selected` is
+# trained on the corpus; then all of `selected` follows the teacher's logits on both, for as many tokens as SECONDS (1,700) leave.
+# smollm2: SmolLM2-135M-Instruct and the hybrid that ships are trained on the same text; after them come short arms. Figures:
+# WORK/results/*/*.json. A command that was stopped goes on where it was. Needs what `make setup` installs.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+work=$(mkdir -p "$2" && cd "$2" && pwd) text=$(cd "$3" && pwd)
+deadline=$(($(date +%s) + ${4:-1700}))
+python=${PYTHON:-python}
+
+# Tokens: the teacher's two stages, each warm-up of `selected`, a sample of own text, the most for KL; half of what the teacher goes on
+# for, and SmolLM2, and the short arms.
+short=30e6 long=80e6 warmup=25000000 sample=10000000 most=320000000 continued=50000000 part=15000000 few=2000000
+rows=64 few_rows=16 length=1024 lanes=1024
+folder=$work/moe teacher=$work/moe/run/models/ling-moe smol=$work/SmolLM2-135M-Instruct
+
+say() { echo "== $(date +%T) $*"; }
+openling() { "$python" -m openling "$@"; }
+arms() { "$python" benchmarks/migration.py --length $length "$@"; }
+
+manuals() { # manuals FOLDER PACKAGE...: all packages but these, in a folder of links
+  mkdir -p "$1"
+  local file name
+  for file in "$text"/*.jsonl; do
+    name=$(basename "$file" .jsonl)
+    [[ " ${*:2} " == *" $name "* ]] || ln -sf "$file" "$1/"
+  done
+}
+
+muon() { # all of every mixer, Muon, in the warm-ups that are named
+  for w in "$@"; do echo "--$w.trainable attention --$w.train.optimizer muon --$w.train.lr 0.002 --$w.train.max_skips 3"; done
+}
+
+own_text() { # sample by sample until `selected` is trained; every second one warmer, so that it goes where the corpus does not
+  mkdir -p "$folder/samples"
+  for i in 0 1 2 3 4 5; do
+    [ -e "$work/selected.done" ] && break
+    openling data sample "$teacher" "$folder/sample$i" --tokens $sample --batch $lanes --max-new-tokens $((length - 1)) \
+      --temperature "$([ $((i % 2)) = 0 ] && echo 1.0 || echo 1.4)" --seed "$i" || break
+    for file in "$folder/sample$i"/*.jsonl; do ln -sf "$file" "$folder/samples/$i-$(basename "$file")"; done
+  done
+}
+
+moe() {
+  say teacher
+  manuals "$work/moe-text" python3.11-doc rust-doc sagemath-doc
+  "$python" benchmarks/moe_teacher.py "$folder" "$work/moe-text" --results "$work/results/moe/moe-teacher.json" \
+    -- --set stages.short.tokens=$short --set stages.ling-moe.tokens=$long
+  own_text > "$work/own.log" 2>&1 &
+  local sampler=$!
+  say selected
+  # shellcheck disable=SC2046
+  arms "$teacher" "$folder" selected --text "$folder/corpus" --tokens $warmup --rows $rows --results "$work/results/moe" \
+    -- $(muon linear_warmup mla_warmup)
+  touch "$work/selected.done"
+  wait $sampler
+  local texts=("$folder/corpus")
+  say own text
+  if [ -n "$(ls "$folder/samples")" ]; then
+    [ -e "$folder/own" ] || openling data build "own=$folder/samples" "$folder/own" --tokenizer "$folder/tokenizer"
+    texts+=("$folder/own")
+  fi
+  local half
+  half=$("$python" - "$folder/selected-0.run" $((deadline - $(date +%s) - 75)) $warmup $most $continued << 'END'
+import json, statistics, sys
+from pathlib import Path
+run, left, least, most, continued = Path(sys.argv[1]), *map(int, sys.argv[2:])
+metrics = run / json.loads((run / "report.json").read_text())["stages"][-1]["metrics"]
+speed = statistics.median(json.loads(line)["tokens_per_s"] for line in metrics.read_text().splitlines()[-100:])
+left -= 2 * continued / (1.5 * speed)  # without a teacher to follow it is so much faster
+print(max(least, min(most, int(0.8 * speed * left)) // 2))  # all parameters: more to do than for the mixers
+END
+  )
+  say "trained-on-kl, 2 x $half"
+  arms "$teacher" "$folder" trained-on-kl --after selected --seen $((2 * warmup)) --text "${texts[@]}" --tokens "$half" --rows $rows \
+    --rate 5e-4 --results "$work/results/moe"
+  say continued
+  arms "$teacher" "$folder" continued --text "${texts[@]}" --tokens $continued --rows $rows --results "$work/results/moe"
+  say end
+}
+
+smollm2() {
+  say import
+  [ -e "$smol" ] || "$python" -c "
+import torch
+from openling.weights.gguf import import_gguf, smollm2_gguf
+import_gguf(smollm2_gguf(), '$smol', dtype=torch.bfloat16)"
+  [ -e "$work/shipped/best-all-mixers-0" ] ||
+    openling delta apply "$smol" src/openling/shipped/SmolLM2-135M-hybrid "$work/shipped/best-all-mixers-0"
+  manuals "$work/smollm2-text" python3.11-doc rust-doc sagemath-doc sqlite3-doc vim-doc # those that the main arm learned from
+  [ -e "$work/docs" ] || openling data build "text=$work/smollm2-text" "$work/docs" --tokenizer "$smol" --synthesis recall:share=0.1
+  say continued
+  arms "$smol" "$work/shipped" continued --text "$work/docs" --tokens $part --rows $rows --results "$work/results/shipped"
+  say trained-on
+  arms "$smol" "$work/shipped" trained-on --seen 0 --text "$work/docs" --tokens $part --rows $rows --rate 5e-4 \
+    --results "$work/results/shipped"
+  for arm in best paper scratch best-without-kl pure-linear continued; do
+    say "short: $arm"
+    arms "$smol" "$work/short" "$arm" --text "$work/docs" --tokens $few --rows $few_rows --results "$work/results/short"
+  done
+  say end
+}
+
+case $1 in
+  moe) moe ;;
+  smollm2) smollm2 ;;
+  *) echo "usage: bash benchmarks/arms.sh moe|smollm2 WORK TEXT [SECONDS]" >&2; exit 2 ;;
+esac
