@@ -126,7 +126,7 @@ def convert(teacher: Ling, what: str, conversion: dict[str, Any], layout: dict[s
     target = target_config(teacher.config, **layout)
     how: dict[str, Any] = {"on_layer": lambda i: None, "bf16": True}
     if layout.get("mla_layers") == "selected":
-        chosen = select_layers(teacher, target, windows, options, seed=0)
+        chosen = select_layers(teacher, target, windows, options, seed=0, bf16=True)
         print(f"  selected {chosen.layers}, scores {[round(s, 4) for s in chosen.scores]}", flush=True)
         target = target_config(teacher.config, **layout | {"mla_layers": chosen.layers})
     if what == "lightning":

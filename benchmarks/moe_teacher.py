@@ -37,7 +37,6 @@ END = "<|endoftext|>"
 # Characters that the tokenizer is fitted to, as many of every file.
 SAMPLE = 20_000_000
 GOAL = 0.95
-LONGEST = 1024  # tokens of a window, as in the recipe
 
 
 def files(text: Path) -> list[Path]:
@@ -116,8 +115,7 @@ def main() -> None:
     tokenizer, corpus, run = (args.work / name for name in ("tokenizer", "corpus", "run"))
     if not tokenizer.exists():
         make_tokenizer(files(args.text), args.vocabulary, tokenizer)
-    # What is missing for the measurements is missed before the training.
-    domain_windows(AutoTokenizer.from_pretrained(tokenizer), args.vocabulary, LONGEST)
+    domain_windows(AutoTokenizer.from_pretrained(tokenizer), args.vocabulary, 2)  # what is missing is missed before the training
     if not corpus.exists():
         facts = ("--synthesis", f"recall:share={args.share}")
         openling_command("data", "build", f"text={args.text}", corpus, "--tokenizer", tokenizer, *facts)

@@ -64,6 +64,24 @@ def test_a_layer_that_said_nothing_says_nothing(place, projection, layout):
     assert not said[0].any() and not said[1].any()
 
 
+def test_a_layer_that_says_nothing_loses_nothing_when_layers_are_selected(place):
+    kill(place, "o_proj")
+    words = ("--text", place.calibration, "--conversion.layer_score", "local")
+    out, result = run(place, "selected", *words)
+    assert result.code == 0, result.err
+    config = openling.load(out).config
+    assert config.layer_kinds.count("mla") == 1 and config.layer_kinds[DEAD] == "lightning"
+
+
+def test_a_layer_that_says_nothing_is_no_error_of_a_migration(place):
+    kill(place, "o_proj")
+    result = place.migrate(place.teacher.parent / "migrated")
+    assert result.code == 0, result.err
+    report = json.loads((place.teacher.parent / "migrated.run" / "report.json").read_text())
+    assert all(map(math.isfinite, numbers(report)))
+    assert report["stages"][-1]["layers"][DEAD]["local"] == 0
+
+
 @pytest.mark.parametrize("projection", ["q_proj", "k_proj"])
 def test_without_queries_or_keys_a_layer_becomes_mla(place, projection):
     """Where it reads the mean of the values, as it did."""

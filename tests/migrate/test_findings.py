@@ -115,7 +115,7 @@ def test_head_spans_belong_to_the_heads_they_are_listed_for(matched: bool) -> No
     # A student's head is the teacher's whose query rows it has.
     ours, theirs = (a.query_key_value.weight.unflatten(0, (-1, a.dim))[:4] for a in (attention, source))
     order = [next(p for p in range(4) if torch.equal(head, theirs[p])) for head in ours]
-    assert (order == [0, 1, 2, 3]) <= (not matched)
+    assert (order == [0, 1, 2, 3]) == (not matched)
     assert spans.look_back == pytest.approx(distances(teacher, ids, 0)[order].tolist(), rel=1e-5)  # FP32 inside
     if matched:
         far = [back for _, back in sorted(zip(spans.half_life, spans.look_back, strict=True))]

@@ -140,10 +140,29 @@ def test_a_teacher_does_not_learn_along(place: Place, tmp_path: Path, quick: Non
     assert not torch.equal(before[shared], after[shared])
 
 
+def test_a_teacher_that_is_not_followed_does_not_learn_along_either(place: Place, tmp_path: Path) -> None:
+    """The warm-up follows the text alone; what comes after it is measured against the teacher as it was."""
+    train = {"trainable": "attention", "train.lr": "0.05", "train.kl": "0", "train.ce": "1", "train.precision": "fp32"}
+    flags = [word for name, value in train.items() for word in (f"--linear_warmup.{name}", value)]
+    assert place.migrate(tmp_path / "both", "--stages", "lightning,linear-warmup", *flags).code == 0
+    teacher, warmed = (json.loads((tmp_path / "both.run" / "report.json").read_text())["stages"][i] for i in (0, -1))
+    assert warmed["layers"][3]["kind"] == "gqa" and warmed["layers"][3]["local"] > 0
+    for name, found in warmed["domains"].items():
+        assert found["teacher_loss"] == teacher["domains"][name]["loss"]
+
+
 def test_paper_preset_needs_no_teacher_for_a_single_warmup(place: Place, tmp_path: Path, quick: None) -> None:
     assert place.migrate(tmp_path / "a", "--stage", "lightning", "--preset", "paper").code == 0
     result = place.migrate(tmp_path / "b", "--stage", "linear-warmup", "--preset", "paper", model=tmp_path / "a")
     assert result.code == 0, result.err
+
+
+def test_the_plan_of_a_run_is_of_its_own_layout(place: Place, tmp_path: Path, quick: None) -> None:
+    assert place.migrate(tmp_path / "out", "--layout.qk_rope_head_dim", "4").code == 0
+    planned = json.loads((tmp_path / "out.run" / "report.json").read_text())["plan"]
+    config = openling.load(tmp_path / "out").config
+    assert config.qk_rope_head_dim == planned["layout"]["qk_rope_head_dim"] == 4
+    assert planned["kv_bytes_per_token"] == 2 * (config.kv_lora_rank + 4)  # one MLA layer, BF16
 
 
 def test_mla_alone_on_a_gqa_model(place: Place, tmp_path: Path, quick: None) -> None:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
+import re
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -27,6 +29,7 @@ from small_runs import (
 )
 
 import openling
+from openling.errors import Failure
 from openling.migrate import pipeline
 from openling.weights.io import CheckpointReader
 
@@ -55,7 +58,8 @@ def untouched(place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
         (["--stage", "linear-warmup"], ["no lightning layer", "--stage lightning"]),
         (["--stage", "mla-warmup"], ["no mla layer", "--stage lightning"]),
         (["--stage", "lightening"], ["unknown stage", "nearest:  lightning"]),
-        (["--stages", "mla,lightning"], ["converted already"]),
+        (["--stages", "mla,lightning"], ["published order", "nearest:  stages = lightning,mla"]),
+        (["--stages", "mla,mla"], ["each once", "nearest:  stages = mla"]),
         (["--stages", "[]"], ["--stages"]),
         (["--preset", "bset"], ["nearest:  best"]),
         (["--stge", "lightning"], ["unknown argument", "nearest:  --stage"]),
@@ -224,6 +228,28 @@ def test_a_full_disk(place: Place, migrated: Migrated, small_disk: Callable[[str
         (disk / "ballast").unlink()
     assert place.migrate(disk / "out", "--resume").code == 0
     assert weights(disk / "out") == weights(migrated.out)
+
+
+def test_a_run_goes_on_in_the_space_that_it_took(place: Place, tmp_path: Path, quick: None) -> None:
+    def needed(*words: str) -> int:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(pipeline.shutil, "disk_usage", lambda path: argparse.Namespace(free=-(1 << 40)))
+            result = place.migrate(tmp_path / "out", *words)
+        refused(result, "no space left for the run")
+        (found,) = re.findall(r"expected: *([\d,]+)", result.err)
+        return int(found.replace(",", ""))
+
+    before = needed()
+
+    def stopped(*args: Any, **kwargs: Any) -> Any:
+        raise Failure("stopped")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(pipeline, "train", stopped)
+        assert place.migrate(tmp_path / "out").code == 1
+    stage = (tmp_path / "out.run" / "stages" / "lightning" / "model.safetensors").stat().st_size
+    assert stage < before - needed("--resume") < stage + (1 << 20)
+    assert place.migrate(tmp_path / "out", "--resume").code == 0
 
 
 # ---------------------------------------------------------------------------------------------------------------------

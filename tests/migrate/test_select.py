@@ -141,7 +141,7 @@ def test_selection_from_a_folder(tmp_path):
     whole = select_layers(teacher, target, ids, local, seed=0, bf16=False)
     assert select_layers(stack, target, ids, local, seed=0, bf16=False) == whole
     with pytest.raises(UserError, match="has to be in memory"):
-        select_layers(stack, target, ids, OPTIONS, seed=0)
+        select_layers(stack, target, ids, OPTIONS, seed=0, bf16=False)
 
 
 def mla_layers(out) -> list[int]:

@@ -8,7 +8,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -300,4 +299,3 @@ def test_the_command_line(tmp_path):
     assert openling_command("verify", source, tmp_path / "back").code == 0
     refused = openling_command("convert", source, tmp_path / "x", "--to", "dpc")
     assert refused.code == 2 and "nearest:  dcp" in refused.err
-    assert sys.modules["openling.commands.convert"]

@@ -99,6 +99,7 @@ def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any
     from openling.migrate.layout import target_config
     from openling.migrate.select import select_layers
     from openling.migrate.stack import FolderStack
+    from openling.ops.cpu import half_products
     from openling.weights.folder import open_folder
 
     begun = args.out.with_name(args.out.name + ".run") / "job.json"
@@ -110,7 +111,8 @@ def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any
         )
     opened = open_folder(args.source)
     target = target_config(opened.config, **config.layout.model_dump())
-    return select_layers(FolderStack(opened, device), target, windows, config.conversion, seed=config.seed).layers
+    how: dict[str, Any] = {"seed": config.seed, "bf16": half_products(device)}
+    return select_layers(FolderStack(opened, device), target, windows, config.conversion, **how).layers
 
 
 def dry_run(source: Path, out: Path, config: MigrateConfig, mode: Literal["link", "copy"], **how: bool) -> str:

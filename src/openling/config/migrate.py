@@ -130,7 +130,7 @@ GATES_AFTER: dict[Stage, tuple[str, ...]] = {
 
 
 class MigrateConfig(Section):
-    """One migration. `stages` are run in their published order."""
+    """One migration. `stages` stand in their published order."""
 
     preset: Literal["paper", "best"] = "best"
     stages: tuple[Stage, ...] = Field(STAGES, min_length=1)
@@ -147,6 +147,9 @@ class MigrateConfig(Section):
 
     @model_validator(mode="after")
     def _possible(self) -> Self:
+        ordered = tuple(stage for stage in STAGES if stage in self.stages)
+        if self.stages != ordered:
+            raise wrong("stages run in their published order, each once", f"stages = {','.join(ordered)}")
         later = [stage for stage in self.stages if stage.startswith("mla")]
         if later and self.layout.mla_layers in ("none", ()):
             raise ValueError(f"a pure linear model has no stage {later[0]}: --layout none, or --stages lightning,linear-warmup")

@@ -1,5 +1,5 @@
 """Layer-by-layer calibration: teacher and student walk through the layers together, and nothing but the residual
-streams of the calibration windows is kept. A converted layer is seen by the next one, so errors are corrected as they arise.
+streams of the calibration windows is kept. A converted layer is seen by the next one, which is fitted to what it leaves.
 
 Legend: B windows of a batch, T tokens, M hidden size, P features, O outputs.
 """
@@ -82,14 +82,10 @@ class LayerStep:
         """`form` of every batch of `inputs()`, computed anew whenever it is read: no batch stays in memory."""
         return Mapped(self.student_h, lambda h: form(self.student.input_layernorm(h)))
 
-    def targets(self, correct_residual: bool) -> Iterator[Tensor]:
-        """What the student's mixer should output, batch by batch: the teacher's mixer output on the teacher's own stream.
-
-        With `correct_residual`, plus the difference that earlier layers left between the two residual streams.
-        """
-        for teacher_h, student_h in zip(self.teacher_h, self.student_h, strict=True):
-            y = self.teacher.attention(self.teacher.input_layernorm(teacher_h), self.teacher_call)
-            yield y + (teacher_h - student_h) if correct_residual else y
+    def targets(self) -> Iterator[Tensor]:
+        """What the student's mixer should output, batch by batch: the teacher's mixer output on the teacher's own stream."""
+        for h in self.teacher_h:
+            yield self.teacher.attention(self.teacher.input_layernorm(h), self.teacher_call)
 
 
 @torch.no_grad()
@@ -98,28 +94,29 @@ def walk(
     student: Ling | Stack,
     windows: Sequence[Tensor],
     *,
-    bf16: bool = True,
+    bf16: bool,
     streams: Streams | None = None,
 ) -> Iterator[LayerStep]:
     """Yield every layer in order, MTP layers last; the caller may change the student's layer before the walk passes it.
 
-    `windows` are batches of token ids [B, T] of one length. Forward passes run in BF16 autocast unless told otherwise;
-    casts are not cached, since weights change on the way. `streams` keeps the residual streams between the layers (in memory
-    by default); a walk begins behind the layers after which they were left.
+    `windows` are batches of token ids [B, T] of one length. Forward passes run in BF16 autocast with `bf16`;
+    casts are not cached, since weights change on the way. A model that is teacher and student at once is computed once.
+    `streams` keeps the residual streams between the layers (in memory by default); a walk begins behind the layers after which
+    they were left.
     """
     ids, kept = windows[0], streams or MemoryStreams()
-    stacks = stack_of(teacher), stack_of(student)
+    stacks = [stack_of(teacher), *([] if student is teacher else [stack_of(student)])]
     calls = [CallContext(s.rope(ids), None, None) for s in stacks]
-    hidden = stacks[1].config.num_hidden_layers
+    hidden = stacks[-1].config.num_hidden_layers
     first, h = kept.resume() or (0, kept.keep([map(s.embed, windows) for s in stacks], 0))
-    count = hidden + stacks[1].config.num_nextn_predict_layers
+    count = hidden + stacks[-1].config.num_nextn_predict_layers
     for index in range(first, count):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             if index >= hidden:
                 ahead = index - hidden + 1
                 h = kept.keep([_enter_mtp(s, index, x, windows, ahead) for s, x in zip(stacks, h, strict=True)], None)
             layers = [s.layer(index) for s in stacks]
-            yield LayerStep(index, layers[0], layers[1], h[0], h[1], calls[0], calls[1])
+            yield LayerStep(index, layers[0], layers[-1], h[0], h[-1], calls[0], calls[-1])
             if index + 1 < count:
                 h = kept.keep([_through(s, index, x, call) for s, x, call in zip(stacks, h, calls, strict=True)], index + 1)
 

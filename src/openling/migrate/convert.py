@@ -239,7 +239,7 @@ def without_qk_norm(
 def _refit(step: LayerStep, options: Conversion, damping: float, what: str) -> list[Approximation]:
     if not options.refit_output:
         return []
-    error = refit_output(step, damping=damping, correct_residual=False)
+    error = refit_output(step, damping=damping)
     return [Approximation(what, step.index, "relative error after the refit", error)]
 
 

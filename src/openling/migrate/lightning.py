@@ -212,7 +212,7 @@ def _gated_sums(
 
 
 @torch.no_grad()
-def refit_output(step: LayerStep, *, damping: float, correct_residual: bool) -> float:
+def refit_output(step: LayerStep, *, damping: float) -> float:
     """Ridge regression of the mixer's target on the input of `dense`, towards the present weights; a bias stays as it is.
 
     Returns the squared error that is left, relative to the target (less the bias). Works for any mixer with `mix` and `dense`.
@@ -220,7 +220,7 @@ def refit_output(step: LayerStep, *, damping: float, correct_residual: bool) -> 
     mixer = step.student.attention
     gram, energy = Gram(), 0.0
     bias = mixer.dense.bias
-    for x, y in zip(step.inputs(), step.targets(correct_residual), strict=True):
+    for x, y in zip(step.inputs(), step.targets(), strict=True):
         z = mixer.mix(x, step.student_call)
         y = y if bias is None else y - bias
         gram.add(z, y)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from openling.data.needle import make_needle
 from openling.errors import UserError
-from openling.migrate.calibrate import walk
+from openling.migrate.calibrate import relative, walk
 from openling.migrate.routing import RouterDrift, RouterSums
 from openling.model.cache import Cache
 from openling.model.count import kv_bytes_per_token, state_bytes_per_sequence
@@ -224,7 +224,7 @@ def layer_measures(student: Ling, teacher: Ling, windows_NT: Tensor, *, bf16: bo
                 drift = routers.setdefault(step.index, RouterSums())
                 drift.add((step.teacher, teacher_h, target), (step.student, student_h, own))
     errors_by_layer = [
-        LayerError(layer=i, kind=kind, local=float(local / energy), propagated=float(propagated / energy))
+        LayerError(layer=i, kind=kind, local=relative(local, energy), propagated=relative(propagated, energy))
         for i, (kind, (local, propagated, energy)) in enumerate(zip(kinds, sums, strict=True))
     ]
     return LayerMeasures(errors_by_layer, [sums.result(i) for i, sums in sorted(routers.items())])

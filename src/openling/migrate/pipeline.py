@@ -41,6 +41,8 @@ from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmuls
 from openling.train.checkpoint import sole_writer, write_json
 from openling.train.loop import train
+from openling.train.optim import select_parameters
+from openling.train.while_training import own_memory
 from openling.weights.export import save
 from openling.weights.files import MANIFEST, fingerprint, manifest
 from openling.weights.folder import load, load_tokenizer
@@ -208,9 +210,10 @@ class _Migration:
                 trainable(config, stage, "best", mtp=self._warmup(stage).train.mtp > 0)
 
     def _check_space(self) -> None:
-        """Room for two stages and a training checkpoint: about three times the model in FP32."""
+        """Room for two stages and a training checkpoint: about three times the model in FP32, what is there already included."""
         reader = CheckpointReader(self.model)
         needed = 3 * 4 * sum(math.prod(reader.shape(name)) for name in reader.names()) + (16 << 20)
+        needed -= sum(path.stat().st_size for path in self.run.rglob("*") if path.is_file())
         free = shutil.disk_usage(self.run).free
         if free < needed:
             raise UserError(
@@ -342,8 +345,7 @@ class _Migration:
         return report
 
     def _plan(self) -> dict[str, Any]:
-        layout = self.layout.model_dump(include={"mla_layers", "group_size", "kv_lora_rank", "q_lora_rank"})
-        return plan(load_config(str(self.model)), **layout).as_dict()
+        return plan(load_config(str(self.model)), **self.layout.model_dump(exclude={"decay_offset"})).as_dict()
 
     def _stage(self, stage: Stage, current: Checkpoint) -> tuple[Ling, dict[str, Any]]:
         """The model after a stage, and what to note of it."""
@@ -424,6 +426,8 @@ class _Migration:
         windows = cut_windows(self.tokens, c.sequence_length, where="training text")
         batches = Batches(windows, batch_size=c.batch_size, seed=c.seed)
         student, names = current.model, trainable(current.config, stage, warmup.trainable, mtp=c.mtp > 0)
+        # Also where this warm-up follows no teacher: measurements and later stages do.
+        own_memory(self.teacher.model, select_parameters(student, names))
         result = train(
             student,
             c,

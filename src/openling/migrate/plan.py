@@ -91,6 +91,7 @@ def plan(
     group_size: int | None = None,
     kv_lora_rank: int | None = None,
     q_lora_rank: int | None = None,
+    qk_rope_head_dim: int | None = None,
 ) -> Plan:
     """Numbers of the hybrid that `model_hf` (a config.json dict) is or would become.
 
@@ -99,6 +100,7 @@ def plan(
     """
     training = training or Training()
     layout: dict[str, Any] = {"group_size": group_size, "kv_lora_rank": kv_lora_rank, "q_lora_rank": q_lora_rank}
+    layout["qk_rope_head_dim"] = qk_rope_head_dim
     given = read_config(model_hf)
     if set(given.layer_kinds) == {"gqa"}:
         if source_hf is not None:

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openling.config.migrate import Conversion
 from openling.errors import UserError
-from openling.migrate.calibrate import LayerStep, walk
+from openling.migrate.calibrate import LayerStep, relative, walk
 from openling.migrate.convert import fit_lightning
 from openling.migrate.findings import Approximation, Findings
 from openling.migrate.stack import ModelStack, Stack, derive_layer, stack_of
@@ -54,7 +54,7 @@ def select_layers(
     options: Conversion,
     *,
     seed: int,
-    bf16: bool = True,
+    bf16: bool,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> Selection:
     """The hidden layers of a GQA model that lose most, as many as are MLA in `target`; `windows` are batches of token ids [B, T].
@@ -97,11 +97,11 @@ def _batches(step: LayerStep, part: slice) -> LayerStep:
 def _local(step: LayerStep) -> float:
     """Relative squared error of the mixer's output."""
     wrong = energy = 0.0
-    for x, y in zip(step.inputs(), step.targets(correct_residual=False), strict=True):
+    for x, y in zip(step.inputs(), step.targets(), strict=True):
         found = step.student.attention(x, step.student_call)
         wrong += float((found - y).double().square().sum())
         energy += float(y.double().square().sum())
-    return wrong / energy
+    return relative(wrong, energy)
 
 
 def _divergence(stack: Stack, step: LayerStep, ids_BT: Tensor) -> float:
