@@ -94,15 +94,6 @@ def test_a_recorded_teacher_gives_the_same_and_is_not_run_again(student, teacher
     assert measure.agreement(student, trace, windows) == expected
 
 
-def test_a_trace_in_bf16_is_close(student, teacher, windows):
-    exact = measure.agreement(student, teacher, windows)
-    rough = measure.agreement(student, measure.TeacherTrace.record(teacher, windows, dtype=torch.bfloat16), windows)
-    # A hidden value is off by at most 2^-9 of itself, a logit (32 products) by about 2^-9 |h| |w|: below 1 % of what KL is here.
-    assert rough["kl"] == pytest.approx(exact["kl"], rel=0.01)
-    assert rough["kl"] != exact["kl"]
-    assert rough["loss"] == exact["loss"]
-
-
 def test_a_model_agrees_with_itself(teacher, windows):
     found = measure.agreement(teacher, teacher, windows)
     assert (found["kl"], found["top1"], found["gap"], found["gap_stderr"]) == (0.0, 1.0, 0.0, 0.0)

@@ -24,9 +24,9 @@ PLACE = Path(str(files("openling"))) / "shipped"
 NAME = "SmolLM2-135M-hybrid"
 
 
-def find_delta(name: str = NAME) -> Path | None:
-    """The folder of a delta of the package; None where this installation has none."""
-    return PLACE / name if (PLACE / name).exists() else None
+def find_delta() -> Path | None:
+    """The folder of the package's delta; None where this installation has none."""
+    return PLACE / NAME if (PLACE / NAME).exists() else None
 
 
 def applied(teacher: Path, delta: Path, out: Path) -> Path:

@@ -7,7 +7,7 @@ Legend: B windows of a batch, T tokens, M hidden size, N tokens, E experts, F ex
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Protocol, overload
+from typing import Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -210,10 +210,13 @@ class Streams(Protocol):
         """Consume the streams; they stand in front of `layer` (None: on the way to it, nothing to resume from)."""
 
 
-class Mapped(Sequence[Tensor]):
-    """A function of every tensor of a sequence, computed when it is read and not kept."""
+T = TypeVar("T")
 
-    def __init__(self, items: Sequence[Tensor], function: Callable[[Tensor], Tensor]) -> None:
+
+class Mapped(Sequence[Tensor], Generic[T]):
+    """Tensors that a function makes of tensors, or of numbers, whenever they are read; none is kept."""
+
+    def __init__(self, items: Sequence[T], function: Callable[[T], Tensor]) -> None:
         self._items, self._function = items, function
 
     def __len__(self) -> int:
@@ -227,25 +230,6 @@ class Mapped(Sequence[Tensor]):
         if isinstance(index, slice):
             return Mapped(self._items[index], self._function)
         return self._function(self._items[index])
-
-
-class Numbered(Sequence[Tensor]):
-    """Tensors that `make(i)` reads or draws anew whenever they are asked for."""
-
-    def __init__(self, numbers: Sequence[int], make: Callable[[int], Tensor]) -> None:
-        self._numbers, self._make = numbers, make
-
-    def __len__(self) -> int:
-        return len(self._numbers)
-
-    @overload
-    def __getitem__(self, index: int) -> Tensor: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[Tensor]: ...
-    def __getitem__(self, index: int | slice) -> Tensor | Sequence[Tensor]:
-        if isinstance(index, slice):
-            return Numbered(self._numbers[index], self._make)
-        return self._make(self._numbers[index])
 
 
 class MemoryStreams:

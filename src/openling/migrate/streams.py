@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from openling.migrate.stack import Numbered
+from openling.migrate.stack import Mapped
 from openling.weights.files import write_shard
 from openling.weights.io import TensorFiles
 from openling.weights.whole import write_json
@@ -56,7 +56,7 @@ class DiskStreams:
 
     def _read(self, name: str, stream: int, count: int) -> Sequence[Tensor]:
         folder, device = self.folder / name, self.device
-        return Numbered(range(count), lambda b: TensorFiles.of(folder, [f"{stream}-{b:05d}"]).read("h").to(device))
+        return Mapped(range(count), lambda b: TensorFiles.of(folder, [f"{stream}-{b:05d}"]).read("h").to(device))
 
 
 def noise(hidden_size: int, layer: int, *, batches: int, tokens: int, seed: int, device: torch.device) -> Sequence[Tensor]:
@@ -66,4 +66,4 @@ def noise(hidden_size: int, layer: int, *, batches: int, tokens: int, seed: int,
         generator = torch.Generator().manual_seed((seed + (layer << 20) + batch) % 2**63)
         return torch.randn(1, tokens, hidden_size, generator=generator).to(device)
 
-    return Numbered(range(batches), draw)
+    return Mapped(range(batches), draw)
