@@ -294,6 +294,11 @@ def test_the_command_line(tmp_path):
     assert done.code == 0, done.err
     checked = openling_command("verify", source, tmp_path / "out")
     assert checked.code == 0 and checked.out.count("ok") == 6, checked.out
+    ignored = ("--dry-run", "--link", "--resume", "--seed=1")
+    for to in ("dcp", "hf"):
+        refused = openling_command("convert", tmp_path / "out", tmp_path / "dcp", f"--to={to}", *ignored)
+        assert refused.code == 2 and "--dry-run, --link, --resume, --seed" in refused.err
+    assert not (tmp_path / "dcp").exists()
     assert openling_command("convert", tmp_path / "out", tmp_path / "dcp", "--to", "dcp").code == 0
     assert openling_command("convert", tmp_path / "dcp", tmp_path / "back", "--to", "hf").code == 0
     assert openling_command("verify", source, tmp_path / "back").code == 0

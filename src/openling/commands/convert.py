@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import shlex
 from pathlib import Path
 from typing import Any, Literal
 
@@ -61,6 +62,10 @@ def _format(args: argparse.Namespace) -> int:
     from openling.weights.dcp import METADATA, from_dcp, to_dcp
     from openling.weights.linked import copy_folder
 
+    given = [word.partition("=")[0] for word in shlex.split(args.command) if word.startswith("--")]
+    if unread := [flag for flag in given if flag not in ("--to", "--copy", "--")]:
+        what, plain = "a change of format takes no such flags", f"openling convert SOURCE OUT --to {args.to}"
+        raise UserError(what, where=f"--to {args.to}", value=", ".join(unread), expected=plain)
     if args.to == "dcp":
         out = to_dcp(args.source, args.out)
     else:
