@@ -15,10 +15,12 @@ from openling.errors import UserError, nearest
 
 STAGES = ("lightning", "mla")
 FORMATS = ("hybrid", "hf", "dcp")
+# Of a migration's settings those that a conversion reads; `stages` are --stage.
+READ = ("layout", "conversion", "text", "seed")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `openling convert`; the fields of `layout`, `conversion` and `text` can be set too."""
+    """The flags of `openling convert`; `seed` and the fields of `layout`, `conversion` and `text` can be set too."""
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkpoint folder (only read)")
     parser.add_argument("out", type=Path, metavar="OUT", help="new folder; OUT.run beside it keeps the journal")
     parser.add_argument(
@@ -80,6 +82,11 @@ def _hybrid(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     config = _with_stages(settings(args), args)
+    given = [word.partition("=")[0] for word in args.overrides if word.startswith("--")]
+    if unread := [flag for flag in given if flag.removeprefix("--").split(".")[0] not in READ]:
+        expected = ", ".join(f"--{name}" + ("" if name == "seed" else ".FIELD") for name in READ)
+        what = "a conversion does not read these settings"
+        raise UserError(what, value=", ".join(unread), expected=expected, next="openling migrate, or leave them out")
     if args.dry_run:
         print(dry_run(args.source, args.out, config, "link" if args.link else "copy", weights_only=args.weights_only))
         return 0
