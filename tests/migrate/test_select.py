@@ -13,12 +13,14 @@ import openling
 from openling.config.load import override
 from openling.config.migrate import Conversion, Layout
 from openling.errors import UserError
+from openling.migrate import select
 from openling.migrate.convert import to_lightning
 from openling.migrate.layout import lightning_stage, mla_stage, target_config
 from openling.migrate.measure import layer_measures
 from openling.migrate.select import select_layers
 from openling.migrate.stack import FolderStack
 from openling.model.config import read_ling, write_ling
+from openling.ops.cpu import settle_bf16_matmuls
 from openling.weights.export import save
 from openling.weights.folder import open_folder
 
@@ -181,15 +183,38 @@ def test_selected_layers_stay_softmax_and_are_reported(place: Place, tmp_path, q
     assert f"MLA in layers {best}" in result.err
 
 
-def test_a_streamed_conversion_with_selected_layers(tmp_path, place: Place):
+def test_a_streamed_conversion_with_selected_layers(tmp_path, place: Place, monkeypatch):
     teacher, out = make_llama(tmp_path / "teacher", layers=4), tmp_path / "out"
-    words = ["--layout", "selected", "--group-size", "2", "--text", place.calibration, "--eval-text"]
-    words = words[:-1] + ["--text.sequence_length", "64", "--text.calibration_tokens", "2048"]
+    words = ["--layout", "selected", "--group-size", "2", "--text", place.calibration, "--text.sequence_length", "64"]
+    words += ["--text.calibration_tokens", "2048"]
     refused(openling_command("convert", teacher, out, *words), "has to be in memory", "layer_score local")
     result = openling_command("convert", teacher, out, *words, "--conversion.layer_score", "local")
     assert result.code == 0, result.err
     assert len(mla_layers(out)) == 2
     refused(openling_command("convert", teacher, tmp_path / "b", *words, "--weights-only"), "--layout I,J")
+    # What can be told before the walk is, and a finished or begun run needs none.
+    monkeypatch.setattr(select, "walk", lambda *args, **kwargs: pytest.fail("it walks"))
+    words += ["--conversion.layer_score", "local"]
+    refused(openling_command("convert", teacher, out, *words), "exists already")
+    assert openling_command("convert", teacher, out, *words, "--resume").code == 0
+    begun = tmp_path / "out.run" / "job.json"
+    job = json.loads(begun.read_text())
+    job["settings"]["layout"]["mla_layers"] = "ling"
+    begun.write_text(json.dumps(job))
+    refused(openling_command("convert", teacher, out, *words, "--resume"), "settings have changed", "'mla_layers': 'ling'")
+
+
+def test_a_streamed_selection_multiplies_as_the_fits_do(tmp_path, place: Place, monkeypatch):
+    def walk(*args, bf16):
+        raise UserError(f"in BF16: {bf16}")
+
+    monkeypatch.setattr(select, "walk", walk)
+    words = ["--layout", "selected", "--text", place.calibration, "--conversion.layer_score", "local"]
+    settle_bf16_matmuls(False)
+    try:
+        refused(openling_command("convert", place.teacher, tmp_path / "out", *words), "in BF16: False")
+    finally:
+        settle_bf16_matmuls(None)
 
 
 def test_what_a_pure_linear_model_has_no_stage_for(place: Place, tmp_path):

@@ -77,7 +77,7 @@ def _format(args: argparse.Namespace) -> int:
 
 
 def _hybrid(args: argparse.Namespace) -> int:
-    from openling.migrate.stream import Job, convert_folder
+    from openling.migrate.stream import Job, check_place, convert_folder
     from openling.model.device import pick_device
 
     device = pick_device(args.device)
@@ -90,12 +90,14 @@ def _hybrid(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(dry_run(args.source, args.out, config, "link" if args.link else "copy", weights_only=args.weights_only))
         return 0
+    check_place(args.source, args.out, resume=args.resume)
     windows = None if args.weights_only else calibration(args.source, config, device)
     console = open_console(stderr=True)
     if config.layout.mla_layers == "selected" and "lightning" in config.stages:
         layers = _selected(args, config, windows, device)
-        console.print(f"MLA in layers {', '.join(map(str, layers))}", highlight=False)
-        config = config.model_copy(update={"layout": config.layout.model_copy(update={"mla_layers": layers})})
+        if layers is not None:
+            console.print(f"MLA in layers {', '.join(map(str, layers))}", highlight=False)
+            config = config.model_copy(update={"layout": config.layout.model_copy(update={"mla_layers": layers})})
     job = Job(args.source, args.out, config, "link" if args.link else "copy", windows, device)
     report = convert_folder(job, resume=args.resume, say=lambda text: console.print(text, highlight=False))
     for name, value in report.items():
@@ -106,25 +108,27 @@ def _hybrid(args: argparse.Namespace) -> int:
     return 0
 
 
-def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any] | None, device: Any) -> tuple[int, ...]:
-    """The most sensitive layers: those that a run to be resumed began with, or measured now in a walk of its own."""
+def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any] | None, device: Any) -> tuple[int, ...] | None:
+    """The most sensitive layers: those that a run to be resumed began with (None: it selected none), or measured in a walk."""
+    from openling.migrate.journal import run_folder
     from openling.migrate.layout import target_config
     from openling.migrate.select import select_layers
     from openling.migrate.stack import FolderStack
     from openling.ops.cpu import half_products
     from openling.weights.folder import open_folder
 
-    begun = args.out.with_name(args.out.name + ".run") / "job.json"
-    if args.resume and begun.exists():
-        return tuple(json.loads(begun.read_text())["settings"]["layout"]["mla_layers"])
+    begun = run_folder(args.out.absolute()) / "job.json"
+    if begun.exists():
+        layers = json.loads(begun.read_text())["settings"]["layout"]["mla_layers"]
+        return tuple(layers) if isinstance(layers, list) else None
     if windows is None:
         raise UserError(
             "layers are selected by what they do to text", where="--weights-only", next="leave it out, or --layout I,J,.."
         )
     opened = open_folder(args.source)
     target = target_config(opened.config, **config.layout.model_dump())
-    how: dict[str, Any] = {"seed": config.seed, "bf16": half_products(device)}
-    return select_layers(FolderStack(opened, device), target, windows, config.conversion, **how).layers
+    stack, options = FolderStack(opened, device), config.conversion
+    return select_layers(stack, target, windows, options, seed=config.seed, bf16=half_products(device)).layers
 
 
 def dry_run(source: Path, out: Path, config: MigrateConfig, mode: Literal["link", "copy"], **how: bool) -> str:

@@ -30,6 +30,7 @@ from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.convert import check_mla, fit_lightning, fit_mla
 from openling.migrate.findings import Findings
+from openling.migrate.journal import run_folder
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
@@ -162,43 +163,52 @@ def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
     return Outline(opened, raw, steps, files, new)
 
 
+def check_place(source: Path, out: Path, *, resume: bool) -> None:
+    """Raise a UserError where a conversion of `source` to `out` may neither begin nor, as was asked, go on."""
+    out = out.absolute()
+    run = run_folder(out)
+    finished = resume and (run / "report.json").exists() and not (run / "draft").exists()
+    if os.path.lexists(out) and not finished:
+        raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
+    if out.resolve().is_relative_to(source.resolve()):
+        raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+    if (run / "job.json").exists():
+        if not resume:
+            raise UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
+    elif resume and not run.exists():
+        raise UserError("there is nothing to resume", where=run, expected="job.json of an earlier run", next="omit --resume")
+    # One that was killed before it had job.json had nothing yet: it begins, with --resume or without.
+    elif run.exists() and any(
+        not (p.name.startswith(".") or (p.name == "draft" and not any(p.iterdir()))) for p in run.iterdir()
+    ):
+        raise UserError("the run folder holds something else", where=run, next="choose another OUT, or remove it")
+
+
 def convert_folder(job: Job, *, resume: bool, say: Any = lambda text: None) -> dict[str, Any]:
     """Convert `job.source` into the new folder `job.out`; what it took, as a dict (also in `OUT.run/report.json`)."""
+    check_place(job.source, job.out, resume=resume)
     out = job.out.absolute()
-    run = out.with_name(out.name + ".run")
+    run = run_folder(out)
     if os.path.lexists(out):
-        if resume and (run / "report.json").exists() and not (run / "draft").exists():
-            return _finished(job, run)
-        raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
-    if out.resolve().is_relative_to(job.source.resolve()):
-        raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+        return _finished(job, run)
     plan = outline(job.source, job.config, job.mode)
     try:
-        shards = _join(job, plan, run, resume)
+        shards = _join(job, plan, run)
         return _Conversion(job, plan, run, shards, say).go()
     except OSError as error:
         raise write_error(error, out, kept="what is done is kept", resume="free some space, then --resume") from error
 
 
-def _join(job: Job, plan: Outline, run: Path, resume: bool) -> dict[str, dict[str, object]]:
+def _join(job: Job, plan: Outline, run: Path) -> dict[str, dict[str, object]]:
     """Begin a run folder, or check that it is this job's; the identities of the source's shards."""
     path = run / "job.json"
     if not path.exists():
-        if resume and not run.exists():
-            raise UserError("there is nothing to resume", where=run, expected="job.json of an earlier run", next="omit --resume")
-        # One that was killed before it had job.json had nothing yet: it begins, with --resume or without.
-        if run.exists() and any(
-            not (p.name.startswith(".") or (p.name == "draft" and not any(p.iterdir()))) for p in run.iterdir()
-        ):
-            raise UserError("the run folder holds something else", where=run, next="choose another OUT, or remove it")
         run.mkdir(parents=True, exist_ok=True)
         _check_space(plan, run)
         shards = {shard: identity(plan.raw.folder / shard) for shard in plan.raw.shards}
         (run / "draft").mkdir(exist_ok=True)
         write_json(path, {"settings": job.settings(), "shards": shards, "bf16_products": bf16_matmuls_pay()})
         return shards
-    if not resume:
-        raise UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
     found = _begun(job, run)
     for shard, before in found.items():
         check_unchanged(plan.raw.folder / shard, before, thorough=True)
