@@ -76,4 +76,11 @@ def test_layers_share_what_a_conversion_may_use():
 def test_refusals(place: Place, tmp_path):
     budget = ["--conversion.kv_rank_budget", "400"]
     refused(place.migrate(tmp_path / "a", *budget), "kv_rank_budget", "1 to kv_lora_rank")
-    refused(openling_command("convert", place.teacher, tmp_path / "b", "--weights-only", *budget), "openling migrate")
+    for flag in ("--weights-only", "--dry-run"):
+        refused(openling_command("convert", place.teacher, tmp_path / "b", flag, *budget), "openling migrate")
+
+
+def test_a_migration_with_a_budget_can_be_tried(place: Place, tmp_path):
+    tried = place.migrate(tmp_path / "a", "--dry-run", "--conversion.kv_rank_budget", "8")
+    assert tried.code == 0, tried.err
+    assert "held in memory" in tried.err

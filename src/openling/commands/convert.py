@@ -77,7 +77,7 @@ def _format(args: argparse.Namespace) -> int:
 
 
 def _hybrid(args: argparse.Namespace) -> int:
-    from openling.migrate.stream import Job, check_place, convert_folder
+    from openling.migrate.stream import Job, check_place, check_walk, convert_folder
     from openling.model.device import pick_device
 
     device = pick_device(args.device)
@@ -87,6 +87,7 @@ def _hybrid(args: argparse.Namespace) -> int:
         expected = ", ".join(f"--{name}" + ("" if name == "seed" else ".FIELD") for name in READ)
         what = "a conversion does not read these settings"
         raise UserError(what, value=", ".join(unread), expected=expected, next="openling migrate, or leave them out")
+    check_walk(config)
     if args.dry_run:
         print(dry_run(args.source, args.out, config, "link" if args.link else "copy", weights_only=args.weights_only))
         return 0

@@ -138,9 +138,6 @@ def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
     """Check the source and plan the result, reading nothing but headers."""
     opened = open_folder(source)
     raw = CheckpointReader(opened.folder)
-    if config.conversion.kv_rank_budget and "mla" in config.stages:
-        what = "ranks are shared out once all layers have been seen, which this one walk has not when it fits the first"
-        raise UserError(what, where="--conversion.kv_rank_budget", expected="null", next="openling migrate, which walks twice")
     layout = config.layout.model_dump()
     steps, before = [], opened.config
     for stage in config.stages:
@@ -161,6 +158,13 @@ def outline(source: Path, config: MigrateConfig, mode: Mode) -> Outline:
     bindings = bind(LING_ARCHITECTURE, model.config, kept_names, present=raw)
     files = plan_files(raw, kept_tensors(old, bindings, opened.reader), mode)
     return Outline(opened, raw, steps, files, new)
+
+
+def check_walk(config: MigrateConfig) -> None:
+    """Raise a UserError for what needs more than one walk through the layers."""
+    if config.conversion.kv_rank_budget and "mla" in config.stages:
+        what = "ranks are shared out once all layers have been seen, which this one walk has not when it fits the first"
+        raise UserError(what, where="--conversion.kv_rank_budget", expected="null", next="openling migrate, which walks twice")
 
 
 def check_place(source: Path, out: Path, *, resume: bool) -> None:
@@ -186,6 +190,7 @@ def check_place(source: Path, out: Path, *, resume: bool) -> None:
 
 def convert_folder(job: Job, *, resume: bool, say: Any = lambda text: None) -> dict[str, Any]:
     """Convert `job.source` into the new folder `job.out`; what it took, as a dict (also in `OUT.run/report.json`)."""
+    check_walk(job.config)
     check_place(job.source, job.out, resume=resume)
     out = job.out.absolute()
     run = run_folder(out)
