@@ -16,6 +16,7 @@ import torch
 from small_runs import in_child
 from stream_jobs import LING, hashes, job, settings, teacher, tensors
 
+from openling.config.migrate import Text
 from openling.errors import Failure, OpenlingError, UserError
 from openling.migrate import stream
 from openling.migrate.stream import convert_folder
@@ -255,6 +256,9 @@ def test_requests_that_contradict_the_run(source, tmp_path):
     assert convert_folder(job(source, out, text=False), resume=True)["bytes of new layers"] > 0
     with pytest.raises(UserError, match="settings have changed"):
         convert_folder(job(source, out, text=False, config=settings(seed=1)), resume=True)
+    longer = settings().model_copy(update={"text": Text(sequence_length=48, calibration_tokens=96)})  # so is its noise
+    with pytest.raises(UserError, match="settings have changed[\\s\\S]*'sequence_length': 48"):
+        convert_folder(job(source, out, text=False, config=longer), resume=True)
 
 
 @pytest.mark.parametrize("resume", [False, True])

@@ -81,8 +81,10 @@ class Job:
 
     def settings(self) -> dict[str, Any]:
         """What must not change between the parts of a run."""
-        digest = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in self.windows or ()))
-        text = None if self.windows is None else digest.hexdigest()
+        if self.windows is None:  # the noise that stands for text
+            text: Any = self.config.text.model_dump(include={"sequence_length", "calibration_tokens"})
+        else:
+            text = hashlib.sha256(b"".join(w.cpu().numpy().tobytes() for w in self.windows)).hexdigest()
         chosen = self.config.model_dump(mode="json", include={"stages", "layout", "conversion", "seed"})
         return chosen | {"mode": self.mode, "text": text, CONFIG: file_hash(self.source / CONFIG)}
 
