@@ -28,6 +28,7 @@ from small_runs import (
     hashes,
     in_child,
     make_llama,
+    openling_command,
     refused,
     weights,
     weights_only,
@@ -42,6 +43,7 @@ import openling
 from openling.config.migrate import STAGES
 from openling.migrate import pipeline
 from openling.migrate.verify import verify
+from openling.weights.files import MANIFEST
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a migration yields
@@ -92,6 +94,40 @@ def test_a_finished_folder_can_be_checked_again(migrated: Migrated, place: Place
     (tmp_path / "out" / "model.safetensors").write_bytes(data)
     wrong = [check for check in verify(place.teacher, tmp_path / "out") if check.outcome == "wrong"]
     assert wrong[0].name == "files as they were written"
+
+
+def test_mixers_that_were_trained_as_they_are_do_not_count_as_untouched(place: Place, tmp_path: Path, quick: None) -> None:
+    """A warm-up of a half-way model, and one of all mixers: the teacher's own ones, too, are no longer its."""
+    flags = ("--linear_warmup.train.lr", "0.05", "--linear_warmup.trainable")
+    assert place.migrate(tmp_path / "both", "--stages", "lightning,linear-warmup", *flags, "attention").code == 0
+    assert place.migrate(tmp_path / "half", "--stage", "lightning").code == 0
+    words = ("--stage", "linear-warmup", "--teacher", place.teacher, *flags, "best")
+    assert place.migrate(tmp_path / "warm", *words, model=tmp_path / "half").code == 0
+    for source, out, left_out in ((place.teacher, tmp_path / "both", 2), (tmp_path / "half", tmp_path / "warm", 15)):
+        outcome, found = untouched(source, out)
+        assert outcome == "ok" and f"; {left_out} left out, which were trained" in found
+        manifest = json.loads((out / MANIFEST).read_text())
+        trained = manifest.pop("trained")
+        (out / MANIFEST).write_text(json.dumps(manifest))  # as older versions wrote it
+        outcome, found = untouched(source, out)
+        assert outcome == "not run" and ".attention." in found and MANIFEST in found
+        (out / MANIFEST).write_text(json.dumps(manifest | {"trained": trained[:0]}))
+        assert untouched(source, out)[0] == "wrong"
+
+
+def untouched(source: Path, out: Path) -> tuple[str, str]:
+    """What `verify` says of tensors that nothing has changed; nothing else may be wrong."""
+    checks = {check.name: check for check in verify(source, out)}
+    found = checks.pop("untouched tensors identical")
+    assert {check.outcome for check in checks.values()} == {"ok", "not run"}
+    return found.outcome, found.found
+
+
+def test_another_model_is_told_from_the_source(migrated: Migrated, tmp_path: Path) -> None:
+    """By one message, not by the first name or byte that differs."""
+    for changes in ({"layers": 3}, {"layers": 5}, {"vocab_size": VOCABULARY + 40}):
+        other = make_llama(tmp_path / str(changes), **changes)
+        refused(openling_command("verify", other, migrated.out), "OUT was made of another model", str(other))
 
 
 def check_bytes_and_seconds(migrated: Migrated, place: Place, stages: list[dict[str, Any]]) -> None:

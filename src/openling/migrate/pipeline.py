@@ -308,9 +308,15 @@ class _Migration:
             raise UserError("this run was finished, and its result moved away", where=self.out, next=f"remove {self.run}")
         if os.path.lexists(self.out):
             raise UserError("the output has appeared meanwhile", where=self.out, next="move it away, then add --resume")
-        write_json(last / MANIFEST, manifest(last, CheckpointReader(self.model)))
+        trained = {"trained": self._trained(_config_of(last))}
+        write_json(last / MANIFEST, manifest(last, CheckpointReader(self.model)) | trained)
         last.rename(self.out)
         sweep(self.run)
+
+    def _trained(self, config: ModelConfig) -> list[str]:
+        """Names of the parameters that this run's warm-ups trained, as regular expressions."""
+        warmups = [(stage, self._warmup(stage)) for stage in self.config.stages if stage.endswith("warmup")]
+        return [name for stage, w in warmups for name in trainable(config, stage, w.trainable, mtp=w.train.mtp > 0)]
 
     def _report(self) -> dict[str, Any]:
         """What was measured so far; a new run begins with the teacher."""
