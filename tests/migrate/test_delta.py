@@ -103,6 +103,26 @@ def test_a_hybrid_that_has_lost_its_run_can_be_passed_on(migrated: Migrated, pla
     assert "Losses were measured" not in (tmp_path / "delta" / "README.md").read_text()
 
 
+def test_a_report_may_lack_all_but_its_stages(migrated: Migrated, place: Place, tmp_path: Path) -> None:
+    shutil.copytree(migrated.out, tmp_path / "hybrid")
+    (tmp_path / "hybrid.run").mkdir()
+    report = {"title": "hybrid", "stages": [{"name": "mla", "tokens": 7}]}
+    (tmp_path / "hybrid.run" / "report.json").write_text(json.dumps(report))
+    made = openling_command("delta", "make", place.teacher, tmp_path / "hybrid", tmp_path / "delta")
+    assert made.code == 0, made.err
+    about = read_delta(tmp_path / "delta").about
+    assert about["tokens"] == "mla 7"
+    assert "recipe" not in about
+
+
+def test_files_of_other_names_are_refused(migrated: Migrated, place: Place, tmp_path: Path) -> None:
+    shutil.copytree(migrated.out, tmp_path / "hybrid")
+    (tmp_path / "hybrid" / "my notes.md").write_text("to be read")
+    made = openling_command("delta", "make", place.teacher, tmp_path / "hybrid", tmp_path / "delta")
+    refused(made, "a delta takes no file of this name", "my notes.md")
+    assert [path.name for path in tmp_path.iterdir()] == ["hybrid"]
+
+
 def test_large_tensors_are_split_over_parts(
     migrated: Migrated, place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

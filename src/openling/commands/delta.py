@@ -50,7 +50,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def history(hybrid: Path) -> dict[str, Any]:
-    """How a hybrid came to be: from its `openling.json`, and from the report of its run where that is still beside it."""
+    """How a hybrid came to be: from its `openling.json`, and what the report of its run tells where that is still beside it."""
     from openling.migrate.journal import run_folder
     from openling.weights.io import read_json
 
@@ -63,12 +63,15 @@ def history(hybrid: Path) -> dict[str, Any]:
     tokens = {stage["name"]: stage["tokens"] for stage in stages if stage.get("tokens")}
     about["tokens"] = ", ".join(f"{name} {count:,}" for name, count in tokens.items())
     about["trained tokens"] = sum(count for name, count in tokens.items() if name.endswith("warmup"))
-    about["data"] = "; ".join(f"{text['name']} ({text['licence']}): {text['role']}" for text in found["texts"])
-    about["texts"] = found["texts"]
+    if texts := found.get("texts"):
+        about["data"] = "; ".join(f"{text['name']} ({text['licence']}): {text['role']}" for text in texts)
+        about["texts"] = texts
     about["losses"] = {
-        stage["name"]: {text: {key: a[key] for key in ("loss", "kl", "top1", "tokens")} for text, a in stage["domains"].items()}
+        stage["name"]: {
+            text: {key: a[key] for key in ("loss", "kl", "top1", "tokens")} for text, a in stage.get("domains", {}).items()
+        }
         for stage in stages
     }
-    run = {"made with": found["command"], "made on": found["date"], "commit": found["commit"]}
-    run["hardware"] = found["environment"]["hardware"]
-    return about | run | {"recipe": found["settings"]}
+    names = {"made with": "command", "made on": "date", "commit": "commit", "hardware": "hardware", "recipe": "settings"}
+    told = found | {"hardware": found.get("environment", {}).get("hardware")}
+    return about | {name: told[key] for name, key in names.items() if told.get(key) is not None}

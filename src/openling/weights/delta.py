@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,7 +40,8 @@ ROUNDED = ("BF16", "F16", "F32")
 
 Form = Literal["int8", "exact"]
 # What a file may be called: a name from a record must not lead out of a folder.
-FileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")]
+FILE_NAME = r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$"
+FileName = Annotated[str, Field(pattern=FILE_NAME)]
 
 
 class Content(BaseModel):
@@ -107,6 +109,10 @@ def make_delta(teacher: Path, hybrid: Path, out: Path, *, form: Form, about: dic
     if ours.stale_in:
         fix = f"openling convert --to hf {hybrid} NEW, and the delta of NEW"
         raise UserError("this folder shares files with another one", where=hybrid, expected="files of its own", next=fix)
+    for name in (*ours.shards, *(path.name for path in companions(hybrid))):
+        if not re.fullmatch(FILE_NAME, name):
+            expected = "letters, digits, _, - and . in its name"
+            raise UserError("a delta takes no file of this name", where=hybrid / name, expected=expected, next="move it away")
     sources = _sources(old, new)
     shards: dict[str, list[Entry]] = {shard: [] for shard in ours.shards}
     with FolderWriter(out) as writer:
