@@ -22,7 +22,7 @@ from openling.model.config import LING_ARCHITECTURE
 from openling.weights.files import MANIFEST, file_hash, first_difference, identity
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder, read_binding
 from openling.weights.fp8 import Dequantised
-from openling.weights.io import TensorFiles, read_json
+from openling.weights.io import read_json
 from openling.weights.linked import kept_tensors
 from openling.weights.names import Binding, bind
 
@@ -45,19 +45,15 @@ def verify(source: Path, out: Path) -> list[Check]:
         warnings.filterwarnings("ignore", message=".* tensors are rounded to ")  # by who computes: here bytes are compared
         old, new = open_folder(source), open_folder(out)  # names, shapes, index and config of both agree from here on
     _check_same_model(old, new)
-    tensors = len(_raw(new).names())
+    tensors = len(new.raw.names())
     checks = [Check("index, headers, config", "ok", f"{tensors:,} tensors of {', '.join(sorted(set(new.config.layer_kinds)))}")]
     manifest = read_json(out / MANIFEST) if (out / MANIFEST).exists() else None
     checks.append(_source_unchanged(source, manifest))
-    checks.append(_files(source, out, manifest))
+    checks.append(_files(out, manifest))
     checks.append(_untouched(old, new, manifest))
     checks.append(_rewritten(old, new))
     checks.append(_lightning_heads(old, new, manifest))
     return checks
-
-
-def _raw(opened: Opened) -> TensorFiles:
-    return opened.reader.raw if isinstance(opened.reader, Dequantised) else opened.reader
 
 
 def _source_unchanged(source: Path, manifest: dict[str, Any] | None) -> Check:
@@ -75,8 +71,8 @@ def _source_unchanged(source: Path, manifest: dict[str, Any] | None) -> Check:
     return Check(name, "ok", f"{len(manifest['shards'])} shards (size and blocks all over each), config.json")
 
 
-def _files(source: Path, out: Path, manifest: dict[str, Any] | None) -> Check:
-    """Hashes of the journal; links are compared with the source's file."""
+def _files(out: Path, manifest: dict[str, Any] | None) -> Check:
+    """Sizes and hashes that the manifest holds; of links it holds sizes alone."""
     name = "files as they were written"
     if manifest is None:
         return Check(name, "not run", f"OUT has no {MANIFEST}")
@@ -124,7 +120,7 @@ def _untouched(old: Opened, new: Opened, manifest: dict[str, Any] | None) -> Che
     trained = {n for n in names if any(re.search(pattern, n) for pattern in patterns or ())}
     bindings = bind(LING_ARCHITECTURE, new.config, [n for n in names if n not in trained], present=new.reader)
     kept = kept_tensors(_old_bindings(old), bindings, old.reader)
-    ours, theirs = _raw(new), _raw(old)
+    ours, theirs = new.raw, old.raw
     total, unsure = 0, None
     for tensor in kept:
         wrong = first_difference(tensor, ours, theirs)

@@ -23,7 +23,6 @@ from openling.config.section import refusal
 from openling.errors import Failure, UserError
 from openling.weights.files import Kept, companions, file_hash, first_difference, write_shard
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
-from openling.weights.fp8 import Dequantised
 from openling.weights.headers import DTYPES, write_header
 from openling.weights.io import INDEX, CheckpointReader, FolderWriter, TensorFiles, checked_folder, raw_bytes, read_json
 from openling.weights.names import Binding
@@ -105,7 +104,7 @@ class Delta(BaseModel):
 def make_delta(teacher: Path, hybrid: Path, out: Path, *, form: Form, about: dict[str, Any], licence: str | None = None) -> Delta:
     """Write what `hybrid` has that `teacher` lacks to the new folder `out`, which appears whole or not at all."""
     old, new = open_folder(teacher), open_folder(hybrid)
-    theirs, ours = _raw(old), _raw(new)
+    theirs, ours = old.raw, new.raw
     if ours.stale_in:
         fix = f"openling convert --to hf {hybrid} NEW, and the delta of NEW"
         raise UserError("this folder shares files with another one", where=hybrid, expected="files of its own", next=fix)
@@ -140,12 +139,6 @@ def make_delta(teacher: Path, hybrid: Path, out: Path, *, form: Form, about: dic
         writer.add_file(RECORD, delta.model_dump_json(indent=1) + "\n")
         writer.add_file(README, card(out.absolute().name, delta, licence))
     return delta
-
-
-def _raw(opened: Opened) -> CheckpointReader:
-    raw = opened.reader.raw if isinstance(opened.reader, Dequantised) else opened.reader
-    assert isinstance(raw, CheckpointReader)
-    return raw
 
 
 def _sources(old: Opened, new: Opened) -> dict[str, tuple[str, ...]]:

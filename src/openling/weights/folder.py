@@ -19,7 +19,7 @@ from openling.errors import UserError, nearest
 from openling.model.config import ModelConfig
 from openling.model.families import family_of, read_config
 from openling.model.ling import Ling
-from openling.weights.fp8 import opened_values
+from openling.weights.fp8 import Dequantised, opened_values
 from openling.weights.io import CheckpointReader, TensorFiles, checked_folder, read_hf_config
 from openling.weights.names import RECOMPUTED, Binding, bind
 
@@ -64,6 +64,13 @@ class Opened:
     bindings: dict[str, Binding]
     shapes: dict[str, torch.Size]
     stored: torch.dtype
+
+    @property
+    def raw(self) -> CheckpointReader:
+        """The folder's tensors as they are stored: FP8 matrices as FP8, and their scales."""
+        raw = self.reader.raw if isinstance(self.reader, Dequantised) else self.reader
+        assert isinstance(raw, CheckpointReader)
+        return raw
 
 
 def open_folder(folder: str | Path) -> Opened:
