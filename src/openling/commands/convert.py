@@ -128,8 +128,8 @@ def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any
         )
     opened = open_folder(args.source)
     target = target_config(opened.config, **config.layout.model_dump())
-    stack, options = FolderStack(opened, device), config.conversion
-    return select_layers(stack, target, windows, options, seed=config.seed, bf16=half_products(device)).layers
+    how: dict[str, Any] = {"seed": config.seed, "bf16": half_products(device)}
+    return select_layers(FolderStack(opened, device), target, windows, config.conversion, **how).layers
 
 
 def dry_run(source: Path, out: Path, config: MigrateConfig, mode: Literal["link", "copy"], **how: bool) -> str:
