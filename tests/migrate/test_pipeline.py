@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from small_runs import (
     COMMON,
     GOLDEN,
@@ -128,6 +128,17 @@ def test_another_model_is_told_from_the_source(migrated: Migrated, tmp_path: Pat
     for changes in ({"layers": 3}, {"layers": 5}, {"vocab_size": VOCABULARY + 40}):
         other = make_llama(tmp_path / str(changes), **changes)
         refused(openling_command("verify", other, migrated.out), "OUT was made of another model", str(other))
+
+
+def test_a_folder_of_another_type_holds_the_rounded_values(place: Place, tmp_path: Path, quick: None) -> None:
+    out = tmp_path / "out"
+    assert place.migrate(out, "--stage", "lightning", "--dtype", "float32").code == 0
+    assert {check.outcome for check in verify(place.teacher, out)} <= {"ok", "not run"}
+    tensors = load_file(out / "model.safetensors")
+    tensors["model.norm.weight"][3] += 2**-20  # what BF16 does not show
+    save_file(tensors, out / "model.safetensors", metadata={"format": "pt"})
+    wrong = {check.name: check.found for check in verify(place.teacher, out) if check.outcome == "wrong"}
+    assert wrong["untouched tensors identical"] == "model.norm.weight: its values, as torch.float32, differ"
 
 
 def check_bytes_and_seconds(migrated: Migrated, place: Place, stages: list[dict[str, Any]]) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 from openling.errors import UserError
 from openling.migrate.lightning import replicate
 from openling.model.config import LING_ARCHITECTURE
-from openling.weights.files import MANIFEST, file_hash, first_difference, identity
+from openling.weights.files import MANIFEST, Kept, file_hash, first_difference, identity
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder, read_binding
 from openling.weights.fp8 import Dequantised
 from openling.weights.io import read_json
@@ -112,6 +112,17 @@ def _check_same_model(old: Opened, new: Opened) -> None:
         raise UserError("OUT was made of another model", where=old.folder, value=found, expected=f"the source of {new.folder}")
 
 
+def _difference(tensor: Kept, old: Opened, new: Opened, *, strict: bool) -> str | None:
+    """What differs from the source's bytes; unless `strict`, of a tensor of another type from its values in that type."""
+    name, ours, theirs = tensor.name, new.raw, old.raw
+    if strict or name not in ours or ours.dtype(name) == theirs.dtype(tensor.pieces[0]):
+        return first_difference(tensor, ours, theirs)
+    found = ours.read(name)
+    expected = torch.cat([old.reader.read(piece) for piece in tensor.pieces]).to(found.dtype)
+    same = found.shape == expected.shape and torch.equal(found.view(torch.uint8), expected.view(torch.uint8))
+    return None if same else f"its values, as {found.dtype}, differ"
+
+
 def _untouched(old: Opened, new: Opened, manifest: dict[str, Any] | None) -> Check:
     name, about = "untouched tensors identical", manifest or {}
     # A conversion from folder to folder, which notes its settings, trains nothing; who else says nothing may have trained mixers.
@@ -119,16 +130,15 @@ def _untouched(old: Opened, new: Opened, manifest: dict[str, Any] | None) -> Che
     names = _kept_names(old, new)
     trained = {n for n in names if any(re.search(pattern, n) for pattern in patterns or ())}
     bindings = bind(LING_ARCHITECTURE, new.config, [n for n in names if n not in trained], present=new.reader)
-    kept = kept_tensors(_old_bindings(old), bindings, old.reader)
-    ours, theirs = new.raw, old.raw
+    kept = kept_tensors(_old_bindings(old), bindings, old.reader if isinstance(new.reader, Dequantised) else old.raw)
     total, unsure = 0, None
     for tensor in kept:
-        wrong = first_difference(tensor, ours, theirs)
+        wrong = _difference(tensor, old, new, strict="settings" in about)
         if wrong and patterns is None and ".attention." in tensor.name:
             unsure = unsure or f"{tensor.name}: {wrong}; {MANIFEST} does not say whether it was trained"
         elif wrong:
             return Check(name, "wrong", f"{tensor.name}: {wrong}")
-        total += ours.nbytes(tensor.name)
+        total += new.raw.nbytes(tensor.name)
     if unsure:
         return Check(name, "not run", unsure)
     said = f"; {len(trained):,} left out, which were trained" if trained else ""
