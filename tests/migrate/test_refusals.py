@@ -207,6 +207,20 @@ def small_disk(tmp_path: Path) -> Iterator[Callable[[str], Path]]:
         subprocess.run(["umount", folder], check=True)
 
 
+@pytest.mark.parametrize("command", ["convert", "migrate"])
+def test_a_dry_run_refuses_what_the_command_would(place: Place, tmp_path: Path, command: str) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "five.txt").write_text("five words are too few")
+    text = ["--text", place.calibration]
+    for words, told in (
+        ((tmp_path / "there", *text), "the output exists already"),
+        ((place.teacher / "inside", *text), "inside a folder that is only read"),
+        ((tmp_path / "out", "--text", tmp_path / "none.txt"), "none.txt"),
+        ((tmp_path / "out", "--text", tmp_path / "five.txt"), "the text is too short"),
+    ):
+        refused(openling_command(command, place.teacher, *words, "--dry-run"), told)
+
+
 def test_a_full_disk(place: Place, migrated: Migrated, small_disk: Callable[[str], Path], quick: None) -> None:
     disk = small_disk("2m")
     refused(place.migrate(disk / "out"), "no space left")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import random
 import shutil
@@ -124,6 +125,53 @@ def test_a_shard_that_changes_meanwhile(source, tmp_path, monkeypatch, where):
     monkeypatch.undo()
     with pytest.raises(Failure, match="has changed on disk"):
         convert_folder(job(model, tmp_path / "out", text=False), resume=True)
+
+
+def test_a_shard_that_changes_and_is_restored_leaves_no_trace(source, whole, tmp_path, monkeypatch):
+    """What was fitted of the other bytes is not taken over by the run that goes on."""
+    model, step = shutil.copytree(source, tmp_path / "teacher"), stream._Conversion._fit
+    before = {shard: (shard.read_bytes(), shard.stat().st_mtime_ns) for shard in sorted(model.glob("*.safetensors"))}
+
+    def fit(self, *args):
+        for shard, (data, _) in before.items():
+            shard.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+        return step(self, *args)
+
+    monkeypatch.setattr(stream._Conversion, "_fit", fit)
+    monkeypatch.setattr(stream._Conversion, "_move", lambda self, file: None)  # whose looks are its own
+    with pytest.raises(Failure, match="has changed on disk"):
+        convert_folder(job(model, tmp_path / "out"), resume=False)
+    assert not list((tmp_path / "out.run" / "done").glob("layer-*"))
+    monkeypatch.undo()
+    for shard, (data, changed) in before.items():
+        shard.write_bytes(data)
+        os.utime(shard, ns=(changed, changed))
+    convert_folder(job(model, tmp_path / "out"), resume=True)
+    assert hashes(tmp_path / "out") == whole[0]
+
+
+@pytest.mark.parametrize("where", ["mlp.experts.1.down_proj", "word_embeddings"])
+def test_a_nan_is_named_by_its_tensor(source, tmp_path, where):
+    """Also of what is read bit by bit: a routed expert, rows of the embeddings."""
+    found = tensors(source)
+    (name,) = [n for n in found if where in n and (".1." in n or "embed" in n)][:1]
+    found[name][1] = math.nan
+    with FolderWriter(tmp_path / "model", shard_bytes=20_000) as writer:
+        for n, tensor in found.items():
+            writer.add(n, tensor)
+        writer.add_file("config.json", (source / "config.json").read_text())
+    with pytest.raises(UserError, match="NaN or infinite") as caught:
+        convert_folder(job(tmp_path / "model", tmp_path / "out"), resume=False)
+    assert name in caught.value.parts["where"]
+
+
+def test_a_tied_model_with_another_head_is_refused_as_elsewhere(tmp_path):
+    model = teacher(tmp_path / "model")
+    config = json.loads((model / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (model / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="another LM head is stored"):
+        convert_folder(job(model, tmp_path / "out"), resume=False)
+    assert not (tmp_path / "out.run").exists()
 
 
 def test_verify_finds_what_was_tampered_with(source, tmp_path):

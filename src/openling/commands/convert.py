@@ -88,11 +88,11 @@ def _hybrid(args: argparse.Namespace) -> int:
         what = "a conversion does not read these settings"
         raise UserError(what, value=", ".join(unread), expected=expected, next="openling migrate, or leave them out")
     check_walk(config)
+    check_place(args.source, args.out, resume=args.resume)
+    windows = None if args.weights_only else calibration(args.source, config, device)
     if args.dry_run:
         print(dry_run(args.source, args.out, config, "link" if args.link else "copy", weights_only=args.weights_only))
         return 0
-    check_place(args.source, args.out, resume=args.resume)
-    windows = None if args.weights_only else calibration(args.source, config, device)
     console = open_console(stderr=True)
     if config.layout.mla_layers == "selected" and "lightning" in config.stages:
         layers = _selected(args, config, windows, device)

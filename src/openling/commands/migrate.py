@@ -78,6 +78,22 @@ def outline(config: MigrateConfig, out: Path) -> list[str]:
     return [*lines, f"{out} appears when the last one has passed; {out.name}.run beside it keeps journal, metrics and report."]
 
 
+def _check(args: argparse.Namespace, config: MigrateConfig) -> None:
+    """What a migration refuses before it reads weights: where it would go, its texts."""
+    from openling.commands.convert import calibration
+    from openling.migrate.pipeline import check_place
+    from openling.migrate.texts import evaluation_windows
+    from openling.model.families import read_config
+    from openling.weights.folder import load_tokenizer
+    from openling.weights.io import read_hf_config
+
+    if not args.resume:
+        check_place(args.model, args.out, args.teacher)
+    calibration(args.model, config, "cpu")
+    model = read_config(read_hf_config(args.model), where=args.model / "config.json")
+    evaluation_windows(config.text, load_tokenizer(args.model, model), vocab_size=model.vocab_size)
+
+
 def run(args: argparse.Namespace) -> int:
     """Migrate, write the report, print where things are; exit code 0."""
     config = settings(args)
@@ -87,6 +103,7 @@ def run(args: argparse.Namespace) -> int:
         if args.model.exists() and {"lightning", "mla"} & set(config.stages):
             from openling.commands.convert import dry_run
 
+            _check(args, config)
             print(dry_run(args.model, args.out, config, "copy", streamed=False), file=sys.stderr)
         return 0
     from openling.migrate.gates import Tripped

@@ -93,15 +93,11 @@ def migrate(
     that cannot be carried out is refused before any weight is read, and leaves no run folder behind.
     """
     model, out, events = model.absolute(), out.absolute(), events or Events()
-    if os.path.lexists(out):
-        if resume and is_finished(out, model, config):
-            sweep(run_folder(out))
-            events.say("this run is finished")
-            return run_folder(out)
-        raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
-    for read_only in (model, teacher or model):
-        if out.resolve().is_relative_to(read_only.resolve()):
-            raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+    if resume and os.path.lexists(out) and is_finished(out, model, config):
+        sweep(run_folder(out))
+        events.say("this run is finished")
+        return run_folder(out)
+    check_place(model, out, teacher)
     run = run_folder(out)
     journal_path, is_new = run / "journal.json", not run.exists()
     if resume and is_new:
@@ -120,6 +116,15 @@ def migrate(
             raise
         migration.go()
     return run
+
+
+def check_place(model: Path, out: Path, teacher: Path | None) -> None:
+    """A `UserError` where `out` cannot appear."""
+    if os.path.lexists(out):
+        raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
+    for read_only in (model, teacher or model):
+        if out.resolve().is_relative_to(read_only.resolve()):
+            raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
 
 
 def _config_of(folder: Path) -> ModelConfig:

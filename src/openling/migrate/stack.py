@@ -16,7 +16,7 @@ from openling.model.config import ModelConfig
 from openling.model.ling import Layer, Ling, MtpLayer, Rope, RopeTables
 from openling.ops.moe import combine_experts
 from openling.ops.norm import rms_norm
-from openling.weights.folder import EMBEDDINGS, Opened, read_binding
+from openling.weights.folder import EMBEDDINGS, Opened, finite, read_binding
 
 
 class Stack(Protocol):
@@ -83,6 +83,7 @@ class FolderStack:
         rows, place = ids_BT.cpu().unique(return_inverse=True)
         # FP32 before they are joined: MTP layers embed in autocast, whose cat on a CPU refuses FP16.
         found = torch.cat([reader.read_rows(binding.theirs[0], int(row), 1).to(self.opened.stored).float() for row in rows])
+        finite(found, f"{binding.theirs[0]} in {self.opened.folder}")
         return found.to(self.device)[place.to(self.device)]
 
     def rope(self, ids_BT: Tensor) -> RopeTables:
@@ -121,7 +122,8 @@ class FolderStack:
     def expert(self, name: str, expert: int) -> Tensor:
         """One expert's matrix of a stack, FP32."""
         opened = self.opened
-        return opened.reader.read(opened.bindings[name].theirs[expert]).to(opened.stored).float()
+        piece = opened.bindings[name].theirs[expert]
+        return finite(opened.reader.read(piece), f"{piece} in {opened.folder}").to(opened.stored).float()
 
 
 class DiskExperts(nn.Module):

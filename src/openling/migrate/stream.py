@@ -26,7 +26,7 @@ from torch import Tensor
 from openling import __version__
 from openling.config.migrate import MigrateConfig
 from openling.environment import peak_memory
-from openling.errors import UserError
+from openling.errors import Failure, UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.convert import check_mla, fit_lightning, fit_mla
 from openling.migrate.findings import Findings
@@ -49,7 +49,7 @@ from openling.weights.files import (
     read_ahead,
     write_shard,
 )
-from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
+from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, check_tied, open_folder
 from openling.weights.fp8 import Dequantised, Form, opened_values
 from openling.weights.io import INDEX, CheckpointReader, TensorFiles, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
@@ -199,6 +199,7 @@ def convert_folder(job: Job, *, resume: bool, say: Any = lambda text: None) -> d
     if os.path.lexists(out):
         return _finished(job, run)
     plan = outline(job.source, job.config, job.mode)
+    check_tied(plan.opened)
     try:
         shards = _join(job, plan, run)
         return _Conversion(job, plan, run, shards, say).go()
@@ -339,7 +340,7 @@ class _Conversion:
         """Fit with calibration text, every layer on what the student makes of it so far."""
         assert self.job.windows is not None
         source, device = FolderStack(opened, self.job.device), self.job.device
-        streams = DiskStreams(self.run / "streams" / step.stage, device)
+        streams = DiskStreams(self.run / "streams" / step.stage, device, self._check_shards)
         for at in walk(source, DerivedStack(source, step.after), self.job.windows, streams=streams, bf16=half_products(device)):
             self._ahead(opened, at.index + 1)
             if at.index in step.layers:
@@ -375,8 +376,17 @@ class _Conversion:
 
     def _write(self, at: LayerStep, found: Findings) -> None:
         tensors = dict(self._stored(at))
+        for name, tensor in at.student.attention.state_dict().items():
+            if not tensor.isfinite().all():
+                raise Failure("a fitted mixer holds NaN or infinite values", where=f"layer {at.index}, {name}")
+        self._check_shards()
         done = write_shard(self.draft / LAYER_FILE.format(at.index), tensors)
         self.units.record(f"layer-{at.index}", asdict(done) | found.as_dict())
+
+    def _check_shards(self) -> None:
+        """A Failure where a shard is no longer what it was: what has just been read of it is not kept."""
+        for shard, before in self.shards.items():
+            check_unchanged(self.plan.raw.folder / shard, before, thorough=False)
 
     def _stored(self, at: LayerStep) -> Iterator[tuple[str, Tensor]]:
         """The fitted mixer as its file holds it: in the folder's dtype, or quantised as the source's mixer was."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -21,11 +21,11 @@ from openling.weights.whole import write_json
 
 
 class DiskStreams:
-    """`Streams` in a folder, which is made."""
+    """`Streams` in a folder, which is made. check: raises where what the streams were made of is no longer what it was."""
 
-    def __init__(self, folder: Path, device: torch.device) -> None:
+    def __init__(self, folder: Path, device: torch.device, check: Callable[[], None] = lambda: None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.device = folder, device
+        self.folder, self.device, self.check = folder, device, check
 
     def resume(self) -> tuple[int, list[Sequence[Tensor]]] | None:
         """The next layer and the streams in front of it."""
@@ -48,6 +48,7 @@ class DiskStreams:
                 write_shard(folder / f"{k}-{counts[-1]:05d}", {"h": h})
                 counts[-1] += 1
         if layer is not None:
+            self.check()
             write_json(self.folder / "next.json", {"layer": layer, "streams": name, "batches": counts})
             for old in self.folder.glob("*/"):
                 if old.name != name:

@@ -228,24 +228,23 @@ def read_binding(opened: Opened, name: str, shape: torch.Size, device: torch.dev
     binding, reader = opened.bindings[name], opened.reader
     out = torch.empty(shape, dtype=_dtype_of(name, dtype or opened.stored), device=device)
     for piece_name, target in zip(binding.theirs, binding.split(out), strict=True):
-        piece = reader.read(piece_name)
-        # Both extremes are finite only if every value is, and no mask of the tensor's size is needed. They are looked at one by
-        # one: this also runs in a walk's autocast, whose stack and cat on a CPU refuse FP16.
-        if not all(bool(extreme.isfinite()) for extreme in piece.aminmax()):
-            bad = int((~piece.isfinite()).sum())
-            raise UserError(
-                "the weights hold NaN or infinite values",
-                where=f"{piece_name} in {reader.folder}",
-                value=f"{bad} of {piece.numel()} values",
-                expected="finite numbers",
-            )
-        target.copy_(piece)
+        target.copy_(finite(reader.read(piece_name), f"{piece_name} in {reader.folder}"))
     return out
+
+
+def finite(tensor: Tensor, where: str) -> Tensor:
+    """The tensor itself; a `UserError` where it holds NaN or infinite values."""
+    # Both extremes are finite only if every value is, and no mask of the tensor's size is needed. They are looked at one by
+    # one: this also runs in a walk's autocast, whose stack and cat on a CPU refuse FP16.
+    if not all(bool(extreme.isfinite()) for extreme in tensor.aminmax()):
+        found = f"{int((~tensor.isfinite()).sum())} of {tensor.numel()} values"
+        raise UserError("the weights hold NaN or infinite values", where=where, value=found, expected="finite numbers")
+    return tensor
 
 
 def check_tied(opened: Opened) -> None:
     """A `UserError` where embeddings are tied and another head is stored; for who reads tensors one by one."""
-    names = [name for name in (LM_HEAD, EMBEDDINGS) if opened.config.tie_word_embeddings and name in opened.bindings]
+    names = (LM_HEAD, EMBEDDINGS) if opened.config.tie_word_embeddings and LM_HEAD in opened.bindings else ()
     _check_tied({n: read_binding(opened, n, opened.shapes[n], torch.device("cpu")) for n in names}, opened.folder)
 
 
