@@ -83,7 +83,7 @@ def link_file(source: Path, out: Path) -> Written:
                 where=source,
                 value=refused.strerror,
                 expected="an output on the same file system (and mount) as the source",
-                next="--copy, or an output folder beside the source",
+                next="remove OUT.run, then --copy, or an output folder beside the source",
             ) from refused
     return Written(out.name, "link", size, None)
 
