@@ -96,6 +96,33 @@ def test_a_finished_folder_can_be_checked_again(migrated: Migrated, place: Place
     assert wrong[0].name == "files as they were written"
 
 
+def test_small_files_are_checked_too(migrated: Migrated, place: Place, tmp_path: Path) -> None:
+    """All but the model card; of a manifest from before they were in it, what was not looked at is said."""
+    out = shutil.copytree(migrated.out, tmp_path / "out")
+
+    def files() -> tuple[str, str]:
+        checks = {check.name: check for check in verify(place.teacher, out)}
+        found = checks.pop("files as they were written")
+        assert {check.outcome for check in checks.values()} == {"ok", "not run"}
+        return found.outcome, found.found
+
+    (out / "README.md").write_text("mine")
+    assert files()[0] == "ok" and files()[1].endswith("all files but README.md")
+    config = json.loads((out / "config.json").read_text())
+    changed = json.dumps(config | {"rope_theta": 123.0, "rms_norm_eps": 0.5})
+    others = {"config.json": changed, "tokenizer.json": "{}", "modeling_openling.py": "no code", "generation_config.json": "{}"}
+    for name, text in others.items():
+        before = (out / name).read_bytes()
+        (out / name).write_text(text)
+        assert files()[0] == "wrong" and files()[1].startswith(f"{name}: ")
+        (out / name).write_bytes(before)
+    manifest = json.loads((out / MANIFEST).read_text())
+    manifest["files"] = {name: about for name, about in manifest["files"].items() if name.endswith(".safetensors")}
+    (out / MANIFEST).write_text(json.dumps(manifest))
+    (out / "config.json").write_text(changed)
+    assert files()[0] == "ok" and "has none of config.json" in files()[1]
+
+
 def test_mixers_that_were_trained_as_they_are_do_not_count_as_untouched(place: Place, tmp_path: Path, quick: None) -> None:
     """A warm-up of a half-way model, and one of all mixers: the teacher's own ones, too, are no longer its."""
     flags = ("--linear_warmup.train.lr", "0.05", "--linear_warmup.trainable")

@@ -85,7 +85,10 @@ def _files(out: Path, manifest: dict[str, Any] | None) -> Check:
             linked += 1
         elif file_hash(path) != about["sha256"]:
             return Check(name, "wrong", f"{file}: its sha256 is no longer {about['sha256'][:16]}...")
-    return Check(name, "ok", f"{len(manifest['files']) - linked} hashes, {linked} links")
+    hashes = f"{len(manifest['files']) - linked} hashes, {linked} links"
+    if "config.json" not in manifest["files"]:
+        return Check(name, "ok", f"{hashes}, of weights alone: {MANIFEST} has none of config.json and other small files")
+    return Check(name, "ok", f"{hashes}: all files but README.md")
 
 
 def _changed(old: Opened, new: Opened) -> list[int]:

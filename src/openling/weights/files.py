@@ -254,13 +254,20 @@ def file_hash(path: Path) -> str:
 
 
 def manifest(folder: Path, source: TensorFiles) -> dict[str, object]:
-    """What `MANIFEST` says of a folder whose weight files are all new: their hashes, and of what it was made."""
+    """What `MANIFEST` says of a folder whose weight files are all new: the hashes of its files, and of what it was made."""
     shards = sorted({span.shard for span in source.spans.values()})
-    files = {
-        path.name: {"action": "new", "bytes": path.stat().st_size, "sha256": file_hash(path)}
-        for path in sorted(folder.glob("*.safetensors"))
-    }
-    return {"shards": {shard: identity(source.folder / shard) for shard in shards}, "files": files}
+    weights = {path.name: _new(path) for path in sorted(folder.glob("*.safetensors"))}
+    return {"shards": {shard: identity(source.folder / shard) for shard in shards}, "files": weights | small_files(folder)}
+
+
+def small_files(folder: Path) -> dict[str, dict[str, object]]:
+    """Hashes of a folder's files that are no weights, as `MANIFEST` has them; not of the model card, which its user may edit."""
+    found = [path for path in (*companions(folder), folder / INDEX) if path.is_file() and path.name != "README.md"]
+    return {path.name: _new(path) for path in found}
+
+
+def _new(path: Path) -> dict[str, object]:
+    return {"action": "new", "bytes": path.stat().st_size, "sha256": file_hash(path)}
 
 
 def check_unchanged(path: Path, before: dict[str, object], *, thorough: bool) -> None:
