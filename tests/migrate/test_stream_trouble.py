@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from small_runs import in_child
 from stream_jobs import LING, hashes, job, settings, teacher, tensors
 
@@ -202,7 +203,12 @@ def test_verify_finds_what_was_tampered_with(source, tmp_path):
     (out / MANIFEST).unlink()
     outcomes = {c.name: c.outcome for c in verify(source, out)}
     assert outcomes["files as they were written"] == "not run"
-    assert outcomes["untouched tensors identical"] == "ok"
+    assert outcomes["untouched tensors identical"] == outcomes["Lightning heads are the source's"] == "ok"
+    tensors = load_file(out / "model-layer-00000.safetensors")
+    tensors["model.layers.0.attention.query_key_value.weight"].neg_()
+    save_file(tensors, out / "model-layer-00000.safetensors")
+    heads = {c.name: c for c in verify(source, out)}["Lightning heads are the source's"]
+    assert heads.outcome == "not run" and MANIFEST in heads.found and "trained since" not in heads.found
 
 
 # Disks
