@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -90,3 +93,58 @@ def test_refusals(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="exists already"):
         to_dcp(GOLDEN / "ling-2.0-tiny", tmp_path / "there")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there"]
+
+
+def cut(count: int) -> Callable[[Path], object]:
+    return lambda path: path.write_bytes(path.read_bytes()[:count])
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "said"),
+    [
+        ("__0_0.distcp", cut(5000), "truncated[\\s\\S]*__0_0.distcp[\\s\\S]*5000 bytes"),
+        ("__0_0.distcp", Path.unlink, "missing[\\s\\S]*__0_0.distcp"),
+        ("__0_0.distcp", lambda path: path.write_bytes(bytes(path.stat().st_size)), "damaged"),
+        (".metadata", cut(100), "damaged[\\s\\S]*metadata"),
+        (".metadata", cut(0), "damaged[\\s\\S]*metadata"),
+        (".metadata", lambda path: path.write_bytes(b"garbage\n"), "damaged[\\s\\S]*metadata"),
+    ],
+)
+def test_a_damaged_folder(tmp_path: Path, name: str, damage: Callable[[Path], object], said: str) -> None:
+    to_dcp(GOLDEN / "ling-2.0-tiny", tmp_path / "dcp")
+    damage(tmp_path / "dcp" / name)
+    with pytest.raises(UserError, match=said):
+        from_dcp(tmp_path / "dcp", tmp_path / "back")
+    assert [p.name for p in tmp_path.iterdir()] == ["dcp"]
+
+
+def test_a_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Full from the start, or later, in the middle of a tensor or of a small file."""
+    source, disk = GOLDEN / "ling-2.0-tiny", tmp_path / "disk"
+    needed = CheckpointReader(source).total_bytes
+    disk.mkdir()
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={needed + (1 << 20)}", "tmpfs", disk], capture_output=True
+    ).returncode:
+        pytest.skip("tmpfs cannot be mounted here")
+    try:
+        original = CheckpointReader.read
+
+        for left in (0, 8 << 10, needed // 2, needed + (8 << 10)):
+
+            def filling(self: CheckpointReader, name: str, left: int = left) -> torch.Tensor:
+                if not (disk / "ballast").exists():
+                    (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - left))
+                return original(self, name)
+
+            monkeypatch.setattr(CheckpointReader, "read", filling)
+            with pytest.raises(UserError, match="no space left while writing; nothing was kept"):
+                to_dcp(source, disk / "out")
+            assert [p.name for p in disk.iterdir()] == ["ballast"]
+            (disk / "ballast").unlink()
+        (disk / "ballast").write_bytes(bytes(shutil.disk_usage(disk).free - needed // 2))
+        with pytest.raises(UserError, match="not enough space on the disk"):
+            to_dcp(source, disk / "out")
+        assert [p.name for p in disk.iterdir()] == ["ballast"]
+    finally:
+        subprocess.run(["umount", disk], check=True)

@@ -279,15 +279,7 @@ class FolderWriter:
         try:
             for leftover in self.draft.iterdir():
                 leftover.unlink()
-            free = shutil.disk_usage(self.draft).free
-            if self.expected_bytes > free:
-                raise UserError(
-                    "not enough space on the disk",
-                    where=self.out.parent,
-                    value=f"{free / 1e9:.2f} GB free",
-                    expected=f"{self.expected_bytes / 1e9:.2f} GB",
-                    next="free some space, or name a folder on another disk",
-                )
+            check_space(self.draft, self.expected_bytes)
         except BaseException:
             self._discard()
             raise
@@ -367,6 +359,19 @@ class FolderWriter:
             with contextlib.suppress(OSError):
                 os.close(self._lock)
             self._lock = None
+
+
+def check_space(draft: Path, needed: int) -> None:
+    """Raise a UserError where the disk of a folder that is about to be filled has not that many bytes left."""
+    free = shutil.disk_usage(draft).free
+    if needed > free:
+        raise UserError(
+            "not enough space on the disk",
+            where=draft.parent,
+            value=f"{free / 1e9:.2f} GB free",
+            expected=f"{needed / 1e9:.2f} GB",
+            next="free some space, or name a folder on another disk",
+        )
 
 
 def write_error(error: OSError, out: Path, *, kept: str = "nothing was kept", resume: str | None = None) -> OpenlingError:
