@@ -153,6 +153,12 @@ def test_bad_outputs(place: Place, untouched: Path) -> None:
         refused(place.migrate(untouched / name), "exists already", name)
     refused(place.migrate(place.teacher), "exists already")
     refused(place.migrate(place.teacher / "out"), "only read")
+    for to in ("dcp", "hf"):
+        refused(openling_command("convert", place.teacher, place.teacher / "sub" / "out", "--to", to), "only read", "sub/out")
+    (untouched / "link").symlink_to(place.teacher)
+    refused(openling_command("delta", "make", place.teacher, untouched, untouched / "link" / "out"), "only read")
+    refused(openling_command("delta", "apply", place.teacher, untouched / "folder", untouched / "folder" / "out"), "only read")
+    refused(openling_command("convert", place.teacher, place.teacher, "--to", "dcp"), "exists already")
     refused(place.migrate(Path()), "exists already")
     refused(place.migrate(Path("/")), "exists already")
     refused(place.migrate(untouched / "file" / "out"), "cannot be written")

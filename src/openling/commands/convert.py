@@ -62,12 +62,14 @@ def run(args: argparse.Namespace) -> int:
 def _format(args: argparse.Namespace) -> int:
     """The same tensors as safetensors or DCP; a safetensors folder to `hf` becomes a clean copy, with nothing stale."""
     from openling.weights.dcp import METADATA, from_dcp, to_dcp
+    from openling.weights.io import check_outside
     from openling.weights.linked import copy_folder
 
     given = [word.partition("=")[0] for word in shlex.split(args.command) if word.startswith("--")]
     if unread := [flag for flag in given if flag not in ("--to", "--copy", "--")]:
         what, plain = "a change of format takes no such flags", f"openling convert SOURCE OUT --to {args.to}"
         raise UserError(what, where=f"--to {args.to}", value=", ".join(unread), expected=plain)
+    check_outside(args.out, args.source)
     if args.to == "dcp":
         out = to_dcp(args.source, args.out)
     else:

@@ -36,7 +36,9 @@ def run(args: argparse.Namespace) -> int:
     """Do it; exit code 0."""
     from openling.weights.delta import Form, apply_delta, make_delta
     from openling.weights.export import licence_of
+    from openling.weights.io import check_outside
 
+    check_outside(args.out, args.teacher, args.delta if args.what == "apply" else args.hybrid)
     if args.what == "apply":
         print(apply_delta(args.teacher, args.delta, args.out))
         return 0

@@ -46,7 +46,7 @@ from openling.train.while_training import own_memory
 from openling.weights.export import save
 from openling.weights.files import MANIFEST, fingerprint, manifest
 from openling.weights.folder import load, load_tokenizer
-from openling.weights.io import CheckpointReader, read_hf_config
+from openling.weights.io import CheckpointReader, check_outside, read_hf_config
 
 WINDOWS_PER_BATCH = 8
 
@@ -122,9 +122,7 @@ def check_place(model: Path, out: Path, teacher: Path | None) -> None:
     """A `UserError` where `out` cannot appear."""
     if os.path.lexists(out):
         raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
-    for read_only in (model, teacher or model):
-        if out.resolve().is_relative_to(read_only.resolve()):
-            raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+    check_outside(out, model, teacher or model)
 
 
 def _config_of(folder: Path) -> ModelConfig:

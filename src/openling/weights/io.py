@@ -361,6 +361,13 @@ class FolderWriter:
             self._lock = None
 
 
+def check_outside(out: Path, *read_only: Path) -> None:
+    """Raise a UserError where a new folder would lie inside one that is only read."""
+    around = Path(os.path.realpath(out)).parents
+    if any(Path(os.path.realpath(folder)) in around for folder in read_only):
+        raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+
+
 def check_space(draft: Path, needed: int) -> None:
     """Raise a UserError where the disk of a folder that is about to be filled has not that many bytes left."""
     free = shutil.disk_usage(draft).free
