@@ -21,7 +21,9 @@ from openling.migrate.touched import round_to
 from openling.migrate.verify import verify
 from openling.ops.cpu import half_products, settle_bf16_matmuls
 from openling.weights.cluster import ENGINES, Launch, command, launch_script, read_checkpoint
+from openling.weights.dcp import from_dcp, to_dcp
 from openling.weights.export import save
+from openling.weights.files import companions
 from openling.weights.fp8 import Dequantised, Form
 from openling.weights.io import INDEX, CheckpointReader
 from openling.weights.linked import copy_folder
@@ -203,6 +205,14 @@ def test_a_clean_copy_of_a_linked_folder(tmp_path):
         assert "--to hf" in (tmp_path / "out" / script).read_text()
         assert (tmp_path / "clean" / script).read_text() == launch_script(engine, read_checkpoint(tmp_path / "clean"))
     assert all(p.stat().st_nlink == 1 for p in (tmp_path / "clean").iterdir())
+    for name in ("openling.json", "README.md"):
+        assert "stale" in (tmp_path / "out" / name).read_text()
+        assert "stale" not in (tmp_path / "clean" / name).read_text()
+    record = json.loads((tmp_path / "out" / "openling.json").read_text())
+    assert json.loads((tmp_path / "clean" / "openling.json").read_text()) == {k: record[k] for k in record if k != "note"}
+    from_dcp(to_dcp(tmp_path / "out", tmp_path / "dcp"), tmp_path / "back")
+    for path in companions(tmp_path / "clean"):
+        assert (tmp_path / "back" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
 @pytest.mark.parametrize("mode", ["copy", "link"])

@@ -32,6 +32,7 @@ from openling.weights.io import (
     checked_folder,
     write_error,
 )
+from openling.weights.linked import clean_companions
 
 # Tensors of a DCP folder that are read at once: opening its metadata costs more than a small tensor.
 BATCH_BYTES = 1 << 30
@@ -76,8 +77,8 @@ def to_dcp(source: str | Path, out: str | Path) -> Path:
         writer = dcp.FileSystemWriter(draft, single_file_per_rank=True, thread_count=1)
         with _unwrapped():
             dcp.save(shapes, storage_writer=writer, planner=_Lazy(reader), no_dist=True)
-        for path in companions(reader.folder):
-            shutil.copyfile(path, draft / path.name)
+        for name, data in clean_companions(reader).items():
+            (draft / name).write_bytes(data)
         draft.rename(final)
     except OSError as error:
         raise write_error(error, final) from error

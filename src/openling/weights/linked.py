@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -26,6 +27,11 @@ Mode = Literal["link", "copy"]
 # Sorts behind numbered shards: of two equal names readers that open every file take the last, which must be the new one.
 RENAMED = "model-kept-{:05d}.safetensors"
 RENAMED_BYTES = 4 << 30
+# What the small files of a linked folder say of its stale tensors.
+NOTES = {
+    "openling.json": rb',\s*"note": "linked shards hold stale tensors[^"]*"',
+    "README.md": rb"\| note \| linked shards hold stale tensors.*\n",
+}
 
 
 @dataclass(frozen=True)
@@ -119,15 +125,24 @@ def copy_folder(source: str | Path, out: str | Path) -> Path:
         weight_map = {t.name: plan.name for plan in plans for t in plan.tensors}
         index = {"metadata": {"total_size": reader.total_bytes}, "weight_map": dict(sorted(weight_map.items()))}
         (draft / INDEX).write_text(json.dumps(index, indent=2) + "\n")
-        for path in companions(reader.folder):
-            shutil.copyfile(path, draft / path.name)
-        if reader.stale_in:  # its scripts only say why engines cannot load it
-            clean = read_checkpoint(draft)
-            for engine in ENGINES:
-                (draft / f"launch_{engine}.sh").write_text(launch_script(engine, clean))
+        for name, data in clean_companions(reader).items():
+            (draft / name).write_bytes(data)
         draft.rename(final)
     except OSError as error:
         raise write_error(error, final) from error
     finally:
         shutil.rmtree(draft, ignore_errors=True)
     return final
+
+
+def clean_companions(reader: CheckpointReader) -> dict[str, bytes]:
+    """A folder's small files; those of a linked one as they are once its tensors lie in files of their own."""
+    found = {path.name: path.read_bytes() for path in companions(reader.folder)}
+    if not reader.stale_in:
+        return found
+    clean = replace(read_checkpoint(reader.folder), stale=False)
+    found |= {f"launch_{engine}.sh": launch_script(engine, clean).encode() for engine in ENGINES}
+    for name, note in NOTES.items():
+        if name in found:
+            found[name] = re.sub(note, b"", found[name])
+    return found
