@@ -199,6 +199,10 @@ def test_verify_finds_what_was_tampered_with(source, tmp_path):
     (out / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 17}))
     with pytest.raises(UserError, match="wrong shape"):
         verify(source, out)
+    (out / "config.json").write_text(json.dumps(config | {"rope_theta": 5e4}))
+    assert [(c.name, c.found.split(":")[0]) for c in verify(source, out) if c.outcome == "wrong"] == [
+        ("files as they were written", "config.json")
+    ]
     (out / "config.json").write_text(json.dumps(config))
     (out / MANIFEST).unlink()
     outcomes = {c.name: c.outcome for c in verify(source, out)}
@@ -254,7 +258,7 @@ def test_a_source_on_a_read_only_mount(source, whole, tmp_path):
     finally:
         subprocess.run(["umount", place], check=True)
     same_but = {n for n, h in hashes(tmp_path / "out").items() if whole[0][n] != h}
-    assert same_but <= {"README.md", "openling.json"}  # they name the source's folder
+    assert same_but <= {"README.md", "openling.json", MANIFEST}  # they name the source's folder, and a hash of who does
 
 
 # Bad sources and requests

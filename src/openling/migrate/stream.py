@@ -47,11 +47,12 @@ from openling.weights.files import (
     identity,
     link_file,
     read_ahead,
+    small_files,
     write_shard,
 )
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, check_tied, open_folder
 from openling.weights.fp8 import Dequantised, Form, opened_values
-from openling.weights.io import INDEX, CheckpointReader, TensorFiles, write_error
+from openling.weights.io import INDEX, CheckpointReader, TensorFiles, check_outside, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
 from openling.weights.remote import REMOTE_FILE, remote_code
@@ -176,8 +177,7 @@ def check_place(source: Path, out: Path, *, resume: bool) -> None:
     finished = resume and (run / "report.json").exists() and not (run / "draft").exists()
     if os.path.lexists(out) and not finished:
         raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
-    if out.resolve().is_relative_to(source.resolve()):
-        raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
+    check_outside(out, source)
     if (run / "job.json").exists():
         if not resume:
             raise UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
@@ -454,6 +454,7 @@ class _Conversion:
         self.add_file("openling.json", json_text(record))
         self.add_file("README.md", model_card(out.name, config, plan.opened.folder, record))
         files = {r["file"]: {k: r[k] for k in ("action", "bytes", "sha256")} for r in results.values()}
+        files |= small_files(self.draft)
         self.add_file(MANIFEST, json_text({"settings": self.job.settings(), "shards": self.shards, "files": files}))
         write_json(self.run / "report.json", self._report(results, begun))
         with suppress(FileNotFoundError):
