@@ -183,6 +183,21 @@ def test_fp8_rounding(form, shape):
         assert torch.allclose(scale_again, scale, rtol=1e-6)
 
 
+@pytest.mark.parametrize("gain", [1e-30, 0.02, 1.1, 1.5, 448.0])
+@pytest.mark.parametrize("kind", ["block", "channel"])
+def test_fp8_with_scales_that_are_powers_of_two_cuts_nothing_off(kind, gain):
+    """e4m3 has three bits behind the point: the error is at most 2^-4 of a value, or half the smallest step, 2^-9 of a scale."""
+    weight = torch.randn(40, 48, generator=torch.Generator().manual_seed(0)) * gain
+    weight[39] = 0
+    form = Form(kind, "_scale_inv" if kind == "block" else "_scale", torch.float8_e8m0fnu, False, (16, 16))
+    values, scale = form.quantise(weight)
+    wide = form.widen(scale, (40, 48)).expand(40, 48)
+    bound = torch.maximum(weight.abs() * 2**-4, wide * 2**-10)
+    assert ((values.float() * wide - weight).abs() <= bound).all()
+    largest = values.float().abs().amax(1)[:39] if kind == "channel" else values.float().abs().amax()
+    assert (largest >= 224).all()  # half of 448: the scale is not one power too large, either
+
+
 def test_dequantised_rows_are_rows_of_the_whole(tmp_path):
     source = quantised(teacher(tmp_path / "plain"), tmp_path / "source", FORMS["block"])
     raw = CheckpointReader(source)

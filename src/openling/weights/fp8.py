@@ -52,9 +52,18 @@ class Form:
         padded = torch.nn.functional.pad(weight.abs(), (0, -columns % wide, 0, -rows % high))
         largest = padded.unflatten(1, (-1, wide)).amax(2).unflatten(0, (-1, high)).amax(1)
         scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
+        if self.scale_dtype == torch.float8_e8m0fnu:
+            scale = _power_above(scale)
         scale = scale.reshape(self.scale_shape((rows, columns))).to(self.scale_dtype)
         scaled = (weight / self.widen(scale, (rows, columns))).clamp(-LARGEST, LARGEST)
         return scaled.to(torch.float8_e4m3fn), scale
+
+
+def _power_above(scale: Tensor) -> Tensor:
+    """The smallest powers of two that are no smaller, as far as E8M0 goes: its cast takes the nearest, which cuts values off."""
+    mantissa, exponent = torch.frexp(scale)  # mantissa from 1/2 to below 1
+    exponent = torch.where(mantissa == 0.5, exponent - 1, exponent).clamp(-127, 127)
+    return torch.ldexp(torch.ones_like(scale), exponent)
 
 
 class Dequantised(TensorFiles):
