@@ -12,11 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from small_runs import COMMON, GOLDEN, SHAPE, Migrated, Place, hashes, in_child, make_llama, openling_command, refused
+from stream_jobs import LING, job, quantised, settings
+from stream_jobs import teacher as plain_teacher
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 import openling
+from openling.migrate.stream import convert_folder
 from openling.weights import delta as deltas
 from openling.weights.delta import LARGEST, PART_BYTES, dequantise, quantise, read_delta
+from openling.weights.fp8 import Form
+
+FORMS = {
+    "block": Form("block", "_scale_inv", torch.float32, False, (8, 16)),
+    "channel": Form("channel", "_scale", torch.bfloat16, False, (128, 128)),
+}
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +163,20 @@ def test_experts_and_mtp_layers(tmp_path: Path) -> None:
         refused(result, "shares files with another", "openling convert --to hf")
     else:
         assert result.code == 0, result.err
+
+
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", LING])
+@pytest.mark.parametrize("form", FORMS.values(), ids=FORMS)
+def test_fp8_matrices_and_scales_are_named_or_stay_as_they_are(family: str, form: Form, tmp_path: Path) -> None:
+    """With q, k and v joined in kept layers (Llama) or not; nothing but FP8 has two dimensions, so the int8 delta is exact."""
+    teacher = quantised(plain_teacher(tmp_path / "plain", family), tmp_path / "teacher", form)
+    convert_folder(job(teacher, tmp_path / "hybrid", text=False, config=settings(stages=("lightning",))), resume=False)
+    assert openling_command("delta", "make", teacher, tmp_path / "hybrid", tmp_path / "delta").code == 0
+    changed = {entry.name for entry in read_delta(tmp_path / "delta").changed}
+    layers = [i for i, kind in enumerate(openling.load(tmp_path / "hybrid").config.layer_kinds) if kind == "lightning"]
+    assert all(name.startswith(tuple(f"model.layers.{i}.attention." for i in layers)) for name in changed)
+    assert any(name.endswith(form.suffix) for name in changed)
+    assert apply(teacher, tmp_path / "delta", tmp_path / "again") == contents(tmp_path / "hybrid")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

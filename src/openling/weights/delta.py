@@ -4,6 +4,7 @@
 holds hashes of what lies here and of what must come out. A tensor that is the teacher's, perhaps renamed or rows of several
 joined, is only named. The others lie in parts of at most 25 MB: as they are (`exact`), or matrices as `int8`: integers, and one
 FP32 scale per row. The folder that an int8 delta stands for is *defined* as integers times scales, so both forms are exact.
+FP8 matrices and their scales lie there as they are in both.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from openling.config.section import refusal
 from openling.errors import Failure, UserError
 from openling.weights.files import Kept, companions, file_hash, first_difference, write_shard
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
+from openling.weights.fp8 import Dequantised
 from openling.weights.headers import DTYPES, write_header
 from openling.weights.io import INDEX, CheckpointReader, FolderWriter, TensorFiles, checked_folder, raw_bytes, read_json
 from openling.weights.names import Binding
@@ -115,7 +117,8 @@ def make_delta(teacher: Path, hybrid: Path, out: Path, *, form: Form, about: dic
     sources = _sources(old, new)
     shards: dict[str, list[Entry]] = {shard: [] for shard in ours.shards}
     with FolderWriter(out) as writer:
-        parts = _Parts(writer.draft, form)
+        scales = new.reader.scales if isinstance(new.reader, Dequantised) else set()
+        parts = _Parts(writer.draft, form, scales)
         for name, span in ours.spans.items():
             entry = Entry(name=name, dtype=span.dtype, shape=span.shape)
             kept = Kept(name, sources.get(name, ()))
@@ -149,6 +152,10 @@ def _sources(old: Opened, new: Opened) -> dict[str, tuple[str, ...]]:
     for binding in new.bindings.values():
         if binding.ours in bindings:
             found |= zip(binding.theirs, _pieces(bindings[binding.ours], binding), strict=False)
+    if isinstance(new.reader, Dequantised) and isinstance(old.reader, Dequantised):
+        for name, form in new.reader.forms.items():
+            scales = tuple(piece + form.suffix for piece in found.get(name, ()))
+            found[name + form.suffix] = scales if old.reader.scales.issuperset(scales) else ()
     return {name: pieces for name, pieces in found.items() if pieces}
 
 
@@ -161,8 +168,8 @@ def _pieces(old: Binding, new: Binding) -> list[tuple[str, ...]]:
 class _Parts:
     """The parts of a delta: a part is written when the next tensor would make it too large."""
 
-    def __init__(self, folder: Path, form: Form) -> None:
-        self.folder, self.form = folder, form
+    def __init__(self, folder: Path, form: Form, scales: set[str]) -> None:
+        self.folder, self.form, self.scales = folder, form, scales
         self.pending: dict[str, Tensor] = {}
         self.written: dict[str, Content] = {}
         self.lost = self.energy = 0.0
@@ -177,7 +184,7 @@ class _Parts:
         rows = torch.atleast_1d(tensor)
         fit = max(1, PART_BYTES * len(rows) // max(1, rows.nbytes))
         for i, piece in enumerate(rows.split(fit)):
-            if _is_rounded(self.form, entry):
+            if self._is_rounded(entry):
                 whole, scale = quantise(piece, entry.name)
                 difference = dequantise(whole, scale, piece.dtype).double() - piece.double()
                 self.lost += float(difference.square().sum())
@@ -186,6 +193,10 @@ class _Parts:
                 self._append(_key(entry, i) + ":scale", scale)
             else:
                 self._append(_key(entry, i), piece)
+
+    def _is_rounded(self, entry: Entry) -> bool:
+        matrix = len(entry.shape) == 2 and entry.dtype in ROUNDED
+        return self.form == "int8" and matrix and entry.name not in self.scales
 
     def _append(self, name: str, tensor: Tensor) -> None:
         if self.pending and sum(t.nbytes for t in self.pending.values()) + tensor.nbytes > PART_BYTES:
@@ -200,10 +211,6 @@ class _Parts:
             self.written[file.file] = Content(bytes=file.bytes, sha256=file.sha256)
             self.pending = {}
         return self.written
-
-
-def _is_rounded(form: Form, entry: Entry) -> bool:
-    return form == "int8" and len(entry.shape) == 2 and entry.dtype in ROUNDED
 
 
 def _key(entry: Entry, index: int) -> str:

@@ -69,8 +69,8 @@ def _power_above(scale: Tensor) -> Tensor:
 class Dequantised(TensorFiles):
     """The tensors of a folder with its FP8 matrices as FP32; their scales are not listed.
 
-    `forms` says how each FP8 matrix is stored, `raw` has the tensors as they are. Raises UserError for an FP8 tensor without a
-    scale, a scale of the wrong shape, a scale without its FP8 tensor.
+    `forms` says how each FP8 matrix is stored, `scales` names the scales, `raw` has the tensors as they are. Raises UserError for
+    an FP8 tensor without a scale, a scale of the wrong shape, a scale without its FP8 tensor.
     """
 
     def __init__(self, raw: TensorFiles, hf_config: dict[str, Any]) -> None:
@@ -79,9 +79,9 @@ class Dequantised(TensorFiles):
         quantised = hf_config.get("quantization_config") or {}
         block = tuple(quantised.get("weight_block_size") or (128, 128))
         self.forms = {name: self._form(name, block) for name in raw.names() if raw.dtype(name) in FP8}
-        self._scales = {name + form.suffix for name, form in self.forms.items()}
+        self.scales = {name + form.suffix for name, form in self.forms.items()}
         for name in raw.names():
-            if name.endswith(tuple(SUFFIXES)) and name not in self._scales:
+            if name.endswith(tuple(SUFFIXES)) and name not in self.scales:
                 weight = name.removesuffix("_inv").removesuffix("_scale")
                 found = str(raw.dtype(weight)) if weight in raw else "no such tensor"
                 raise UserError(
@@ -114,10 +114,10 @@ class Dequantised(TensorFiles):
 
     def names(self) -> list[str]:
         """All tensor names but those of scales."""
-        return [name for name in self.raw.names() if name not in self._scales]
+        return [name for name in self.raw.names() if name not in self.scales]
 
     def __contains__(self, name: object) -> bool:
-        return name in self.raw and name not in self._scales
+        return name in self.raw and name not in self.scales
 
     def dtype(self, name: str) -> torch.dtype:
         """FP32 for FP8 matrices."""
