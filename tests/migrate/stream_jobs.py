@@ -30,12 +30,12 @@ def teacher(folder: Path, family: str = LING, dtype=torch.bfloat16) -> Path:
     return save(build(teacher_config(family)), folder, dtype=dtype, hf_config=hf, shard_bytes=20_000)
 
 
-def quantised(source: Path, folder: Path, form: Form) -> Path:
-    """A copy whose matrices are FP8 (but for embeddings, head and router, as released); config.json says so."""
+def quantised(source: Path, folder: Path, form: Form, *besides: str, **settings: object) -> Path:
+    """A copy whose matrices are FP8 (but for embeddings, head and router, as released, and `besides`); config.json says so."""
     reader = CheckpointReader(source)
     with FolderWriter(folder, shard_bytes=20_000) as writer:
         for name in reader.names():
-            tensor, plain = reader.read(name), ("embeddings", "lm_head", "mlp.gate.", "eh_proj")
+            tensor, plain = reader.read(name), ("embeddings", "lm_head", "mlp.gate.", "eh_proj", *besides)
             if tensor.dim() != 2 or any(word in name for word in plain):
                 writer.add(name, tensor)
                 continue
@@ -43,7 +43,7 @@ def quantised(source: Path, folder: Path, form: Form) -> Path:
             writer.add(name, values)
             writer.add(name + form.suffix, scale)
         config = json.loads((source / "config.json").read_text())
-        about = {"quant_method": "fp8", "weight_block_size": list(form.block)}
+        about = {"quant_method": "fp8", "weight_block_size": list(form.block), **settings}
         writer.add_file("config.json", json.dumps(config | {"quantization_config": about}))
     return folder
 

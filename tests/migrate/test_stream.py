@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,8 +25,9 @@ from openling.weights.cluster import ENGINES, Launch, command, launch_script, re
 from openling.weights.dcp import from_dcp, to_dcp
 from openling.weights.export import save
 from openling.weights.files import companions
-from openling.weights.fp8 import Dequantised, Form
-from openling.weights.io import INDEX, CheckpointReader
+from openling.weights.fp8 import Dequantised, Form, quantization_config
+from openling.weights.headers import Span
+from openling.weights.io import INDEX, CheckpointReader, TensorFiles
 from openling.weights.linked import copy_folder
 
 CPU = torch.device("cpu")
@@ -153,6 +155,38 @@ def test_fp8_in_and_out(form, tmp_path):
     assert config["quantization_config"] == {"quant_method": "fp8", "weight_block_size": list(form.block)}
     assert {c.outcome for c in verify(source, tmp_path / "out") if "heads" not in c.name} == {"ok"}
     assert openling.load(tmp_path / "out", dtype=torch.float32).model(windows()[0][:1]).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "listed", [None, ["lm_head", "model.norm", "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn"]]
+)
+def test_fp8_settings_name_what_the_new_folder_stores_otherwise(listed, tmp_path):
+    """Attention was BF16, and so are the new mixers, under other names."""
+    about = {} if listed is None else {"modules_to_not_convert": listed}
+    plain = teacher(tmp_path / "plain", "LlamaForCausalLM")
+    source = quantised(plain, tmp_path / "source", FORMS["block"], "self_attn", **about)
+    convert_folder(job(source, tmp_path / "out", text=False), resume=False)
+    new = tensors(tmp_path / "out")
+    linear = {
+        n.removesuffix(".weight") for n in new if n.endswith("weight") and new[n].dim() == 2 and n + "_scale_inv" not in new
+    }
+    found = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["modules_to_not_convert"]
+    assert "model.layers.0.attention.g_proj" in linear
+    assert set(found) == linear - {"model.word_embeddings"} | ({"model.norm"} if listed else set())
+    assert len(found) == len(set(found))
+
+
+def test_fp8_settings_stay_where_nothing_new_is_stored_otherwise():
+    def spans(dtypes: dict[str, str]) -> dict[str, Span]:
+        return {name + ".weight": Span("shard", dtype, (8, 8), 0, 64) for name, dtype in dtypes.items()}
+
+    source = TensorFiles(Path(), spans({"mlp.gate": "BF16", "mlp.up_proj": "F8_E4M3"}))
+    kept = {"mlp.gate": "BF16", "mlp.up_proj": "F8_E4M3", "lm_head": "BF16"}
+    assert quantization_config({"fmt": "e4m3"}, spans(kept), source) == {"fmt": "e4m3"}
+    # All experts of a layer are one entry, where none is FP8.
+    for first, module in {"BF16": "mlp.experts", "F8_E4M3": "mlp.experts.1.up_proj"}.items():
+        experts = spans({"mlp.experts.0.up_proj": first, "mlp.experts.1.up_proj": "BF16"})
+        assert quantization_config({}, experts, source) == {"modules_to_not_convert": [module]}
 
 
 def test_fp8_in_the_published_blocks_loads_in_transformers(tmp_path):

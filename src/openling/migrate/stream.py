@@ -51,7 +51,8 @@ from openling.weights.files import (
     write_shard,
 )
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, check_tied, open_folder
-from openling.weights.fp8 import Dequantised, Form, opened_values
+from openling.weights.fp8 import Dequantised, Form, opened_values, quantization_config
+from openling.weights.headers import Span
 from openling.weights.io import INDEX, CheckpointReader, TensorFiles, check_outside, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
@@ -439,7 +440,8 @@ class _Conversion:
         stale = [f.name for f in plan.files if f.stale]
         metadata |= {"stale_in": stale} if stale else {}
         self.add_file(INDEX, json_text({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}))
-        config = self._config()
+        spans = {t.name: plan.raw.spans[t.pieces[0]] for f in plan.files for t in f.tensors} | made.spans
+        config = self._config(spans)
         self.add_file("config.json", json_text(config))
         self.add_file(REMOTE_FILE, remote_code())
         add_companions(self, plan.opened.folder, plan.target)
@@ -472,12 +474,14 @@ class _Conversion:
         path = self.draft / name
         path.write_bytes(data.encode() if isinstance(data, str) else data)
 
-    def _config(self) -> dict[str, Any]:
+    def _config(self, stored: dict[str, Span]) -> dict[str, Any]:
         opened = self.plan.opened
         dtype = self.plan.raw.dtype(opened.bindings[EMBEDDINGS].theirs[0])
         config = ling_config(self.plan.target, dtype)
         quantised = opened.hf_config.get("quantization_config")
-        return config | ({"quantization_config": quantised} if quantised else {})
+        if not quantised:
+            return config
+        return config | {"quantization_config": quantization_config(quantised, stored, self.plan.raw)}
 
     def _report(self, results: dict[str, dict[str, Any]], begun: float) -> dict[str, Any]:
         moved: dict[str, int] = dict.fromkeys(("link", "copy", "filter", "new"), 0)

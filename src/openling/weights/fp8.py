@@ -7,6 +7,7 @@ Two forms: block, `X.weight_scale_inv` [ceil(N / b), ceil(K / b)] with b = 128 u
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from openling.errors import UserError
+from openling.weights.headers import DTYPES, Span
 from openling.weights.io import TensorFiles
 
 SUFFIXES = {"_scale_inv": "block", "_scale": "channel"}
@@ -138,3 +140,28 @@ def opened_values(raw: TensorFiles, hf_config: dict[str, Any]) -> TensorFiles:
     """The tensors of a folder as values: itself, or dequantised where it holds FP8 matrices or scales."""
     quantised = any(raw.spans[name].dtype.startswith("F8_E4") or name.endswith(tuple(SUFFIXES)) for name in raw.names())
     return Dequantised(raw, hf_config) if quantised else raw
+
+
+def quantization_config(settings: dict[str, Any], stored: dict[str, Span], source: TensorFiles) -> dict[str, Any]:
+    """What config.json of a folder made of `source` says of FP8: `settings`, with the linear modules that are none of it.
+
+    stored: the new folder's tensors (of joined ones the first). Entries of `modules_to_not_convert` that still name something
+    stay. Without such a list the source names nothing, and neither does the folder while it adds no such module.
+    """
+    fp8 = {name for name, span in stored.items() if DTYPES[span.dtype] in FP8}
+    plain = _modules(stored) - _modules(fp8)
+    matrices = [name for name, span in stored.items() if name.endswith(".weight") and len(span.shape) == 2 and name not in fp8]
+    linear = [name for name in matrices if not name.endswith("word_embeddings.weight")]
+    listed = settings.get("modules_to_not_convert")
+    if listed is None and all(n == "lm_head.weight" or (n in source and source.dtype(n) not in FP8) for n in linear):
+        return settings
+    kept = [entry for entry in listed or () if entry in plain]
+    # Experts without any FP8 are one entry instead of hundreds, and one module to transformers.
+    experts = {name: name.partition(".experts.")[0] + ".experts" for name in linear}
+    modules = [experts[name] if experts[name] in plain else name.removesuffix(".weight") for name in linear]
+    return settings | {"modules_to_not_convert": list(dict.fromkeys([*kept, *modules]))}
+
+
+def _modules(names: Iterable[str]) -> set[str]:
+    """Every module that one of these tensors lies in."""
+    return {name[:i] for name in names for i, letter in enumerate(name) if letter == "."}
