@@ -355,8 +355,10 @@ def test_the_command_line(tmp_path):
     done = openling_command("convert", source, tmp_path / "out", "--link", *flags)
     assert done.code == 0, done.err
     ignored = ("--dtype", "float32", "--seed=1", "--linear_warmup.train.lr=9", "--gates.stop", "false", "--stages", "mla")
+    ignored += ("--text.evaluation_tokens", "512")
     refused = openling_command("convert", source, tmp_path / "x", *flags, *ignored)
-    assert refused.code == 2 and "value:    --dtype, --linear_warmup.train.lr, --gates.stop, --stages\n" in refused.err
+    unread = "--dtype, --linear_warmup.train.lr, --gates.stop, --stages, --text.evaluation_tokens"
+    assert refused.code == 2 and f"value:    {unread}\n" in refused.err
     checked = openling_command("verify", source, tmp_path / "out")
     assert checked.code == 0 and checked.out.count("ok") == 6, checked.out
     ignored = ("--dry-run", "--link", "--resume", "--seed=1")

@@ -16,7 +16,7 @@ from openling.errors import UserError, nearest
 STAGES = ("lightning", "mla")
 FORMATS = ("hybrid", "hf", "dcp")
 # Of a migration's settings those that a conversion reads; `stages` are --stage.
-READ = ("layout", "conversion", "text", "seed")
+READ, UNREAD = ("--layout.", "--conversion.", "--text.", "--seed"), ("--text.evaluation",)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,14 +59,17 @@ def run(args: argparse.Namespace) -> int:
     return _hybrid(args) if args.to == "hybrid" else _format(args)
 
 
+def _flags(words: list[str]) -> list[str]:
+    return [word.partition("=")[0] for word in words if word.startswith("--")]
+
+
 def _format(args: argparse.Namespace) -> int:
     """The same tensors as safetensors or DCP; a safetensors folder to `hf` becomes a clean copy, with nothing stale."""
     from openling.weights.dcp import METADATA, from_dcp, to_dcp
     from openling.weights.io import check_outside
     from openling.weights.linked import copy_folder
 
-    given = [word.partition("=")[0] for word in shlex.split(args.command) if word.startswith("--")]
-    if unread := [flag for flag in given if flag not in ("--to", "--copy", "--")]:
+    if unread := [flag for flag in _flags(shlex.split(args.command)) if flag not in ("--to", "--copy", "--")]:
         what, plain = "a change of format takes no such flags", f"openling convert SOURCE OUT --to {args.to}"
         raise UserError(what, where=f"--to {args.to}", value=", ".join(unread), expected=plain)
     check_outside(args.out, args.source)
@@ -84,9 +87,8 @@ def _hybrid(args: argparse.Namespace) -> int:
 
     device = pick_device(args.device)
     config = _with_stages(settings(args), args)
-    given = [word.partition("=")[0] for word in args.overrides if word.startswith("--")]
-    if unread := [flag for flag in given if flag.removeprefix("--").split(".")[0] not in READ]:
-        expected = ", ".join(f"--{name}" + ("" if name == "seed" else ".FIELD") for name in READ)
+    if unread := [flag for flag in _flags(args.overrides) if not flag.startswith(READ) or flag.startswith(UNREAD)]:
+        expected = ", ".join(name + ("FIELD" if name.endswith(".") else "") for name in READ)
         what = "a conversion does not read these settings"
         raise UserError(what, value=", ".join(unread), expected=expected, next="openling migrate, or leave them out")
     check_walk(config)

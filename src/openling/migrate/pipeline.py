@@ -46,7 +46,7 @@ from openling.train.while_training import own_memory
 from openling.weights.export import save
 from openling.weights.files import MANIFEST, fingerprint, manifest
 from openling.weights.folder import load, load_tokenizer
-from openling.weights.io import CheckpointReader, check_outside, read_hf_config
+from openling.weights.io import CheckpointReader, check_outside, check_space, read_hf_config
 
 WINDOWS_PER_BATCH = 8
 
@@ -217,15 +217,7 @@ class _Migration:
         reader = CheckpointReader(self.model)
         needed = 3 * 4 * sum(math.prod(reader.shape(name)) for name in reader.names()) + (16 << 20)
         needed -= sum(path.stat().st_size for path in self.run.rglob("*") if path.is_file())
-        free = shutil.disk_usage(self.run).free
-        if free < needed:
-            raise UserError(
-                "no space left for the run",
-                where=self.run,
-                value=f"{free:,} bytes free",
-                expected=f"{needed:,}",
-                next="free some space, or name a folder on another disk",
-            )
+        check_space(self.run, needed, "no space left for the run")
 
     def _fingerprints(self, evaluation: dict[str, np.ndarray]) -> dict[str, str]:
         """What must not change between the parts of a run: source, teacher, texts."""

@@ -53,7 +53,7 @@ from openling.weights.files import (
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, check_tied, open_folder
 from openling.weights.fp8 import Dequantised, Form, opened_values, quantization_config
 from openling.weights.headers import Span
-from openling.weights.io import INDEX, CheckpointReader, TensorFiles, check_outside, write_error
+from openling.weights.io import INDEX, CheckpointReader, TensorFiles, check_outside, check_space, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
 from openling.weights.remote import REMOTE_FILE, remote_code
@@ -250,16 +250,9 @@ def _finished(job: Job, run: Path) -> dict[str, Any]:
 
 
 def _check_space(plan: Outline, run: Path) -> None:
-    needed = sum(f.bytes for f in plan.files if f.action != "link") + plan.new_bytes()
-    free = shutil.disk_usage(run).free
-    if free < needed + (16 << 20):
-        raise UserError(
-            "no space left for the result",
-            where=run,
-            value=f"{free:,} bytes free",
-            expected=f"{needed:,}",
-            next="free some space, name a folder on another disk, or use --link on this one",
-        )
+    needed = sum(f.bytes for f in plan.files if f.action != "link") + plan.new_bytes() + (16 << 20)
+    fix = "free some space, name a folder on another disk, or use --link on this one"
+    check_space(run, needed, "no space left for the result", fix)
 
 
 class _Conversion:

@@ -72,7 +72,7 @@ def to_dcp(source: str | Path, out: str | Path) -> Path:
     try:
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
-        check_space(draft, reader.total_bytes)
+        check_space(draft.parent, reader.total_bytes)
         shapes = {name: torch.empty(reader.shape(name), dtype=reader.dtype(name), device="meta") for name in reader.names()}
         writer = dcp.FileSystemWriter(draft, single_file_per_rank=True, thread_count=1)
         with _unwrapped():

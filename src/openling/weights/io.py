@@ -28,6 +28,7 @@ from openling.weights.whole import NO_SPACE
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 4 << 30
+MORE_SPACE = "free some space, or name a folder on another disk"
 LFS_POINTER = b"version https://git-lfs"
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ class FolderWriter:
         try:
             for leftover in self.draft.iterdir():
                 leftover.unlink()
-            check_space(self.draft, self.expected_bytes)
+            check_space(self.draft.parent, self.expected_bytes)
         except BaseException:
             self._discard()
             raise
@@ -368,23 +369,17 @@ def check_outside(out: Path, *read_only: Path) -> None:
         raise UserError("the output lies inside a folder that is only read", where=out, next="choose a folder outside it")
 
 
-def check_space(draft: Path, needed: int) -> None:
+def check_space(folder: Path, needed: int, what: str = "not enough space on the disk", fix: str = MORE_SPACE) -> None:
     """Raise a UserError where the disk of a folder that is about to be filled has not that many bytes left."""
-    free = shutil.disk_usage(draft).free
+    free = shutil.disk_usage(folder).free
     if needed > free:
-        raise UserError(
-            "not enough space on the disk",
-            where=draft.parent,
-            value=f"{free / 1e9:.2f} GB free",
-            expected=f"{needed / 1e9:.2f} GB",
-            next="free some space, or name a folder on another disk",
-        )
+        raise UserError(what, where=folder, value=f"{free:,} bytes free", expected=f"{needed:,}", next=fix)
 
 
 def write_error(error: OSError, out: Path, *, kept: str = "nothing was kept", resume: str | None = None) -> OpenlingError:
     """What an `OSError` met while writing `out` means to the user; what is `kept`, and how a run that resumes goes on."""
     if error.errno in NO_SPACE:
-        what, fix = f"no space left while writing; {kept}", resume or "free some space, or name a folder on another disk"
+        what, fix = f"no space left while writing; {kept}", resume or MORE_SPACE
         free = shutil.disk_usage(next(path for path in (out, *out.absolute().parents) if path.exists())).free
         return UserError(what, where=out, value=f"{error.strerror}, {free:,} bytes free", next=fix)
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG):
