@@ -99,8 +99,8 @@ def plan(
     Raises UserError for configurations that cannot be read, migrated or laid out on the mesh.
     """
     training = training or Training()
-    layout: dict[str, Any] = {"group_size": group_size, "kv_lora_rank": kv_lora_rank, "q_lora_rank": q_lora_rank}
-    layout["qk_rope_head_dim"] = qk_rope_head_dim
+    widths = {"kv_lora_rank": kv_lora_rank, "q_lora_rank": q_lora_rank, "qk_rope_head_dim": qk_rope_head_dim}
+    layout: dict[str, Any] = {"group_size": group_size} | widths
     given = read_config(model_hf)
     if set(given.layer_kinds) == {"gqa"}:
         if source_hf is not None:
