@@ -1,28 +1,30 @@
 #!/usr/bin/env bash
-# Arms of docs/results.md on one GPU; the two teachers' may run beside one another.
+# Arms of docs/results.md on one GPU or two; the two teachers' may run beside one another.
 #
-#   bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
-#   bash benchmarks/arms.sh smollm2 WORK TEXT
+#   [CUDA_VISIBLE_DEVICES=0 SPARE=1] bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
+#   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2 WORK TEXT
 #
 # TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained and writes text of its own while `selected` is
-# trained on the corpus; then all of `selected` follows the teacher's logits on both, for as many tokens as SECONDS (1,700) leave.
-# smollm2: SmolLM2-135M-Instruct and the hybrid that ships are trained on the same text; after them come short arms. Figures:
-# WORK/results/*/*.json. A command that was stopped goes on where it was. Needs what `make setup` installs.
+# trained on the corpus; then all of `selected` follows the teacher's logits on both, for as many tokens as SECONDS (1,700) leave, and
+# beside it the teacher goes on for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct and the hybrid that ships
+# are trained on the same text; after them come short arms. Figures: WORK/results/*/*.json. A command that was stopped goes on where it
+# was. Needs what `make setup` installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mkdir -p "$2" && cd "$2" && pwd) text=$(cd "$3" && pwd)
 deadline=$(($(date +%s) + ${4:-1700}))
 python=${PYTHON:-python}
 
-# Tokens: the teacher's two stages, each warm-up of `selected`, a sample of own text, the most for KL; half of what the teacher goes on
-# for, and SmolLM2, and the short arms.
-short=30e6 long=80e6 warmup=25000000 sample=10000000 most=320000000 continued=50000000 part=15000000 few=2000000
-rows=64 few_rows=16 length=1024 lanes=1024
+# Tokens: the teacher's two stages, each warm-up of `selected`, a sample of own text, the most for KL; half of what SmolLM2 goes on for,
+# and the short arms.
+short=30e6 long=80e6 warmup=25000000 sample=10000000 most=600000000 part=15000000 few=2000000
+rows=64 few_rows=16 length=1024 lanes=2048
 folder=$work/moe teacher=$work/moe/run/models/ling-moe smol=$work/SmolLM2-135M-Instruct
 
 say() { echo "== $(date +%T) $*"; }
 openling() { "$python" -m openling "$@"; }
 arms() { "$python" benchmarks/migration.py --length $length "$@"; }
+beside() { CUDA_VISIBLE_DEVICES=${SPARE:-${CUDA_VISIBLE_DEVICES:-0}} "$@"; }
 
 manuals() { # manuals FOLDER PACKAGE...: all packages but these, in a folder of links
   mkdir -p "$1"
@@ -52,7 +54,7 @@ moe() {
   manuals "$work/moe-text" python3.11-doc rust-doc sagemath-doc
   "$python" benchmarks/moe_teacher.py "$folder" "$work/moe-text" --results "$work/results/moe/moe-teacher.json" \
     -- --set stages.short.tokens=$short --set stages.ling-moe.tokens=$long
-  own_text > "$work/own.log" 2>&1 &
+  beside own_text > "$work/own.log" 2>&1 &
   local sampler=$!
   say selected
   # shellcheck disable=SC2046
@@ -67,21 +69,24 @@ moe() {
     texts+=("$folder/own")
   fi
   local half
-  half=$("$python" - "$folder/selected-0.run" $((deadline - $(date +%s) - 75)) $warmup $most $continued << 'END'
+  half=$("$python" - "$folder/selected-0.run" $((deadline - $(date +%s) - 75)) $warmup $most "${SPARE:+alone}" << 'END'
 import json, statistics, sys
 from pathlib import Path
-run, left, least, most, continued = Path(sys.argv[1]), *map(int, sys.argv[2:])
+run, left, least, most = Path(sys.argv[1]), *map(int, sys.argv[2:5])
 metrics = run / json.loads((run / "report.json").read_text())["stages"][-1]["metrics"]
 speed = statistics.median(json.loads(line)["tokens_per_s"] for line in metrics.read_text().splitlines()[-100:])
-left -= 2 * continued / (1.5 * speed)  # without a teacher to follow it is so much faster
-print(max(least, min(most, int(0.8 * speed * left)) // 2))  # all parameters: more to do than for the mixers
+share = 0.8 if sys.argv[5] else 0.5  # all parameters: more to do than for the mixers; a teacher beside it takes its part
+print(max(least, min(most, int(share * speed * left)) // 2))
 END
   )
-  say "trained-on-kl, 2 x $half"
+  say "trained-on-kl, 2 x $half; continued, 2 x $((half + warmup))"
+  beside arms "$teacher" "$folder" continued --text "${texts[@]}" --tokens $((half + warmup)) --rows $rows \
+    --results "$work/results/moe" > "$work/continued.log" 2>&1 &
+  local teacher_on=$!
   arms "$teacher" "$folder" trained-on-kl --after selected --seen $((2 * warmup)) --text "${texts[@]}" --tokens "$half" --rows $rows \
     --rate 5e-4 --results "$work/results/moe"
   say continued
-  arms "$teacher" "$folder" continued --text "${texts[@]}" --tokens $continued --rows $rows --results "$work/results/moe"
+  wait $teacher_on
   say end
 }
 
