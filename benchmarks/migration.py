@@ -173,7 +173,9 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     unseen_first = np.concatenate([tokens[seen:], tokens[:seen]])[: 2 * args.tokens]  # a corpus may end before
     batches = Batches(cut_windows(unseen_first, args.length), batch_size=args.rows, seed=args.seed)
     go_on = (run / "train.json").exists()
-    train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=teacher if config.kl else None)
+    ended = train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=teacher if config.kl else None)
+    if ended.stopped != "finished":
+        raise SystemExit(f"{arm}: stopped after step {ended.steps}; the same command goes on")
     rows, teacher = [], teacher.eval()
     for name, windows in held_out.items():
         rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher, windows, bf16=device.type == "cuda"))))
