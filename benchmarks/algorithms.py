@@ -1,17 +1,19 @@
 """Every conversion algorithm against the preset's choice, one change at a time: SmolLM2-135M, same text.
 
-    python benchmarks/algorithms.py WORK_FOLDER [--losses]
+    python benchmarks/algorithms.py WORK_FOLDER [--losses | --only WORD]
 
 Writes benchmarks/results/migration/algorithms.json: loss and KL on held-out text, in nats per token, by domain. The arms of
 `lightning` convert all layers but the MLA ones, which stay softmax attention; those of `mla` convert only these, from the
 teacher, so that nothing else hides their damage; `all mla` makes every layer MLA, so that ranks have something to share. Arms
 in `WARMED` are measured again after the preset's linear warm-up of WARMUP_TOKENS: a start says little about where training leads;
-their seconds are those of the warm-up. With --losses: the first arm alone, warmed up after each of `LOSSES`, into losses.json.
+their seconds are those of the warm-up. With --losses: the first arm alone, warmed up after each of `LOSSES`, into losses.json;
+with --only: the first arm and those whose names hold WORD, into algorithms-WORD.json.
 Texts are tokenised once, into WORK_FOLDER/texts.safetensors.
 """
 
 from __future__ import annotations
 
+import argparse
 import copy
 import shlex
 import sys
@@ -49,6 +51,7 @@ WARMED = (
     "heads in the teacher's order",
     "group norm and gate refitted",
     "layers selected by KL",
+    "layers selected by reading near",
     "layers selected by local error",
 )
 
@@ -75,6 +78,7 @@ ARMS: list[tuple[str, str, dict[str, Any], dict[str, Any]]] = [
     ("lightning", "output not refitted, group norm refitted", {"refit_output": False, "refit_norm": True}, {}),
     ("lightning", "output not refitted, norm and gate refitted", {"refit_output": False, "refit_gate": True}, {}),
     ("lightning", "layers selected by KL", {"layer_score": "kl"}, {"mla_layers": "selected"}),
+    ("lightning", "layers selected by reading near", {"layer_score": "near"}, {"mla_layers": "selected"}),
     ("lightning", "layers selected by local error", {"layer_score": "local"}, {"mla_layers": "selected"}),
     ("lightning", "ratio 1:1", {}, {"group_size": 2}),
     ("lightning", "ratio 2:1", {}, {"group_size": 3}),
@@ -171,8 +175,13 @@ def row(name: str, what: str, domain: str, found: Any, peer: str, base: Any, sec
 
 def main() -> None:
     """Convert once per arm, write the results."""
-    losses_alone = sys.argv[2:] == ["--losses"]
-    work = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--losses", action="store_true", help="the losses of the warm-up alone")
+    parser.add_argument("--only", metavar="WORD", help="the first arm and those whose names hold the word")
+    args = parser.parse_args()
+    losses_alone, work = args.losses, args.work
+    arms = [arm for i, arm in enumerate(ARMS) if i == 0 or not args.losses and (args.only or "") in arm[1]]
     if not (work / "teacher").exists():
         import_gguf(smollm2_gguf(), work / "teacher")
     device = pick_device("auto")
@@ -192,7 +201,7 @@ def main() -> None:
         said = ", ".join(f"{domain} {m['loss']:.3f} kl {m['kl']:.3f}" for domain, m in measured.items())
         print(f"{what}: {name}: {said} [{seconds:.0f} s]", flush=True)
 
-    for what, name, conversion, layout in ARMS[:1] if losses_alone else ARMS:
+    for what, name, conversion, layout in arms:
         begun = time.monotonic()
         student = convert(teacher, what, conversion, layout, windows)
         measure(student, what, name, time.monotonic() - begun)
@@ -201,8 +210,8 @@ def main() -> None:
                 begun = time.monotonic()
                 warmed = warm_up(student, teacher, training, losses)
                 measure(warmed, "lightning, warmed up", name + added, time.monotonic() - begun)
-    path = RESULTS / ("losses.json" if losses_alone else "algorithms.json")
-    write_results(path, shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER"), rows)
+    file = "losses" if losses_alone else f"algorithms-{args.only}" if args.only else "algorithms"
+    write_results(RESULTS / f"{file}.json", shlex.join(["python", *sys.argv]).replace(str(work), "WORK_FOLDER"), rows)
 
 
 if __name__ == "__main__":

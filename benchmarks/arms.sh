@@ -2,22 +2,23 @@
 # Arms of docs/results.md on one GPU or two; the two teachers' may run beside one another.
 #
 #   [CUDA_VISIBLE_DEVICES=0 SPARE=1] bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
-#   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2 WORK TEXT
+#   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2|short WORK TEXT
 #
-# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained and writes text of its own while `selected` is
-# trained on the corpus; then all of `selected` follows the teacher's logits on both, for as many tokens as SECONDS (1,700) leave, and
-# beside it the teacher goes on for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct and the hybrid that ships
-# are trained on the same text; after them come short arms. Figures: WORK/results/*/*.json. A command that was stopped goes on where it
-# was. Needs what `make setup` installs.
+# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained; `selected` is trained on the corpus while it
+# writes text of its own, goes on for as many tokens, and every layer is tried as the one left to MLA; then all of `selected` follows the
+# logits of the teacher that went on, on both texts, for as many tokens as SECONDS (1,700) leave, and beside it the teacher as given goes on
+# for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct goes on, and the hybrid that ships follows it on the same
+# text; short: its arms on few tokens. Figures: WORK/results/*/*.json. A command that was stopped goes on where it was. Needs what `make
+# setup` installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mkdir -p "$2" && cd "$2" && pwd) text=$(cd "$3" && pwd)
 deadline=$(($(date +%s) + ${4:-1700}))
 python=${PYTHON:-python}
 
-# Tokens: the teacher's two stages, each warm-up of `selected`, a sample of own text, the most for KL; half of what SmolLM2 goes on for,
-# and the short arms.
-short=30e6 long=80e6 warmup=25000000 sample=10000000 most=600000000 part=15000000 few=2000000
+# Tokens: the teacher's two stages, each warm-up of `selected`, a layer's trial, a sample of own text, the most for KL; half of what
+# SmolLM2 goes on for, and then its hybrid, and the short arms.
+short=30e6 long=80e6 warmup=25000000 trial=6000000 sample=10000000 most=600000000 part=15000000 follow=50000000 few=2000000
 rows=64 few_rows=16 length=1024 lanes=2048
 folder=$work/moe teacher=$work/moe/run/models/ling-moe smol=$work/SmolLM2-135M-Instruct
 
@@ -56,12 +57,18 @@ moe() {
     -- --set stages.short.tokens=$short --set stages.ling-moe.tokens=$long
   beside own_text > "$work/own.log" 2>&1 &
   local sampler=$!
+  beside arms "$teacher" "$folder" continued --text "$folder/corpus" --tokens $((2 * warmup)) --rows $rows \
+    --results "$work/results/moe" > "$work/continued.log" 2>&1 &
+  local corrected=$!
+  beside "$python" benchmarks/selection.py "$teacher" "$work/selection" --text "$folder/corpus" --tokens $trial \
+    --results "$work/results/moe/selection.json" > "$work/selection.log" 2>&1 &
+  local trials=$!
   say selected
   # shellcheck disable=SC2046
   arms "$teacher" "$folder" selected --text "$folder/corpus" --tokens $warmup --rows $rows --results "$work/results/moe" \
-    -- $(muon linear_warmup mla_warmup)
+    -- --conversion.layer_score near $(muon linear_warmup mla_warmup)
   touch "$work/selected.done"
-  wait $sampler
+  wait $sampler $corrected
   local texts=("$folder/corpus")
   say own text
   if [ -n "$(ls "$folder/samples")" ]; then
@@ -79,19 +86,18 @@ share = 0.8 if sys.argv[5] else 0.5  # all parameters: more to do than for the m
 print(max(least, min(most, int(share * speed * left)) // 2))
 END
   )
-  say "trained-on-kl, 2 x $half; continued, 2 x $((half + warmup))"
-  beside arms "$teacher" "$folder" continued --text "${texts[@]}" --tokens $((half + warmup)) --rows $rows \
-    --results "$work/results/moe" > "$work/continued.log" 2>&1 &
-  local teacher_on=$!
-  arms "$teacher" "$folder" trained-on-kl --after selected --seen $((2 * warmup)) --text "${texts[@]}" --tokens "$half" --rows $rows \
-    --rate 5e-4 --results "$work/results/moe"
+  say "trained-on-corrected, 2 x $half; continued, 2 x $((half + warmup))"
+  beside arms "$teacher" "$work/longer" continued --text "${texts[@]}" --tokens $((half + warmup)) --rows $rows \
+    --results "$work/results/longer" > "$work/longer.log" 2>&1 &
+  local longer=$!
+  arms "$teacher" "$folder" trained-on-corrected --after selected --seen $((2 * warmup)) --text "${texts[@]}" --tokens "$half" \
+    --rows $rows --rate 5e-4 --results "$work/results/moe"
   say continued
-  wait $teacher_on
+  wait $trials $longer
   say end
 }
 
-smollm2() {
-  say import
+smollm2_and_text() {
   [ -e "$smol" ] || "$python" -c "
 import torch
 from openling.weights.gguf import import_gguf, smollm2_gguf
@@ -100,11 +106,21 @@ import_gguf(smollm2_gguf(), '$smol', dtype=torch.bfloat16)"
     openling delta apply "$smol" src/openling/shipped/SmolLM2-135M-hybrid "$work/shipped/best-all-mixers-0"
   manuals "$work/smollm2-text" python3.11-doc rust-doc sagemath-doc sqlite3-doc vim-doc # those that the main arm learned from
   [ -e "$work/docs" ] || openling data build "text=$work/smollm2-text" "$work/docs" --tokenizer "$smol" --synthesis recall:share=0.1
+}
+
+smollm2() {
+  say import
+  smollm2_and_text
   say continued
   arms "$smol" "$work/shipped" continued --text "$work/docs" --tokens $part --rows $rows --results "$work/results/shipped"
-  say trained-on
-  arms "$smol" "$work/shipped" trained-on --seen 0 --text "$work/docs" --tokens $part --rows $rows --rate 5e-4 \
+  say trained-on-corrected
+  arms "$smol" "$work/shipped" trained-on-corrected --seen 0 --text "$work/docs" --tokens $follow --rows $rows --rate 5e-4 \
     --results "$work/results/shipped"
+  say end
+}
+
+short() {
+  smollm2_and_text
   for arm in best paper scratch best-without-kl pure-linear continued; do
     say "short: $arm"
     arms "$smol" "$work/short" "$arm" --text "$work/docs" --tokens $few --rows $few_rows --results "$work/results/short"
@@ -115,5 +131,6 @@ import_gguf(smollm2_gguf(), '$smol', dtype=torch.bfloat16)"
 case $1 in
   moe) moe ;;
   smollm2) smollm2 ;;
-  *) echo "usage: bash benchmarks/arms.sh moe|smollm2 WORK TEXT [SECONDS]" >&2; exit 2 ;;
+  short) short ;;
+  *) echo "usage: bash benchmarks/arms.sh moe|smollm2|short WORK TEXT [SECONDS]" >&2; exit 2 ;;
 esac

@@ -7,7 +7,8 @@ TEACHER is a checkpoint folder, CORPUS what `openling data build` made of `bench
 migrate` with some flags; `continued`, the teacher trained further on the same 2 N tokens (what any student could at most
 reach); `scratch`, the hybrid from random weights; `trained-on`, all of what the arm `--after` left in WORK, on the 2 N tokens
 behind the `--seen` ones of the corpus (where it ends, on its beginning again), as Ling-2.6 went on after its migration, and
-`trained-on-kl`, the same after the teacher's logits instead of the text (their peer is `continued` on as many tokens in all).
+`trained-on-kl`, the same after the teacher's logits instead of the text (their peer is `continued` on as many tokens in all);
+`trained-on-corrected`, after the logits of the teacher that `continued` left in WORK ("teacher correction", arXiv 2408.11796).
 Arms run in turn; one whose results are there is left out, and one that was stopped goes on with the same command. Each writes
 benchmarks/results/migration/TEACHER-ARM-SEED.json: losses, gaps and KL after each stage by domain, drift of routers, recall of
 one fact among one or several beside the teacher's, and the training curve at tokens spaced by a fifth of a decade: each step's
@@ -39,6 +40,7 @@ from openling.migrate.measure import agreement, needle_fits, needle_recall
 from openling.migrate.texts import evaluation_windows
 from openling.model.device import pick_device
 from openling.model.ling import Ling
+from openling.train.checkpoint import latest_checkpoint, load_start
 from openling.train.loop import train
 
 RESULTS = Path(__file__).parent / "results" / "migration"
@@ -67,6 +69,7 @@ TRAINED: dict[str, dict[str, Any]] = {
     "scratch": {"lr": 1e-3, "bias_rate": 1e-2},
     "trained-on": TRAINED_ON,
     "trained-on-kl": TRAINED_ON | {"kl": 1.0, "ce": 0.0},
+    "trained-on-corrected": TRAINED_ON | {"kl": 1.0, "ce": 0.0},
 }
 
 
@@ -159,6 +162,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     teacher, tokenizer = loaded.model.float(), loaded.tokenizer
     held_out = domain_windows(tokenizer, loaded.config.vocab_size, args.length)  # what is missing is missed before the training
     after = arm.startswith("trained-on")
+    followed = corrected(args, device) if arm == "trained-on-corrected" else teacher
     begin = args.work / f"{args.after}-{args.seed}" if after else args.teacher
     model = openling.load(begin, device=device).model.float()
     if arm == "scratch":
@@ -173,15 +177,28 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
     unseen_first = np.concatenate([tokens[seen:], tokens[:seen]])[: 2 * args.tokens]  # a corpus may end before
     batches = Batches(cut_windows(unseen_first, args.length), batch_size=args.rows, seed=args.seed)
     go_on = (run / "train.json").exists()
-    ended = train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=teacher if config.kl else None)
+    ended = train(model, config, batches, parameters=[""], run=run, resume=go_on, teacher=followed if config.kl else None)
     if ended.stopped != "finished":
         raise SystemExit(f"{arm}: stopped after step {ended.steps}; the same command goes on")
-    rows, teacher = [], teacher.eval()
+    rows, bf16 = [], device.type == "cuda"
     for name, windows in held_out.items():
-        rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher, windows, bf16=device.type == "cuda"))))
+        rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher.eval(), windows, bf16=bf16))))
+        if followed is not teacher:
+            found = dict(agreement(model, followed.eval(), windows, bf16=bf16))
+            rows.append(loss_row(f"{arm}, {name}", found) | {"peer": "teacher, trained on"})
     steps = read_metrics(run / "metrics.jsonl")
     rows.append({"name": f"{arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, seen)})
     return [*rows, *compared_recall(arm, model, teacher, tokenizer, args.length)]
+
+
+def corrected(args: argparse.Namespace, device: torch.device) -> Ling:
+    """The teacher as the arm `continued` left it."""
+    run = args.work / f"continued-{args.seed}"
+    if (checkpoint := latest_checkpoint(run)) is None:
+        raise SystemExit(f"{run} holds no checkpoint: the arm continued comes first")
+    teacher = openling.load(args.teacher, device=device).model.float()
+    load_start(checkpoint, teacher)
+    return teacher
 
 
 def compared_recall(arm: str, model: Ling, teacher: Ling, tokenizer: Any, length: int) -> list[dict[str, Any]]:

@@ -1,12 +1,14 @@
 """Which layers become MLA: ratios, pure linear, named and selected layers, from the config to the finished folder."""
 
+import copy
 import json
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
 from small_runs import Place, make_llama, openling_command, refused
-from tiny_gqa import build, config, tokens
+from tiny_gqa import build, config, context, tokens
 from transformers import AutoModelForCausalLM
 
 import openling
@@ -21,6 +23,7 @@ from openling.migrate.select import select_layers
 from openling.migrate.stack import FolderStack
 from openling.model.config import read_ling, write_ling
 from openling.ops.cpu import settle_bf16_matmuls
+from openling.ops.rope import apply_rope
 from openling.weights.export import save
 from openling.weights.folder import open_folder
 
@@ -103,6 +106,69 @@ def test_kl_scores_are_those_of_models_with_one_layer_converted():
     order = sorted(range(4), key=lambda i: found.scores[i])
     assert found.layers == tuple(sorted(order[2:]))
     assert [a.value for a in found.findings("kl").approximations] == list(found.scores)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("qk_norm", [False, True])
+def test_near_scores_are_those_of_models_with_one_layer_that_reads_near(monkeypatch, qk_norm):
+    """Against whole models whose one layer's attention is written out with the far scores at minus infinity."""
+    near = 6
+    monkeypatch.setattr(select, "NEAR", near)
+    teacher = build(source(4, gqa_qk_norm=qk_norm))
+    ids = [tokens(3), tokens(4)]
+    found = select_layers(
+        teacher, target_config(teacher.config, group_size=2), ids, Conversion(layer_score="near"), seed=0, bf16=False
+    )
+    expected = F.log_softmax(teacher(ids[-1])[:, :-1], -1)
+    for layer, score in enumerate(found.scores):
+        student = copy.deepcopy(teacher)
+        student.model.layers[layer].attention.forward = partial(plain_near, student.model.layers[layer].attention, near)
+        q = F.log_softmax(student(ids[-1])[:, :-1], -1)
+        kl = (expected.exp() * (expected - q)).sum(-1).mean()
+        assert score == pytest.approx(float(kl), rel=1e-6)
+        assert score > 1e-4
+    assert [a.value for a in found.findings("near").approximations] == list(found.scores)
+
+
+def looks_at_the_last_token(attention):
+    """Queries and keys become one vector each, and the query's is that of the key one position on."""
+    dim, heads = attention.dim, attention.heads + attention.kv_heads
+    key = torch.full((1, 1, 1, dim), 20.0, dtype=torch.float64)
+    cos, sin = (table[:, 1:2] for table in context(source(4)).tables.head)
+    query = apply_rope(key, cos, -sin)
+    attention.query_key_value.weight[: heads * dim] = 0
+    vectors = [query.flatten()] * attention.heads + [key.flatten()] * attention.kv_heads
+    attention.query_key_value.bias[: heads * dim] = torch.cat(vectors)
+
+
+def plain_near(attention, near, x, call, cache=None):
+    heads, groups, dim = attention.heads, attention.heads // attention.kv_heads, attention.dim
+    q, k, v = attention.query_key_value(x).split((heads * dim, heads * dim // groups, heads * dim // groups), -1)
+    q, k, v = (n.unflatten(-1, (-1, dim)) for n in (q, k, v))
+    if attention.qk_norm:
+        q, k = attention.query_layernorm(q), attention.key_layernorm(k)
+    q, k = (apply_rope(n, *call.tables.head) for n in (q, k))
+    k, v = (n.repeat_interleave(groups, 2) for n in (k, v))
+    scores = torch.einsum("bthd,bshd->bhts", q, k) / dim**0.5
+    for t in range(x.shape[1]):
+        for s in range(x.shape[1]):
+            if s > t or (s != 0 and t - s >= near):
+                scores[:, :, t, s] = -torch.inf
+    return attention.dense(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+
+
+@torch.no_grad()
+def test_a_layer_that_reads_near_is_not_selected_however_badly_lightning_fits_it(monkeypatch):
+    """Layer 1 reads the token before, alone: which no decaying sum of all tokens is, and which is near."""
+    monkeypatch.setattr(select, "NEAR", 6)
+    teacher = build(source(4, use_qkv_bias=True))
+    looks_at_the_last_token(teacher.model.layers[1].attention)
+    ids, target = [tokens(3), tokens(4)], target_config(teacher.config, group_size=4)
+    near, kl = (
+        select_layers(teacher, target, ids, Conversion(layer_score=score), seed=0, bf16=False).scores for score in ("near", "kl")
+    )
+    assert near[1] < 1e-3 * min(near[0], near[2], near[3])
+    assert kl[1] > 1e-2
 
 
 @torch.no_grad()

@@ -38,7 +38,9 @@ class Conversion(Section):
     refit_norm: bool = Field(False, description="group norm of Lightning by least squares to the teacher's heads")
     refit_gate: bool = Field(False, description="Lightning's gate too, by one damped Newton step; includes refit_norm")
     refit_output: bool = Field(True, description="ridge regression of every output projection on propagated activations")
-    layer_score: Literal["kl", "local"] = Field("kl", description="what a layer's Lightning mixer costs, for selected layers")
+    layer_score: Literal["near", "kl", "local"] = Field(
+        "kl", description="for selected layers: what reading near tokens alone costs, or a Lightning mixer, in all or locally"
+    )
     damping: float = Field(1e-3, gt=0, description="ridge strength over the mean squared activation")
     mla_damping: float = Field(0.1, gt=0, description="the same for outputs of MLA: old weights are near, texts differ")
     qk_norm_removal: Literal["pooled", "scalar", "ridge", "best"] = Field("best", description="best: least held-out error")
