@@ -130,6 +130,12 @@ def test_near_scores_are_those_of_models_with_one_layer_that_reads_near(monkeypa
     assert [a.value for a in found.findings("near").approximations] == list(found.scores)
 
 
+def test_windows_in_which_no_token_is_far_are_refused(place: Place, tmp_path):
+    words = ["--layout", "selected", "--group-size", "3", "--conversion.layer_score", "near", "--stage", "lightning"]
+    refused(place.migrate(tmp_path / "out", *words), "--text.sequence_length above 64")
+    assert place.migrate(tmp_path / "out", *words, **{"text.sequence_length": 80}).code == 0
+
+
 def looks_at_the_last_token(attention):
     """Queries and keys become one vector each, and the query's is that of the key one position on."""
     dim, heads = attention.dim, attention.heads + attention.kv_heads

@@ -26,6 +26,8 @@ def _numbers(value: Any) -> Any:
     return tuple(map(int, parts))
 
 
+# Tokens that a layer still reads beside the first one, its own among them, where `layer_score` near takes the far ones from it.
+NEAR = 64
 PLACEMENTS = ("ling", "selected", "none")
 MlaLayers = Annotated[Literal["ling", "selected", "none"] | tuple[int, ...], BeforeValidator(_numbers)]
 
@@ -153,6 +155,11 @@ class MigrateConfig(Section):
         if self.stages != ordered:
             raise wrong("stages run in their published order, each once", f"stages = {','.join(ordered)}")
         later = [stage for stage in self.stages if stage.startswith("mla")]
+        far = self.text.sequence_length > NEAR
+        if self.layout.mla_layers == "selected" and self.conversion.layer_score == "near" and not far:
+            raise ValueError(
+                f"--conversion.layer_score near needs --text.sequence_length above {NEAR}: no token is far otherwise"
+            )
         if later and self.layout.mla_layers in ("none", ()):
             raise ValueError(f"a pure linear model has no stage {later[0]}: --layout none, or --stages lightning,linear-warmup")
         return self

@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openling.config.migrate import Conversion
+from openling.config.migrate import NEAR, Conversion
 from openling.errors import UserError
 from openling.migrate.calibrate import LayerStep, relative, walk
 from openling.migrate.convert import fit_lightning
@@ -38,8 +38,6 @@ from openling.ops.fused import split_norm_rope
 from openling.ops.loss import head_loss
 
 LayerScore = Literal["near", "kl", "local"]
-# Tokens that a layer still reads behind its first one, its own among them, where reading far is taken from it.
-NEAR = 64
 
 
 @dataclass(frozen=True)
@@ -155,12 +153,8 @@ def _divergence(stack: Stack, step: LayerStep, mixer: Callable[[LayerStep, Tenso
 
 def read_near(attention: GroupedQueryAttention, x_BTM: Tensor, call: CallContext, near: int) -> Tensor:
     """The mixer's output [B, T, M] where every token reads the first one and the `near` last ones, its own among them."""
-    qkv, norms, (heads, kv_heads) = (
-        attention.query_key_value(x_BTM),
-        qk_norm_weights(attention),
-        (attention.heads, attention.kv_heads),
-    )
-    parts = split_norm_rope(qkv, norms, call.tables.head, heads=heads, kv_heads=kv_heads, eps=attention.eps)
+    qkv, norms, heads = attention.query_key_value(x_BTM), qk_norm_weights(attention), attention.heads
+    parts = split_norm_rope(qkv, norms, call.tables.head, heads=heads, kv_heads=attention.kv_heads, eps=attention.eps)
     q, k, v = (part.transpose(1, 2) for part in parts)
     at = torch.arange(x_BTM.shape[1], device=x_BTM.device)
     back = at[:, None] - at[None]
