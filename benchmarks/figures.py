@@ -38,6 +38,9 @@ FEW_ROWS: Arms = {
     "selected-rows4-1": ("... seed 1", "#7570b3", ":"),
 }
 
+# SmolLM2's arms on few tokens.
+SHORT = ("paper", "scratch", "best", "best-without-kl")
+
 
 def curves_of(name: str) -> list[list[dict[str, float]]]:
     """A results file's trainings. Their points: tokens, cross-entropy before each step, KL where it was trained on."""
@@ -45,9 +48,14 @@ def curves_of(name: str) -> list[list[dict[str, float]]]:
     return [row["curve"] for row in rows if "curve" in row]
 
 
+def joined(name: str) -> list[dict[str, float]]:
+    """All points of a results file."""
+    return [point for curve in curves_of(name) for point in curve]
+
+
 def arm(name: str) -> list[dict[str, float]]:
     """All points of an arm of the MoE teacher."""
-    return [point for curve in curves_of(f"ling-moe-{name}") for point in curve]
+    return joined(f"ling-moe-{name}")
 
 
 def tokens_to(points: list[dict[str, float]], level: float) -> float | None:
@@ -56,16 +64,15 @@ def tokens_to(points: list[dict[str, float]], level: float) -> float | None:
     return points[above + 1]["tokens"] if above + 1 < len(points) else None
 
 
-def print_tokens_to_levels() -> None:
-    """For losses that `paper` reaches, how many times fewer tokens each arm needs to it, at 4 x 1024 tokens a step."""
-    curves = {name: arm(name) for name in FEW_ROWS}
-    paper = curves.pop("paper-rows4-0")
-    for level in (*(round(4.6 - 0.2 * i, 1) for i in range(6)), paper[-1]["ce"]):
-        needed = tokens_to(paper, level)
+def print_tokens_to_levels(curves: dict[str, list[dict[str, float]]], paper: str, levels: list[float]) -> None:
+    """How many times fewer tokens than the arm `paper` each other one needs to losses, and to its last one."""
+    peer = curves.pop(paper)
+    for level in (*levels, peer[-1]["ce"]):
+        needed = tokens_to(peer, level)
         if needed:
             found = {name: tokens_to(points, level) for name, points in curves.items()}
             said = ", ".join(f"{name} {n:,} ({needed / n:.0f} times fewer)" for name, n in found.items() if n)
-            print(f"{level:.3f} nats: paper {needed:,}; {said}")
+            print(f"{level:.3f} nats: {paper} {needed:,}; {said}")
 
 
 def losses(axes: Axes, arms: Arms) -> None:
@@ -103,4 +110,7 @@ if __name__ == "__main__":
     write("moe-arms", lambda axes: losses(axes, ARMS))
     write("moe-few-rows", lambda axes: losses(axes, FEW_ROWS))
     write("smollm2-main-arm", main_arm)
-    print_tokens_to_levels()
+    print_tokens_to_levels({name: arm(name) for name in FEW_ROWS}, "paper-rows4-0", [4.6, 4.4, 4.2, 4.0, 3.8, 3.6])
+    short = {f"{name}-short-0": joined(f"smollm2-135m-instruct-{name}-short-0") for name in SHORT}
+    print_tokens_to_levels(short.copy(), "paper-short-0", [9.0, 8.0, 7.5, 7.0])
+    print_tokens_to_levels(short, "scratch-short-0", [])
