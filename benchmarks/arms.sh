@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
 # Arms of docs/results.md on one GPU or two; the two teachers' may run beside one another.
 #
-#   [CUDA_VISIBLE_DEVICES=0 SPARE=1] bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
+#   [LAYER=4 CUDA_VISIBLE_DEVICES=0 SPARE=1] bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
 #   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2|short WORK TEXT
 #
-# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained; `selected` is trained on the corpus while it
-# writes text of its own, goes on for as many tokens, and every layer is tried as the one left to MLA; then all of `selected` follows the
-# logits of the teacher that went on, on both texts, for as many tokens as SECONDS (1,700) leave, and beside it the teacher as given goes on
-# for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct goes on, and the hybrid that ships follows it on the same
-# text; short: its arms on few tokens. Figures: WORK/results/*/*.json. A command that was stopped goes on where it was. Needs what `make
-# setup` installs.
+# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained; the mixers of its hybrid, with layer LAYER left to MLA,
+# are trained on the corpus while the teacher writes text of its own and goes on for as many tokens, and every layer is tried in LAYER's
+# place; then all of the hybrid follows the logits of the teacher that went on, on both texts, for as many tokens as SECONDS (1,700) leave, and
+# beside it the teacher as given goes on for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct goes on, and the
+# hybrid that ships follows it on the same text; short: its arms on few tokens. Figures: WORK/results/*/*.json. A command that was stopped
+# goes on where it was. Needs what `make setup` installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mkdir -p "$2" && cd "$2" && pwd) text=$(cd "$3" && pwd)
 deadline=$(($(date +%s) + ${4:-1700}))
 python=${PYTHON:-python}
 
-# Tokens: the teacher's two stages, each warm-up of `selected`, a layer's trial, a sample of own text, the most for KL; half of what
+# Tokens: the teacher's two stages, each warm-up of the mixers, a layer's trial, a sample of own text, the most for KL; half of what
 # SmolLM2 goes on for, and then its hybrid, and the short arms.
 short=30e6 long=80e6 warmup=25000000 trial=6000000 sample=10000000 most=600000000 part=15000000 follow=50000000 few=2000000
-rows=64 few_rows=16 length=1024 lanes=2048
+layer=${LAYER:-4} rows=64 few_rows=16 length=1024 lanes=2048
 folder=$work/moe teacher=$work/moe/run/models/ling-moe smol=$work/SmolLM2-135M-Instruct
 
 say() { echo "== $(date +%T) $*"; }
@@ -40,10 +40,10 @@ muon() { # all of every mixer, Muon, in the warm-ups that are named
   for w in "$@"; do echo "--$w.trainable attention --$w.train.optimizer muon --$w.train.lr 0.002 --$w.train.max_skips 3"; done
 }
 
-own_text() { # sample by sample until `selected` is trained; every second one warmer, so that it goes where the corpus does not
+own_text() { # sample by sample until the mixers are trained; every second one warmer, so that it goes where the corpus does not
   mkdir -p "$folder/samples"
   for i in 0 1 2 3 4 5; do
-    [ -e "$work/selected.done" ] && break
+    [ -e "$work/mixers.done" ] && break
     openling data sample "$teacher" "$folder/sample$i" --tokens $sample --batch $lanes --max-new-tokens $((length - 1)) \
       --temperature "$([ $((i % 2)) = 0 ] && echo 1.0 || echo 1.4)" --seed "$i" || break
     for file in "$folder/sample$i"/*.jsonl; do ln -sf "$file" "$folder/samples/$i-$(basename "$file")"; done
@@ -60,14 +60,14 @@ moe() {
   beside arms "$teacher" "$folder" continued --text "$folder/corpus" --tokens $((2 * warmup)) --rows $rows \
     --results "$work/results/moe" > "$work/continued.log" 2>&1 &
   local corrected=$!
-  beside "$python" benchmarks/selection.py "$teacher" "$work/selection" --text "$folder/corpus" --tokens $trial \
+  beside "$python" benchmarks/selection.py "$teacher" --text "$folder/corpus" --tokens $trial \
     --results "$work/results/moe/selection.json" > "$work/selection.log" 2>&1 &
   local trials=$!
-  say selected
+  say "layer $layer"
   # shellcheck disable=SC2046
-  arms "$teacher" "$folder" selected --text "$folder/corpus" --tokens $warmup --rows $rows --results "$work/results/moe" \
-    -- --conversion.layer_score near $(muon linear_warmup mla_warmup)
-  touch "$work/selected.done"
+  arms "$teacher" "$folder" best-all-mixers --text "$folder/corpus" --tokens $warmup --rows $rows --results "$work/results/moe" \
+    -- --layout "$layer" $(muon linear_warmup mla_warmup)
+  touch "$work/mixers.done"
   wait $sampler $corrected
   local texts=("$folder/corpus")
   say own text
@@ -76,7 +76,7 @@ moe() {
     texts+=("$folder/own")
   fi
   local half
-  half=$("$python" - "$folder/selected-0.run" $((deadline - $(date +%s) - 75)) $warmup $most "${SPARE:+alone}" << 'END'
+  half=$("$python" - "$folder/best-all-mixers-0.run" $((deadline - $(date +%s) - 75)) $warmup $most "${SPARE:+alone}" << 'END'
 import json, statistics, sys
 from pathlib import Path
 run, left, least, most = Path(sys.argv[1]), *map(int, sys.argv[2:5])
@@ -90,7 +90,7 @@ END
   beside arms "$teacher" "$work/longer" continued --text "${texts[@]}" --tokens $((half + warmup)) --rows $rows \
     --results "$work/results/longer" > "$work/longer.log" 2>&1 &
   local longer=$!
-  arms "$teacher" "$folder" trained-on-corrected --after selected --seen $((2 * warmup)) --text "${texts[@]}" --tokens "$half" \
+  arms "$teacher" "$folder" trained-on-corrected --after best-all-mixers --seen $((2 * warmup)) --text "${texts[@]}" --tokens "$half" \
     --rows $rows --rate 5e-4 --results "$work/results/moe"
   say continued
   wait $trials $longer

@@ -1,9 +1,10 @@
 """Do the scores of `--layout selected` find the layer that is best left to MLA? Every layer of a teacher is tried in turn.
 
-    python benchmarks/selection.py TEACHER WORK --text CORPUS [--tokens N] [--rows R] [--length T]
+    python benchmarks/selection.py TEACHER --text CORPUS [--tokens N] [--rows R] [--length T]
 
 TEACHER is a checkpoint folder, CORPUS what `openling data build` made. In turn each layer stays softmax attention, all others are
-Lightning, and all mixers are trained after the teacher's logits on the same N tokens. Writes
+Lightning, and all mixers are trained after the teacher's logits on the same N tokens. Beside the scores that a migration can take
+stands one that it cannot, `trained`: the KL that a layer's mixer, alone Lightning, leaves after STEPS steps. Writes
 benchmarks/results/migration/selection.json: by layer the scores, and what was reached; and by score how far its choice is from
 the best one.
 """
@@ -11,8 +12,10 @@ the best one.
 from __future__ import annotations
 
 import argparse
+import copy
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,19 +39,31 @@ from openling.model.ling import Ling
 from openling.train.loop import train
 
 CALIBRATION_TOKENS, WINDOWS_PER_BATCH = 32768, 8
+STEPS = 40
 MUON = {"optimizer": "muon", "lr": 2e-3, "schedule": "cosine", "weight_decay": 0.0, "kl": 1.0, "ce": 0.0, "max_skips": 3}
 
 
-def kept(teacher: Ling, layer: int, calibration: list[torch.Tensor], windows: np.ndarray, args: argparse.Namespace) -> Ling:
-    """The teacher with all layers but one as Lightning, trained."""
-    half = lightning_stage(teacher.config, {"mla_layers": (layer,)})
+def trained(
+    teacher: Ling,
+    mla_layers: tuple[int, ...],
+    calibration: list[torch.Tensor],
+    windows: np.ndarray,
+    args: argparse.Namespace,
+    **length: int,
+) -> Ling:
+    """The teacher with all layers but some as Lightning, and those trained for `tokens` or `steps`."""
+    half = lightning_stage(teacher.config, {"mla_layers": mla_layers})
     how: dict[str, Any] = {"on_layer": lambda i: None, "bf16": args.bf16}
-    student, _ = to_lightning(teacher, half, calibration, Conversion(), seed=0, **how)
-    shape = {"tokens": args.tokens, "batch_size": args.rows, "sequence_length": args.length, "warmup_steps": 10}
-    batches = Batches(windows, batch_size=args.rows)
-    names = trainable(student.config, "linear-warmup", "attention")
-    run = args.work / f"layer-{layer}"
-    train(student, TrainConfig(**shape | MUON), batches, parameters=names, run=run, teacher=teacher)
+    student = copy.deepcopy(
+        to_lightning(teacher, half, calibration, Conversion(), seed=0, **how)[0]
+    )  # what stays is the teacher's own
+    shape = {"batch_size": args.rows, "sequence_length": args.length, "warmup_steps": 10}
+    alone = len(mla_layers) > 1
+    names = trainable(student.config, "linear-warmup", "best" if alone else "attention")
+    with tempfile.TemporaryDirectory() as run:
+        batches = Batches(windows, batch_size=args.rows)
+        config = TrainConfig(**length | shape | MUON)
+        train(student, config, batches, parameters=names, run=Path(run), teacher=teacher, progress=not alone)
     return student.eval()
 
 
@@ -56,7 +71,6 @@ def main() -> None:
     """Scores, then layer by layer."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("teacher", type=Path)
-    parser.add_argument("work", type=Path)
     parser.add_argument("--text", nargs="+", required=True)
     parser.add_argument("--tokens", type=int, default=6_000_000)
     parser.add_argument("--rows", type=int, default=16, help="windows of a step")
@@ -75,20 +89,30 @@ def main() -> None:
     count = CALIBRATION_TOKENS // args.length
     calibration = list(torch.from_numpy(windows[:count].astype(np.int64)).to(device).split(WINDOWS_PER_BATCH))
 
-    scores: dict[LayerScore, tuple[float, ...]] = {}
+    def measured(student: Ling) -> dict[str, dict[str, Any]]:
+        return {name: dict(agreement(student, teacher, text, bf16=args.bf16)) for name, text in held_out.items()}
+
+    def kl(found: dict[str, dict[str, Any]]) -> float:
+        return float(np.mean([domain["kl"] for domain in found.values()]))
+
+    scores: dict[str, tuple[float, ...]] = {}
+    layers = range(config.num_hidden_layers)
     target = target_config(config, mla_layers=(0,))
     for score in get_args(LayerScore):
         options = Conversion(layer_score=score)
         scores[score] = select_layers(teacher, target, calibration, options, seed=0, bf16=args.bf16).scores
         print(score, [round(value, 4) for value in scores[score]], flush=True)
+    others = [tuple(j for j in layers if j != i) for i in layers]
+    scores["trained"] = tuple(kl(measured(trained(teacher, o, calibration, windows[count:], args, steps=STEPS))) for o in others)
+    print("trained", [round(value, 4) for value in scores["trained"]], flush=True)
     rows: list[dict[str, Any]] = []
-    reached: list[float] = []  # KL, mean over the domains
-    for layer in range(config.num_hidden_layers):
-        student = kept(teacher, layer, calibration, windows[count:], args)
-        found = {name: dict(agreement(student, teacher, text, bf16=args.bf16)) for name, text in held_out.items()}
-        reached.append(float(np.mean([measured["kl"] for measured in found.values()])))
+    reached: list[float] = []
+    for layer in layers:
+        student = trained(teacher, (layer,), calibration, windows[count:], args, tokens=args.tokens)
+        found = measured(student)
+        reached.append(kl(found))
         of_layer = {score: values[layer] for score, values in scores.items()}
-        rows += [loss_row(f"layer {layer}, {name}", measured) | {"scores": of_layer} for name, measured in found.items()]
+        rows += [loss_row(f"layer {layer}, {name}", domain) | {"scores": of_layer} for name, domain in found.items()]
         rows += recall_rows(f"layer {layer}", student, loaded.tokenizer, held_out, args.length)
         print(f"layer {layer}: KL {reached[-1]:.4f}, recall {rows[-1]['value']:.2f}", flush=True)
         del student
@@ -100,7 +124,7 @@ def main() -> None:
             {"name": f"layer chosen by {score}: {choice}", "value": reached[choice], "unit": "KL, nats per token", **more}
         )
         print(f"{rows[-1]['name']}: KL {reached[choice]:.4f}, best {min(reached):.4f}")
-    write_results(args.results, shlex.join(["python", *sys.argv]).replace(str(args.work), "WORK"), rows)
+    write_results(args.results, shlex.join(["python", *sys.argv]).replace(str(args.teacher), "TEACHER"), rows)
 
 
 if __name__ == "__main__":
