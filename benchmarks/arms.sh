@@ -60,8 +60,9 @@ moe() {
   beside arms "$teacher" "$folder" continued --text "$folder/corpus" --tokens $((2 * warmup)) --rows $rows \
     --results "$work/results/moe" > "$work/continued.log" 2>&1 &
   local corrected=$!
-  beside "$python" benchmarks/selection.py "$teacher" --text "$folder/corpus" --tokens $trial \
-    --results "$work/results/moe/selection.json" > "$work/selection.log" 2>&1 &
+  [ -e "$work/results/moe/selection.json" ] ||
+    beside "$python" benchmarks/selection.py "$teacher" --text "$folder/corpus" --tokens $trial \
+      --results "$work/results/moe/selection.json" > "$work/selection.log" 2>&1 &
   local trials=$!
   say "layer $layer"
   # shellcheck disable=SC2046

@@ -185,7 +185,7 @@ def trained(args: argparse.Namespace, arm: str, run: Path) -> list[dict[str, Any
         rows.append(loss_row(f"{arm}, {name}", dict(agreement(model.eval(), teacher.eval(), windows, bf16=bf16))))
         if followed is not teacher:
             found = dict(agreement(model, followed.eval(), windows, bf16=bf16))
-            rows.append(loss_row(f"{arm}, {name}", found) | {"peer": "teacher, trained on"})
+            rows.append(loss_row(f"{arm}, {name}, beside what it follows", found) | {"peer": "teacher, trained on"})
     steps = read_metrics(run / "metrics.jsonl")
     rows.append({"name": f"{arm}, curve", "value": len(steps), "unit": "steps", "curve": curve(steps, seen)})
     return [*rows, *compared_recall(arm, model, teacher, tokenizer, args.length)]

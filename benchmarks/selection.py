@@ -32,14 +32,14 @@ from openling.environment import write_results
 from openling.migrate.convert import to_lightning
 from openling.migrate.layout import lightning_stage, target_config
 from openling.migrate.measure import agreement
+from openling.migrate.pipeline import WINDOWS_PER_BATCH
 from openling.migrate.select import LayerScore, select_layers
 from openling.migrate.touched import trainable
 from openling.model.device import pick_device
 from openling.model.ling import Ling
 from openling.train.loop import train
 
-CALIBRATION_TOKENS, WINDOWS_PER_BATCH = 32768, 8
-STEPS = 40
+CALIBRATION_TOKENS, STEPS = 32768, 40
 MUON = {"optimizer": "muon", "lr": 2e-3, "schedule": "cosine", "weight_decay": 0.0, "kl": 1.0, "ce": 0.0, "max_skips": 3}
 
 
@@ -54,9 +54,8 @@ def trained(
     """The teacher with all layers but some as Lightning, and those trained for `tokens` or `steps`."""
     half = lightning_stage(teacher.config, {"mla_layers": mla_layers})
     how: dict[str, Any] = {"on_layer": lambda i: None, "bf16": args.bf16}
-    student = copy.deepcopy(
-        to_lightning(teacher, half, calibration, Conversion(), seed=0, **how)[0]
-    )  # what stays is the teacher's own
+    converted, _ = to_lightning(teacher, half, calibration, Conversion(), seed=0, **how)
+    student = copy.deepcopy(converted)  # the layers that stay are the teacher's own
     shape = {"batch_size": args.rows, "sequence_length": args.length, "warmup_steps": 10}
     alone = len(mla_layers) > 1
     names = trainable(student.config, "linear-warmup", "best" if alone else "attention")

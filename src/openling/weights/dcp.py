@@ -135,8 +135,8 @@ def _check_parts(folder: Path, metadata: Metadata) -> None:
         if not path.is_file():
             raise UserError("a part of this DCP folder is missing", where=path, next="copy the folder again")
         if (size := path.stat().st_size) < end:
-            what, next = "a part of this DCP folder is truncated", "copy this file again"
-            raise UserError(what, where=path, value=f"{size} bytes", expected=f"at least {end}", next=next)
+            what, fix = "a part of this DCP folder is truncated", "copy this file again"
+            raise UserError(what, where=path, value=f"{size} bytes", expected=f"at least {end}", next=fix)
 
 
 @contextmanager
