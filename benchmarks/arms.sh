@@ -2,13 +2,13 @@
 # Arms of docs/results.md on one GPU or two; the two teachers' may run beside one another.
 #
 #   [LAYER=4 CUDA_VISIBLE_DEVICES=0 SPARE=1] bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
-#   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2|short WORK TEXT
+#   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2|short|scores WORK TEXT
 #
 # TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained; the mixers of its hybrid, with layer LAYER left to MLA,
 # are trained on the corpus while the teacher writes text of its own and goes on for as many tokens, and every layer is tried in LAYER's
 # place; then all of the hybrid follows the logits of the teacher that went on, on both texts, for as many tokens as SECONDS (1,700) leave, and
 # beside it the teacher as given goes on for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct goes on, and the
-# hybrid that ships follows it on the same text; short: its arms on few tokens. Figures: WORK/results/*/*.json. A command that was stopped
+# hybrid that ships follows it on the same text; short: its arms on few tokens; scores: its layers by each score of `--layout selected`, at once. Figures: WORK/results/*/*.json. A command that was stopped
 # goes on where it was. Needs what `make setup` installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
@@ -17,8 +17,8 @@ deadline=$(($(date +%s) + ${4:-1700}))
 python=${PYTHON:-python}
 
 # Tokens: the teacher's two stages, each warm-up of the mixers, a layer's trial, a sample of own text, the most for KL; half of what
-# SmolLM2 goes on for, and then its hybrid, and the short arms.
-short=30e6 long=80e6 warmup=25000000 trial=6000000 sample=10000000 most=600000000 part=15000000 follow=50000000 few=2000000
+# SmolLM2 goes on for, and then its hybrid, the short arms, and each warm-up where scores are compared.
+short=30e6 long=80e6 warmup=25000000 trial=6000000 sample=10000000 most=480000000 part=15000000 follow=25000000 few=2000000 chosen=4000000
 layer=${LAYER:-4} rows=64 few_rows=16 length=1024 lanes=2048
 folder=$work/moe teacher=$work/moe/run/models/ling-moe smol=$work/SmolLM2-135M-Instruct
 
@@ -103,15 +103,16 @@ smollm2_and_text() {
 import torch
 from openling.weights.gguf import import_gguf, smollm2_gguf
 import_gguf(smollm2_gguf(), '$smol', dtype=torch.bfloat16)"
-  [ -e "$work/shipped/best-all-mixers-0" ] ||
-    openling delta apply "$smol" src/openling/shipped/SmolLM2-135M-hybrid "$work/shipped/best-all-mixers-0"
+  [ -e "$work/docs" ] && return
   manuals "$work/smollm2-text" python3.11-doc rust-doc sagemath-doc sqlite3-doc vim-doc # those that the main arm learned from
-  [ -e "$work/docs" ] || openling data build "text=$work/smollm2-text" "$work/docs" --tokenizer "$smol" --synthesis recall:share=0.1
+  openling data build "text=$work/smollm2-text" "$work/docs" --tokenizer "$smol" --synthesis recall:share=0.1
 }
 
 smollm2() {
   say import
   smollm2_and_text
+  [ -e "$work/shipped/best-all-mixers-0" ] ||
+    openling delta apply "$smol" src/openling/shipped/SmolLM2-135M-hybrid "$work/shipped/best-all-mixers-0"
   say continued
   arms "$smol" "$work/shipped" continued --text "$work/docs" --tokens $part --rows $rows --results "$work/results/shipped"
   say trained-on-corrected
@@ -129,9 +130,24 @@ short() {
   say end
 }
 
+scores() {
+  smollm2_and_text
+  local score layers
+  for score in near kl local even; do
+    layers="--layout selected --conversion.layer_score $score"
+    [ $score = even ] && layers="--layout ling"
+    # shellcheck disable=SC2046,SC2086
+    arms "$smol" "$work/scores/$score" best-all-mixers --text "$work/docs" --tokens $chosen --rows $few_rows \
+      --results "$work/results/scores/$score" -- $layers $(muon linear_warmup mla_warmup) > "$work/score-$score.log" 2>&1 &
+  done
+  wait
+  say end
+}
+
 case $1 in
   moe) moe ;;
   smollm2) smollm2 ;;
   short) short ;;
-  *) echo "usage: bash benchmarks/arms.sh moe|smollm2|short WORK TEXT [SECONDS]" >&2; exit 2 ;;
+  scores) scores ;;
+  *) echo "usage: bash benchmarks/arms.sh moe|smollm2|short|scores WORK TEXT [SECONDS]" >&2; exit 2 ;;
 esac

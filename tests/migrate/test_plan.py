@@ -143,7 +143,7 @@ def test_a_gqa_model_is_the_source_of_its_plan(capsys):
 
 @pytest.mark.parametrize(
     ("layout", "mla", "said"),
-    [("none", 0, "pure linear"), ("selected", 5, "lose most as Lightning"), ("3,7", 2, "MLA in layers 3, 7, as asked")],
+    [("none", 0, "pure linear"), ("selected", 5, "highest scores"), ("3,7", 2, "MLA in layers 3, 7, as asked")],
 )
 def test_layouts_are_planned(layout, mla, said, capsys):
     """A pure linear model has no cache that grows."""

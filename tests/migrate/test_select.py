@@ -95,7 +95,7 @@ def test_kl_scores_are_those_of_models_with_one_layer_converted():
     teacher = build(source(4))
     ids = [tokens(3), tokens(2), tokens(4)]
     target = target_config(teacher.config, group_size=2)
-    found = select_layers(teacher, target, ids, OPTIONS, seed=0, bf16=False)
+    found = select_layers(teacher, target, ids, Conversion(layer_score="kl"), seed=0, bf16=False)
     expected = F.log_softmax(teacher(ids[-1])[:, :-1], -1)
     for layer, score in enumerate(found.scores):
         kinds = tuple("lightning" if i == layer else "gqa" for i in range(4))
@@ -131,8 +131,9 @@ def test_near_scores_are_those_of_models_with_one_layer_that_reads_near(monkeypa
 
 
 def test_windows_in_which_no_token_is_far_are_refused(place: Place, tmp_path):
-    words = ["--layout", "selected", "--group-size", "3", "--conversion.layer_score", "near", "--stage", "lightning"]
+    words = ["--layout", "selected", "--group-size", "3", "--stage", "lightning"]
     refused(place.migrate(tmp_path / "out", *words), "--text.sequence_length above 64")
+    assert place.migrate(tmp_path / "by-kl", *words, "--conversion.layer_score", "kl").code == 0
     assert place.migrate(tmp_path / "out", *words, **{"text.sequence_length": 80}).code == 0
 
 
@@ -245,7 +246,8 @@ def test_a_pure_linear_model_takes_two_stages(place: Place, tmp_path, quick):
 
 def test_selected_layers_stay_softmax_and_are_reported(place: Place, tmp_path, quick):
     out = tmp_path / "half"
-    result = place.migrate(out, "--layout", "selected", "--stage", "lightning", "--group-size", "3")
+    words = ["--layout", "selected", "--stage", "lightning", "--group-size", "3"]
+    result = place.migrate(out, *words, **{"text.sequence_length": 80})
     assert result.code == 0, result.err
     kinds = json.loads((out / "config.json").read_text())["layer_kinds"]
     report = json.loads((tmp_path / "half.run" / "report.json").read_text())
@@ -257,7 +259,7 @@ def test_selected_layers_stay_softmax_and_are_reported(place: Place, tmp_path, q
 
 def test_a_streamed_conversion_with_selected_layers(tmp_path, place: Place, monkeypatch):
     teacher, out = make_llama(tmp_path / "teacher", layers=4), tmp_path / "out"
-    words = ["--layout", "selected", "--group-size", "2", "--text", place.calibration, "--text.sequence_length", "64"]
+    words = ["--layout", "selected", "--group-size", "2", "--text", place.calibration, "--text.sequence_length", "80"]
     words += ["--text.calibration_tokens", "2048"]
     refused(openling_command("convert", teacher, out, *words), "has to be in memory", "layer_score local")
     result = openling_command("convert", teacher, out, *words, "--conversion.layer_score", "local")

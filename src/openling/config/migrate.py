@@ -41,7 +41,7 @@ class Conversion(Section):
     refit_gate: bool = Field(False, description="Lightning's gate too, by one damped Newton step; includes refit_norm")
     refit_output: bool = Field(True, description="ridge regression of every output projection on propagated activations")
     layer_score: Literal["near", "kl", "local"] = Field(
-        "kl", description="for selected layers: what reading near tokens alone costs, or a Lightning mixer, in all or locally"
+        "near", description="for selected layers: what reading near tokens alone costs, or a Lightning mixer, in all or locally"
     )
     damping: float = Field(1e-3, gt=0, description="ridge strength over the mean squared activation")
     mla_damping: float = Field(0.1, gt=0, description="the same for outputs of MLA: old weights are near, texts differ")
@@ -158,7 +158,7 @@ class MigrateConfig(Section):
         far = self.text.sequence_length > NEAR
         if self.layout.mla_layers == "selected" and self.conversion.layer_score == "near" and not far:
             raise ValueError(
-                f"--conversion.layer_score near needs --text.sequence_length above {NEAR}: no token is far otherwise"
+                f"--conversion.layer_score near needs --text.sequence_length above {NEAR}: no token is far otherwise; kl does not"
             )
         if later and self.layout.mla_layers in ("none", ()):
             raise ValueError(f"a pure linear model has no stage {later[0]}: --layout none, or --stages lightning,linear-warmup")

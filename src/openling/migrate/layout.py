@@ -162,7 +162,7 @@ def layout_reason(layers: int, mla_layers: MlaLayers, group_size: int | None) ->
         return "pure linear: no layer is MLA"
     if mla_layers == "selected":
         count = len(even_layers(layers, group_size))
-        return f"{count} of {layers} layers are MLA, those that lose most as Lightning (Ling-2.6: the last of each group)"
+        return f"{count} of {layers} layers are MLA, those of the highest scores (Ling-2.6: the last of each group)"
     if mla_layers == "ling":
         return group_size_reason(layers, default_group_size(layers) if group_size is None else group_size)
     return f"MLA in layers {', '.join(map(str, mla_layers))}, as asked (Ling-2.6: the last of each group)"
