@@ -18,7 +18,7 @@ python=${PYTHON:-python}
 
 # Tokens: the teacher's two stages, each warm-up of the mixers, a layer's trial, a sample of own text, the most for KL; half of what
 # SmolLM2 goes on for, and then its hybrid, the short arms, and each warm-up where scores are compared.
-short=30e6 long=80e6 warmup=25000000 trial=6000000 sample=10000000 most=480000000 part=15000000 follow=25000000 few=2000000 chosen=4000000
+short=30e6 long=80e6 warmup=25000000 trial=6000000 sample=10000000 most=900000000 part=15000000 follow=25000000 few=2000000 chosen=4000000
 layer=${LAYER:-4} rows=64 few_rows=16 length=1024 lanes=2048
 folder=$work/moe teacher=$work/moe/run/models/ling-moe smol=$work/SmolLM2-135M-Instruct
 
