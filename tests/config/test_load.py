@@ -70,6 +70,7 @@ def test_values(words: list[str], name: str, value: Any) -> None:
         (["--dtype", "bfloat"], ["--dtype", "value:    bfloat", "nearest:  bfloat16"]),
         (["--conversion.mla_damping", "true"], ["--conversion.mla_damping", "no switch"]),
         (["--gates.final_gap", "false"], ["--gates.final_gap", "or null"]),
+        (["--gates.recall_drop", "-0.1"], ["--gates.recall_drop", "greater than or equal to 0"]),
         (["--recall.lengths", "[true]"], ["--recall.lengths", "no switch"]),
         (["--layout.mla_layers", "lingg"], ["where:    --layout.mla_layers\n", "nearest:  ling"]),
         (["--layout.mla_layers", "1.5"], ["where:    --layout.mla_layers\n", "a list"]),

@@ -16,6 +16,7 @@ import torch
 from small_runs import COMMON, SHAPE, Place, Result, byte_tokenizer, in_child, openling_command, weights
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
+from openling.commands.migrate import outline
 from openling.config.migrate import Gates, preset
 from openling.migrate import gates, measurer, pipeline
 from openling.migrate.gates import broken_numbers, judge
@@ -69,6 +70,13 @@ def tripped(result: Result, gate: str, *parts: str) -> None:
         assert part in result.err
 
 
+def grid(*found: int, n: int = 18) -> list[dict[str, Any]]:
+    """Needles found of `n` at 128 tokens, at 256 and so on, as a report has them."""
+    return [
+        {"length": 128 << i, "exact": one / n, "token_accuracy": one / n, "n": n, "depths": []} for i, one in enumerate(found)
+    ]
+
+
 def verdicts(out: Path, stage: str) -> dict[str, dict[str, Any]]:
     """Those of the report, which are those of the journal."""
     run = out.with_name(out.name + ".run")
@@ -77,6 +85,16 @@ def verdicts(out: Path, stage: str) -> dict[str, dict[str, Any]]:
     assert found == json.loads((run / "journal.json").read_text())["gates"][stage]
     return {v["gate"]: v for v in found}
 
+
+RECALL_SAID = "0.1944 of the needles lost (teacher 36 of 36, student 29 of 36, needles in 128, 256 tokens)"
+RECALL_ERROR = f"""\
+openling: stage linear-warmup is outside its tolerance: recall_drop
+  where:    needles in 128, 256 tokens
+  value:    {RECALL_SAID}
+  expected: at most 0.1 of the needles lost
+  next:     look at the report; to go on all the same: --resume --gates.recall_drop 0.2, \
+or past every gate: --resume --gates.stop false
+"""
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Real runs
@@ -220,6 +238,30 @@ def test_weights_that_their_dtype_cannot_hold(learnt: Place, tmp_path: Path) -> 
     assert "model.layers.0.attention.dense.weight" in build(tmp_path / "out.run").read_text()  # losses and all that are NaN
 
 
+def test_lost_recall_is_said_and_a_flag_makes_it_a_gate(learnt: Place, tmp_path: Path) -> None:
+    """The warm-up is right and its loss is judged by another gate; the needles are 36 of 36, then 29, whatever is trained."""
+
+    def needles(self: measurer.Measurer, student: Any, *_: Any) -> list[dict[str, Any]]:
+        return grid(18, 18) if student is self.teacher else grid(15, 14)
+
+    out, words = tmp_path / "out", ("--stages", "lightning,linear-warmup", "--linear_warmup.train.lr", "1e-6")
+    passing = {"gates.lightning_loss": "null"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(measurer.Measurer, "_needle", needles)
+        result = migrate(learnt, out, *words, **passing, **{"gates.recall_drop": 0.1})
+        tripped(result, "recall_drop")
+        assert result.err.endswith(RECALL_ERROR), result.err
+        assert (verdicts(out, "linear-warmup")["recall_drop"]["outcome"], out.exists()) == ("stopped", False)
+        assert migrate(learnt, out, *words, "--resume", **passing, **{"gates.recall_drop": 0.2}).code == 0
+        assert verdicts(out, "linear-warmup")["recall_drop"]["outcome"] == "passed"
+        result = migrate(learnt, tmp_path / "unguarded", *words, **passing)
+    assert result.code == 0, result.err
+    assert result.err.count(f"  warning: {RECALL_SAID}; no gate is set for it, --gates.recall_drop 0.05 would stop here\n") == 1
+    assert verdicts(tmp_path / "unguarded", "linear-warmup")["recall_drop"]["outcome"] == "warned"
+    page = build(tmp_path / "unguarded.run").read_text()
+    assert "Worth a look, and no gate is set for it. linear warm-up: recall below the teacher&#39;s" in page
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Verdicts
 # ---------------------------------------------------------------------------------------------------------------------
@@ -260,10 +302,11 @@ def test_a_gate_judges_the_worst_text_and_says_when_it_cannot() -> None:
     stopped = [(v.gate, v.text) for v in found if v.outcome == "stopped"]
     assert stopped == [("mla_step", "a"), ("final_gap", "a")]
     assert found[1].value == pytest.approx(0.6)
-    assert outcomes(stage("mla-warmup", a=3.01), before, Gates()) == {"warmup_rise": "passed"}
-    assert outcomes(stage("mla-warmup", a=3.03), before, Gates()) == {"warmup_rise": "stopped"}
-    assert outcomes(stage("mla-warmup", c=3.0), before, Gates()) == {"warmup_rise": "not judged"}
-    assert outcomes(stage("linear-warmup"), before, Gates(), last=True) == {
+    unasked = {"recall_drop": "not judged"}
+    assert outcomes(stage("mla-warmup", a=3.01), before, Gates()) == {"warmup_rise": "passed"} | unasked
+    assert outcomes(stage("mla-warmup", a=3.03), before, Gates()) == {"warmup_rise": "stopped"} | unasked
+    assert outcomes(stage("mla-warmup", c=3.0), before, Gates()) == {"warmup_rise": "not judged"} | unasked
+    assert outcomes(stage("linear-warmup"), before, Gates(), last=True) == unasked | {
         "warmup_rise": "not judged",
         "final_gap": "not judged",
     }
@@ -271,6 +314,70 @@ def test_a_gate_judges_the_worst_text_and_says_when_it_cannot() -> None:
     untrained["domains"]["a"]["teacher_loss"] = 4.7
     assert outcomes(untrained, None, Gates()) == {"lightning_loss": "not judged"}
     assert outcomes(stage("teacher", a=2.0), None, Gates()) == {}
+
+
+def recall(teacher: tuple[int, ...], student: tuple[int, ...], name: str = "linear-warmup", n: int = 20, **settings: Any) -> Any:
+    """The verdict on needles found of `n` at each length."""
+    limits, one = Gates(**settings), stage(name, a=2.5) | {"needle": grid(*student, n=n)}
+    first = stage("teacher", a=2.0) | {"needle": grid(*teacher, n=n)}
+    found = judge(one, None, limits, preset("best").gates, vocabulary=100, last=False, teacher=first)
+    return {v.gate: v for v in found}.get("recall_drop")
+
+
+@pytest.mark.parametrize("name", ["linear-warmup", "mla-warmup"])
+@pytest.mark.parametrize(
+    ("teacher", "student", "settings", "expected"),
+    [
+        ((20, 20), (20, 20), {}, "off"),
+        ((20, 20), (19, 19), {}, "off"),  # 0.05 is not more than 0.05
+        ((20, 20), (19, 18), {}, "warned"),
+        ((20, 20), (0, 0), {"stop": False}, "warned"),
+        ((19, 19), (0, 0), {}, "not judged"),  # 95 % are not more than 95 %
+        ((20, 19), (0, 0), {}, "warned"),
+        ((0, 0), (0, 0), {"recall_drop": 0}, "not judged"),
+        ((), (20, 20), {"recall_drop": 0}, "not judged"),
+        ((20, 20), (), {"recall_drop": 0}, "not judged"),
+        ((20, 20), (20, 20), {"recall_drop": 0}, "passed"),
+        ((20, 20), (20, 19), {"recall_drop": 0}, "stopped"),
+        ((20, 19), (20, 20), {"recall_drop": 0}, "passed"),  # it finds more than its teacher
+        ((20, 20), (19, 19), {"recall_drop": 0.05}, "passed"),
+        ((20, 20), (20, 17), {"recall_drop": 0.05}, "stopped"),
+        ((20, 20), (20, 10), {"recall_drop": 0.25}, "passed"),  # the whole grid counts, not its worst length
+        ((20, 20), (20, 17), {"recall_drop": 0.05, "stop": False}, "let through"),
+        ((20, 20, 20), (20, 19), {"recall_drop": 0.05}, "passed"),  # lengths that both were asked
+    ],
+)
+def test_recall_limits(name: str, teacher: tuple[int, ...], student: tuple[int, ...], settings: Any, expected: str) -> None:
+    assert recall(teacher, student, name, **settings).outcome == expected
+
+
+def test_recall_is_said_in_needles_and_judged_after_warm_ups_alone() -> None:
+    verdict = recall((20, 20), (9, 0), recall_drop=0.5)
+    assert (verdict.value, verdict.unit, verdict.text) == (31 / 40, "of the needles lost", "needles in 128, 256 tokens")
+    assert verdict.why == "teacher 40 of 40, student 9 of 40"
+    assert recall((19, 19), (0, 0)).why == "the teacher itself finds 38 of 40 needles, not more than 95%"
+    assert recall((), ()).why == "no needle was asked for"
+    assert recall((20, 20), (0, 0), "lightning") is recall((20, 20), (0, 0), "mla") is None
+
+
+def test_a_dry_run_names_the_limit_behind_both_warm_ups() -> None:
+    ends = [line.rpartition("stops outside: ")[2] for line in outline(preset("best", gates=Gates(recall_drop=0.05)), Path("out"))]
+    assert ends.count("warmup_rise 0.02, recall_drop 0.05, finite") == 2
+    assert not any("recall_drop" in line for line in outline(preset("best"), Path("out")))
+
+
+def test_a_limit_stops_just_what_lost_more() -> None:
+    """Of every number of needles found: the limit itself passes, and so does what the message offers instead of it."""
+    for asked in (18, 20, 60):
+        for found in range(asked + 1):
+            lost = asked - found
+            assert recall((asked,), (found,), n=asked, recall_drop=lost / asked).outcome == "passed"
+            if lost:
+                stopped = recall((asked,), (found,), n=asked, recall_drop=(lost - 1) / asked)
+                assert stopped.outcome == "stopped"
+                offered = float(gates._wider(stopped))
+                assert recall((asked,), (found,), n=asked, recall_drop=offered).outcome == "passed"
+                assert offered <= lost / asked + 0.01
 
 
 def test_the_worst_new_layer_counts_and_no_other() -> None:

@@ -67,6 +67,11 @@ def stage(i):
         out["gates"].append(verdict("mla_step", "stopped", "nats", 1.2, 0.515, 0.515, "<i>text</i>", "from 3.400 to 4.600"))
     if name.endswith("warmup"):
         out["gates"].append(verdict("warmup_rise", "not judged", "nats", None, 0.02, 0.02, why="no loss was measured"))
+        why = "teacher 20 of 20, student 9 of 20"
+        if name == "linear-warmup":
+            out["gates"].append(
+                verdict("recall_drop", "warned", "of the needles lost", 0.55, text="needles in 64 tokens", why=why)
+            )
         out["gates"].append(verdict("final_gap", "off", "nats", 0.5))
         out["metrics"] = f"{name}/metrics.jsonl"
     return out
@@ -230,6 +235,8 @@ def test_the_headline_has_the_key_numbers(page):
     assert "9.87 times less probability" in lead
     assert "81 % of that recovered" in lead
     assert "Stopped at a gate. MLA conversion: loss that the MLA conversion adds, +1.200 nats (from 3.400 to 4.600)" in lead
+    warned = "linear warm-up: recall below the teacher's, 0.55 of the needles lost (teacher 20 of 20, student 9 of 20)"
+    assert f"Worth a look, and no gate is set for it. {warned}. --gates.recall_drop with a limit stops there." in lead
     assert "the limit is 0.515 nats. To go on all the same: --resume and --gates.mla_step with a wider limit" in lead
     assert "let through. Lightning conversion: loss after the Lightning conversion, 1.036 x the loss of guessing" in lead
     assert "Needles found at 256 tokens: 8 of 8 (teacher), 1 of 8 (MLA warm-up)" in lead
@@ -243,6 +250,10 @@ def test_the_sections_hold_their_numbers(page):
     assert "(usually 1 x the loss of guessing) let through" in said["gates"]
     assert "(mla_step) <i>text</i> +1.200 nats (from 3.400 to 4.600) 0.515 nats stopped" in said["gates"]
     assert "not judged: no loss was measured" in said["gates"]
+    assert (
+        "(recall_drop) needles in 64 tokens 0.55 of the needles lost (teacher 20 of 20, student 9 of 20) none warned"
+        in said["gates"]
+    )
     assert "final_gap" not in said["gates"]
     assert "5 steps, 1.28K tokens, loss 9.00 → 5.00" in said["curves"]
     assert "MLA warm-up 4K 0 B 3 KiB 4 MiB 40.0 s 8.0 s 2.0 s 50.0 s" in said["took"]

@@ -122,14 +122,19 @@ class Gates(Section):
     layer_error: float | None = Field(None, gt=0, description="after a conversion: a new layer's propagated error; zeros: 1")
     mla_step: float | None = Field(0.515, description="after mla: nats that the conversion adds to the loss")
     warmup_rise: float | None = Field(0.02, description="after a warm-up: nats by which its loss ends above its start")
+    recall_drop: float | None = Field(
+        None,
+        ge=0,
+        description="after a warm-up: share of needles lost, if the teacher finds over 0.95; null: a warning above 0.05",
+    )
     final_gap: float | None = Field(None, description="after the last stage: nats above the teacher")
 
 
 GATES_AFTER: dict[Stage, tuple[str, ...]] = {
     "lightning": ("lightning_loss", "layer_error"),
-    "linear-warmup": ("warmup_rise",),
+    "linear-warmup": ("warmup_rise", "recall_drop"),
     "mla": ("mla_step", "layer_error"),
-    "mla-warmup": ("warmup_rise",),
+    "mla-warmup": ("warmup_rise", "recall_drop"),
 }
 
 

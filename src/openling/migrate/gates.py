@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -19,7 +19,12 @@ from openling.errors import Failure
 from openling.model.ling import Ling
 from openling.train.checkpoint import write_json
 
-Outcome = Literal["passed", "stopped", "let through", "off", "not judged"]
+Outcome = Literal["passed", "stopped", "let through", "warned", "off", "not judged"]
+
+# What a teacher does not find itself cannot be lost: recall counts where it finds more of the needles than this.
+TEACHER_RECALLS = 0.95
+# Share of the needles whose loss is said although no limit is set: no loss and no layer error shows it.
+WORTH_A_WARNING = 0.05
 
 
 @dataclass(frozen=True)
@@ -27,7 +32,8 @@ class Verdict:
     """One gate after one stage. `value` and `limit` are in `unit`; `standard` is the preset's limit; `text`: or layer.
 
     passed: within the limit. stopped: outside it. let through: outside the preset's limit, and a setting said to go on.
-    off: there is no limit. not judged: `why` says what was missing; else it says what the value was computed from.
+    warned: there is no limit, and the value is one to look at. off: there is no limit. not judged: `why` says what was missing;
+    else it says what the value was computed from.
     """
 
     gate: str
@@ -61,9 +67,19 @@ def broken_numbers(measured: Any, path: str = "") -> list[str]:
 
 
 def judge(
-    stage: dict[str, Any], before: dict[str, Any] | None, gates: Gates, standard: Gates, *, vocabulary: int, last: bool
+    stage: dict[str, Any],
+    before: dict[str, Any] | None,
+    gates: Gates,
+    standard: Gates,
+    *,
+    vocabulary: int,
+    last: bool,
+    teacher: dict[str, Any] | None = None,
 ) -> list[Verdict]:
-    """Every gate of one measured stage of a report; `before` is the measurement it started from; `last`: it ends the run."""
+    """Every gate of one measured stage of a report; `last`: it ends the run.
+
+    before: the measurement that the stage started from. teacher: the teacher's, which alone says what it recalls.
+    """
     name, domains = stage["name"], stage["domains"]
     found = [_finite(stage, gates, standard)]
     guess = math.log(vocabulary)
@@ -86,6 +102,8 @@ def judge(
         values = {f"layer {row['layer']}": (row["propagated"], "propagated") for row in rows}
         why = clueless or "no layer was measured"
         found.append(_verdict("layer_error", "x the teacher's squared output", values, gates, standard, why))
+    if name in ("linear-warmup", "mla-warmup"):
+        found.append(_recall(stage, teacher or {}, gates, standard))
     if last:
         values = {text: (a["gap"], f"{a['loss']:.3f} against {a['teacher_loss']:.3f}") for text, a in domains.items()}
         found.append(_verdict("final_gap", "nats", values, gates, standard, ""))
@@ -98,6 +116,27 @@ def _finite(stage: dict[str, Any], gates: Gates, standard: Gates) -> Verdict:
     why = f"NaN or infinite: {', '.join(names[:3])}{more}" if names else ""
     limit, usual = (0.0 if on else None for on in (gates.finite, standard.finite))
     return Verdict("finite", _outcome(len(names), limit, usual, gates.stop), "values", float(len(names)), limit, usual, why=why)
+
+
+def _recall(stage: dict[str, Any], teacher: dict[str, Any], gates: Gates, standard: Gates) -> Verdict:
+    """Needles that the teacher finds, less those of the stage, over the whole grid: at one length there are too few to judge."""
+    own = {row["length"]: row for row in stage.get("needle", ())}
+    rows = [row for row in teacher.get("needle", ()) if row["length"] in own]
+    asked, theirs, found = sum(row["n"] for row in rows), _found(rows), _found([own[row["length"]] for row in rows])
+    values, why = {}, "no needle was asked for"
+    if asked and theirs / asked > TEACHER_RECALLS:
+        where = f"needles in {', '.join(str(row['length']) for row in rows)} tokens"
+        values = {where: ((theirs - found) / asked, f"teacher {theirs} of {asked}, student {found} of {asked}")}
+    elif asked:
+        why = f"the teacher itself finds {theirs} of {asked} needles, not more than {TEACHER_RECALLS:.0%}"
+    verdict = _verdict("recall_drop", "of the needles lost", values, gates, standard, why)
+    lost = verdict.outcome == "off" and verdict.value is not None and verdict.value > WORTH_A_WARNING
+    return replace(verdict, outcome="warned") if lost else verdict
+
+
+def _found(rows: list[dict[str, Any]]) -> int:
+    """Needles found: counts, so that a drop of one in twenty is 0.05 to the bit."""
+    return sum(round(row["exact"] * row["n"]) for row in rows)
 
 
 def _verdict(gate: str, unit: str, values: dict[str, tuple[float, str]], gates: Gates, standard: Gates, why: str) -> Verdict:
@@ -134,13 +173,17 @@ class Gatekeeper:
         before = report["stages"][at - 1] if at else None
         usual, last = preset(self.config.preset).gates, name == self.config.stages[-1]
         stage = report["stages"][at]
-        found = judge(stage, before, self.config.gates, usual, vocabulary=self.vocabulary, last=last)
+        teacher = next((one for one in report["stages"] if one["name"] == "teacher"), None)
+        found = judge(stage, before, self.config.gates, usual, vocabulary=self.vocabulary, last=last, teacher=teacher)
         stage["gates"] = self.journal["gates"][name] = [asdict(v) for v in found]
         write_json(self.run / "report.json", report)
         write_json(self.run / "journal.json", self.journal)
         for verdict in found:
             if verdict.outcome == "let through":
                 say(f"  gate {verdict.gate}: {_said(verdict)}, usual limit {_number(verdict.standard)}: let through")
+            elif verdict.outcome == "warned":
+                flag = f"--gates.{verdict.gate} {WORTH_A_WARNING:g}"
+                say(f"  warning: {_said(verdict)}; no gate is set for it, {flag} would stop here")
         stopped = [v for v in found if v.outcome == "stopped"]
         if stopped:
             raise self._tripped(name, stopped)

@@ -161,7 +161,7 @@ def honest(report: Report) -> list[str]:
 
 
 def at_the_gates(report: Report) -> list[str]:
-    """Where the run was stopped; then where it was let through."""
+    """Where the run was stopped; then where it was let through, or went on unguarded."""
     stopped, passed = [], []
     for stage in report.stages:
         for v in stage.gates:
@@ -171,6 +171,8 @@ def at_the_gates(report: Report) -> list[str]:
                 stopped.append(f"Stopped at a gate. {name}; the limit is {bound(v.limit, v)}. To go on all the same: {how}.")
             elif v.outcome == "let through":
                 passed.append(f"Outside the usual tolerance and let through. {name}; the usual limit is {bound(v.standard, v)}.")
+            elif v.outcome == "warned":
+                passed.append(f"Worth a look, and no gate is set for it. {name}. --gates.{v.gate} with a limit stops there.")
     return stopped + passed
 
 

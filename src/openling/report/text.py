@@ -17,6 +17,7 @@ GATES = {
     "layer_error": "squared error of the worst new layer",
     "mla_step": "loss that the MLA conversion adds",
     "warmup_rise": "loss at the end of the warm-up over its start",
+    "recall_drop": "recall below the teacher's",
     "final_gap": "loss above the teacher's in the end",
 }
 
