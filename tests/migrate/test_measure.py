@@ -3,14 +3,16 @@
 import json
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
+from openling.config.migrate import Recall
 from openling.data.needle import make_needle
-from openling.migrate import measure
+from openling.migrate import measure, measurer
 from openling.model.config import ModelConfig
 from openling.model.generate import Sampling, generate
 from openling.model.ling import Ling
@@ -188,6 +190,27 @@ def test_recall_counts_whole_answers():
         {"length": 120, "exact": 4 / 6, "token_accuracy": 34 / 36, "n": 6, "depths": depths(1, 0, 1)},
         {"length": 200, "exact": 5 / 6, "token_accuracy": 35 / 36, "n": 6, "depths": depths(1, 0, 0)},
     ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "among", "said"), [(4, [300], ["1 of 1: 8 of 8", "1 of 4: 1 of 4"]), (1, [], ["1 of 1: 8 of 8"])]
+)
+def test_a_stage_asks_for_the_only_fact_and_for_one_of_several(teacher, student, monkeypatch, keys, among, said):
+    """At 64 tokens no fact fits, at 120 one does and four do not."""
+
+    def found(model, tokenizer, filler, *, lengths, depths, samples, keys, bf16):
+        return [{"length": n, "exact": 1 / keys, "n": len(depths) * samples} for n in lengths]
+
+    monkeypatch.setattr(measurer, "needle_recall", found)
+    windows = {"a": np.array(FILLER[:640], dtype=np.int32).reshape(2, 320)}
+    recall = Recall(lengths=(64, 120, 300), depths=(0.1, 0.9), samples=2, keys=keys)
+    measures = measurer.Measurer(teacher, TOKENIZER, windows, recall=recall, bf16=False)
+    stage = measures.stage(student, walk=False)
+    assert [(row["length"], row["exact"]) for row in stage["needle"]] == [(120, 1), (300, 1)]
+    assert [(row["length"], row["exact"]) for row in stage["needle_among"]] == [(n, 1 / keys) for n in among]
+    assert (stage["needle_left_out"], stage["needle_keys"]) == ([64], keys)
+    line = measures.line(stage | {"name": "mla", "seconds": 1.0})
+    assert line.rpartition("  [")[0].split("; ")[1:] == [f"needles, {part}" for part in said]
 
 
 def test_teacher_forced_recall_is_greedy_recall(teacher):

@@ -41,6 +41,9 @@ def stage(i):
     deep = [{"depth": 0.1, "exact": right, "token_accuracy": 0.5, "n": 8}, {"depth": 0.9, "exact": 0.5, "n": 2}]
     out["needle"] = [{"length": n, "exact": right, "token_accuracy": 0.5, "n": 8, "depths": deep} for n in (128, 256)]
     out["needle_left_out"] = [512]
+    if name == "mla-warmup":
+        one = {"length": 256, "exact": 0.375, "token_accuracy": 0.5, "n": 8, "depths": [{"depth": 0.5, "exact": 0.375, "n": 8}]}
+        out |= {"needle_keys": 4, "needle_among": [one]}
     out["samples"] = [{"prompt": "The capital of France is", "completion": NASTY if i == 4 else f" answer {i}"}]
     if i:
         rows = [(j, kind, 0.0 if kind == "gqa" else 0.1 * (j + 1), 0.2 * (j + 1)) for j, kind in enumerate(kinds)]
@@ -266,6 +269,11 @@ def test_the_sections_hold_their_numbers(page):
     assert "layer 7: 95 %" in said["energy"]
     assert "depth 128 tokens 256 tokens 512 tokens 10 % 2 of 8 2 of 8 not run 90 % 1 of 2 1 of 2 not run" in said["needle"]
     assert "all depths 2 of 8 2 of 8 not run" in said["needle"]
+    before, among = said["needle"].split(", one fact of 4")
+    assert before.endswith("MLA warm-up")
+    assert among.startswith(
+        "depth 128 tokens 256 tokens 512 tokens 50 % not run 3 of 8 not run all depths not run 3 of 8 not run"
+    )
     assert "No NaN and no infinity, in weights or measurements, after: teacher, Lightning conversion" in said["gates"]
     # 3686400 / (46080 - 5120) = 90.
     assert "break-even 90 tokens" in said["decode"]

@@ -42,7 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def settings() -> MigrateConfig:
     """The `best` preset, shortened."""
-    from openling.config.migrate import Gates, Text, Warmup, preset
+    from openling.config.migrate import Gates, Recall, Text, Warmup, preset
     from openling.config.train import TrainConfig
 
     base = preset("best")
@@ -54,7 +54,8 @@ def settings() -> MigrateConfig:
     text = Text(calibration_tokens=CALIBRATION_TOKENS, evaluation_tokens=4096)
     linear, mla = warmup(LINEAR_TOKENS, LINEAR_SECONDS), warmup(MLA_TOKENS, MLA_SECONDS)
     # A clock that cuts a warm-up short may leave it above its start: that is said, and the demo goes on.
-    return preset("best", text=text, linear_warmup=linear, mla_warmup=mla, gates=Gates(stop=False), compare_start=True)
+    about: dict[str, Any] = {"text": text, "gates": Gates(stop=False), "recall": Recall(keys=1)}  # one grid: minutes count
+    return preset("best", linear_warmup=linear, mla_warmup=mla, compare_start=True, **about)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -94,11 +94,17 @@ class Warmup(Section):
 
 
 class Recall(Section):
-    """The grid of needle cases that are asked after each stage: every length with every depth."""
+    """The grid of needle cases that are asked after each stage: every length with every depth.
+
+    `keys` above 1 adds a second grid: to find one fact of several takes more than to repeat the only number in a text.
+    """
 
     lengths: tuple[int, ...] = Field((128, 256, 512), description="tokens; beyond held-out text or model: left out")
     depths: tuple[float, ...] = Field((0.1, 0.5, 0.9), description="share of the text before the fact")
     samples: int = Field(2, gt=0, description="cases per length and depth")
+    keys: int = Field(
+        4, ge=1, le=20, description="facts in each text of a second grid, one of which is asked for; 1: no such grid"
+    )
 
     @model_validator(mode="after")
     def _possible(self) -> Self:

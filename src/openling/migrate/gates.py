@@ -122,7 +122,7 @@ def _recall(stage: dict[str, Any], teacher: dict[str, Any], gates: Gates, standa
     """Needles that the teacher finds, less those of the stage, over the whole grid: at one length there are too few to judge."""
     own = {row["length"]: row for row in stage.get("needle", ())}
     rows = [row for row in teacher.get("needle", ()) if row["length"] in own]
-    asked, theirs, found = sum(row["n"] for row in rows), _found(rows), _found([own[row["length"]] for row in rows])
+    asked, theirs, found = sum(row["n"] for row in rows), needles_found(rows), needles_found([own[row["length"]] for row in rows])
     values, why = {}, "no needle was asked for"
     if asked and theirs / asked > TEACHER_RECALLS:
         where = f"needles in {', '.join(str(row['length']) for row in rows)} tokens"
@@ -134,8 +134,8 @@ def _recall(stage: dict[str, Any], teacher: dict[str, Any], gates: Gates, standa
     return replace(verdict, outcome="warned") if lost else verdict
 
 
-def _found(rows: list[dict[str, Any]]) -> int:
-    """Needles found: counts, so that a drop of one in twenty is 0.05 to the bit."""
+def needles_found(rows: list[dict[str, Any]]) -> int:
+    """Needles found over all lengths: a count, so that a drop of one in twenty is 0.05 to the bit."""
     return sum(round(row["exact"] * row["n"]) for row in rows)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from openling.config.migrate import Recall
-from openling.migrate.gates import broken_tensors
+from openling.migrate.gates import broken_tensors, needles_found
 from openling.migrate.measure import (
     LayerMeasures,
     TeacherTrace,
@@ -50,13 +50,16 @@ class Measurer:
         if walk and student is not self.teacher:
             layers = layer_measures(student, self.teacher, last[:LAYER_WINDOWS], bf16=self.bf16)
         filler = last.flatten().tolist()
-        lengths = self._lengths(student, filler)
+        lengths, keys = self._lengths(student, filler), self.recall.keys
+        among = self._lengths(student, filler, keys) if keys > 1 else []
         return {
             "domains": self.domains(student),
             "layers": layers.errors,
             "routers": layers.routers,
             "needle": self._needle(student, filler, lengths),
             "needle_left_out": [length for length in self.recall.lengths if length not in lengths],
+            "needle_keys": keys,
+            "needle_among": self._needle(student, filler, among, keys),
             "samples": sample_completions(student, self.tokenizer, PROMPTS, max_new_tokens=40),
             "nonfinite": broken_tensors(student),
         }
@@ -65,18 +68,21 @@ class Measurer:
         """Agreement with the teacher on each domain."""
         return {name: agreement(student, self.traces[name], w, bf16=self.bf16) for name, w in self.windows.items()}
 
-    def _lengths(self, student: Ling, filler: list[int]) -> list[int]:
-        """The lengths that the model was trained to, the held-out text suffices for, and a fact with its question fits into."""
+    def _lengths(self, student: Ling, filler: list[int], keys: int = 1) -> list[int]:
+        """The lengths that the model was trained to, the held-out text suffices for, and facts with their question fit into."""
         longest = min(len(filler), student.config.max_position_embeddings)
-        return [length for length in self.recall.lengths if length <= longest and needle_fits(self.tokenizer, filler, length)]
+        possible = [length for length in self.recall.lengths if length <= longest]
+        return [length for length in possible if needle_fits(self.tokenizer, filler, length, keys=keys)]
 
-    def _needle(self, student: Ling, filler: list[int], lengths: list[int]) -> list[dict[str, Any]]:
-        depths, samples = self.recall.depths, self.recall.samples
-        rows = needle_recall(student, self.tokenizer, filler, lengths=lengths, depths=depths, samples=samples, bf16=self.bf16)
-        return [dict(row) for row in rows]
+    def _needle(self, student: Ling, filler: list[int], lengths: list[int], keys: int = 1) -> list[dict[str, Any]]:
+        asked: dict[str, Any] = {"lengths": lengths, "depths": self.recall.depths, "samples": self.recall.samples, "keys": keys}
+        return [dict(row) for row in needle_recall(student, self.tokenizer, filler, **asked, bf16=self.bf16)]
 
     @staticmethod
     def line(stage: dict[str, Any]) -> str:
-        """One line for the terminal: name, then loss and gap by domain."""
+        """One line for the terminal: name, then loss and gap by domain, then needles found."""
         parts = [f"{name} {d['loss']:.3f} nats ({d['gap']:+.3f}), top-1 {d['top1']:.0%}" for name, d in stage["domains"].items()]
+        for keys, rows in ((1, stage["needle"]), (stage["needle_keys"], stage["needle_among"])):
+            if rows:
+                parts.append(f"needles, 1 of {keys}: {needles_found(rows)} of {sum(row['n'] for row in rows)}")
         return f"  {stage['name']}: " + "; ".join(parts) + f"  [{stage['seconds']:.0f} s]"

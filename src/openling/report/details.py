@@ -10,7 +10,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from openling.report import plots, text
-from openling.report.schema import Report, Share, Stage
+from openling.report.schema import Recall, Report, Share
 
 
 @dataclass(frozen=True)
@@ -114,20 +114,25 @@ class Cell:
 
 
 def needle(report: Report) -> dict[str, Any] | None:
-    """The recall plot, and a grid of depth by length for each stage."""
+    """The recall plot, and for each stage a grid of depth by length, beside it that of one fact of several."""
     stages = [stage for stage in report.stages if stage.needle]
     if not stages:
         return None
     plot = drawn("Share of needles found", plots.recall_plot, [(stage.name, stage.needle) for stage in stages])
     asked = {r.length for stage in stages for r in stage.needle} | {n for stage in stages for n in stage.needle_left_out}
     lengths = sorted(asked)
-    return {"plot": plot, "lengths": lengths, "grids": [(stage.name, grid(stage, lengths)) for stage in stages]}
+    grids = []
+    for stage in stages:
+        grids.append((text.stage_text(stage.name), grid(stage.needle, lengths)))
+        if stage.needle_among:
+            grids.append((f"{text.stage_text(stage.name)}, one fact of {stage.needle_keys}", grid(stage.needle_among, lengths)))
+    return {"plot": plot, "lengths": lengths, "grids": grids}
 
 
-def grid(stage: Stage, lengths: Sequence[int]) -> list[tuple[str, list[Cell]]]:
+def grid(recalls: Sequence[Recall], lengths: Sequence[int]) -> list[tuple[str, list[Cell]]]:
     """(depth, cells by length), the last row over all depths."""
-    by_length = {r.length: r for r in stage.needle}
-    depths = sorted({d.depth for r in stage.needle for d in r.depths})
+    by_length = {r.length: r for r in recalls}
+    depths = sorted({d.depth for r in recalls for d in r.depths})
     rows = []
     for depth in depths:
         at = {length: next((d for d in r.depths if d.depth == depth), None) for length, r in by_length.items()}

@@ -176,7 +176,10 @@ class Verdict(BaseModel):
 
 
 class Stage(BaseModel):
-    """The model as one stage left it. `metrics`: its training log, relative to the run folder."""
+    """The model as one stage left it. `metrics`: its training log, relative to the run folder.
+
+    needle: one fact in each text. needle_among: `needle_keys` facts, one of which is asked for.
+    """
 
     name: str
     seconds: float | None = None
@@ -190,6 +193,8 @@ class Stage(BaseModel):
     heads: list[HeadSpans] = []
     needle_left_out: list[int] = []
     needle: list[Recall] = []
+    needle_keys: int = 1
+    needle_among: list[Recall] = []
     samples: list[Sample] = []
     approximations: list[Approximation] = []
     gates: list[Verdict] = []

@@ -106,7 +106,7 @@ def section(report: Report) -> dict[str, Any] | None:
         "columns": models,
         "rows": rows(report),
         "lengths": lengths,
-        "grids": [(model.name, details.grid(model.stage, lengths)) for model in models if model.stage.needle],
+        "grids": [(model.name, details.grid(model.stage.needle, lengths)) for model in models if model.stage.needle],
         "prompts": prompts(report),
         "card": [(key, card[key]) for key in CARD if key in card],
     }
