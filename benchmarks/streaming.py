@@ -1,11 +1,13 @@
 """Streaming conversion of synthetic Ling-2.0-shaped checkpoints: rates beside the disk's own, bytes moved, memory, equality.
 
-    python benchmarks/streaming.py WORK_FOLDER [1|10|40|wide]      # GB, twice that must be free; writes benchmarks/results/
+    python benchmarks/streaming.py WORK_FOLDER [1|10|40|wide|memory|1t]   # GB, twice that must be free; writes a results file
 
 Weights are made up (one random block, repeated), BF16. At 40 GB the experts of the later half of the layers are zeros, holes in
 the files: neither the peer nor we read them, both write them. The peer's rate and ours are medians of `ROUNDS` turns, one after
 the other, cold cache for every read. Every conversion runs in a process of its own, whose peak memory it is. `wide` is two dense
-layers with the attention of Ling-2.0-1T, of which one becomes Lightning and one MLA: what a fit takes there.
+layers with the attention of Ling-2.0-1T, of which one becomes Lightning and one MLA: what a fit takes there. `memory` is two MoE
+layers of a quarter of its widths: peak memory beside the estimate, by tokens of a batch. `1t` are the headers of Ling-2.0-1T over
+holes: what --dry-run says of it, by budget.
 """
 
 from __future__ import annotations
@@ -25,7 +27,10 @@ from typing import Any
 import torch
 
 from openling.config.migrate import preset
-from openling.environment import write_results
+from openling.config.presets import PRESETS
+from openling.environment import peak_memory, write_results
+from openling.migrate.estimate import estimate
+from openling.migrate.pipeline import WINDOWS_PER_BATCH
 from openling.migrate.stream import Job, convert_folder, outline
 from openling.model.config import LING_ARCHITECTURE, ModelConfig
 from openling.model.ling import Ling
@@ -35,9 +40,18 @@ from openling.weights.names import bind
 
 RESULTS = Path(__file__).parent / "results" / "migration"
 # Layers, routed experts, bytes of a shard.
-SIZES = {"1": (8, 16, 128 << 20), "10": (8, 192, 1 << 30), "40": (24, 256, 4 << 30), "wide": (2, 8, 1 << 30)}
+SIZES = {
+    "1": (8, 16, 128 << 20),
+    "10": (8, 192, 1 << 30),
+    "40": (24, 256, 4 << 30),
+    "wide": (2, 8, 1 << 30),
+    "memory": (2, 8, 1 << 30),
+}
 SPARSE_FROM = {"40": 12}  # experts of layers from here on are holes
 WIDE = {"hidden_size": 8192, "num_attention_heads": 64, "num_key_value_heads": 8, "first_k_dense_replace": 2}
+QUARTER = {"hidden_size": 2048, "num_attention_heads": 16, "num_key_value_heads": 2, "first_k_dense_replace": 0, "n_group": 1}
+# Windows, tokens of each, windows of a batch; none: without text.
+BATCHES = {"": None, "1024": (4, 512, 2), "4096": (16, 512, 8), "8192": (16, 1024, 8)}
 ROUNDS = 3
 EMBEDDINGS = 157_184 * 8192 * 2  # bytes of the largest tensor of Ling-2.0-1T
 BLOCK = 16 << 20
@@ -74,7 +88,7 @@ def generate(folder: Path, size: str) -> None:
     from openling.model.families import read_config
 
     layers, experts, shard_bytes = SIZES[size]
-    hf = shape(layers, experts) | (WIDE if size == "wide" else {})
+    hf = shape(layers, experts) | {"wide": WIDE, "memory": QUARTER | {"topk_group": 1}}.get(size, {})
     config: ModelConfig = read_config(hf)
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Ling(config).state_dict().items()}
@@ -94,6 +108,50 @@ def generate(folder: Path, size: str) -> None:
     if size in SPARSE_FROM:
         for shard in folder.glob("*.safetensors"):
             subprocess.run(["fallocate", "--dig-holes", shard], check=True)
+
+
+def headers(folder: Path) -> None:
+    """Ling-2.0-1T's shards of 10 GB: headers, and holes for the values."""
+    from openling.model.families import read_config
+
+    hf = PRESETS["ling-1t"]()
+    config = read_config(hf)
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in Ling(config).state_dict().items()}
+    shards: list[dict[str, Any]] = [{}]
+    end = 0
+    for binding in bind(LING_ARCHITECTURE, config, shapes):
+        for name, piece in zip(binding.theirs, binding.piece_shapes(shapes[binding.ours]), strict=True):
+            begin, end = (0 if end > 10**10 else end), (0 if end > 10**10 else end) + 2 * piece.numel()
+            if not begin and shards[-1]:
+                shards.append({})
+            shards[-1][name] = {"dtype": "BF16", "shape": list(piece), "data_offsets": [begin, end]}
+    folder.mkdir()
+    for i, tensors in enumerate(shards):
+        text = json.dumps(tensors).encode()
+        with (folder / f"model-{i:05d}.safetensors").open("wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            file.truncate(8 + len(text) + max(t["data_offsets"][1] for t in tensors.values()))
+    index = {name: f"model-{i:05d}.safetensors" for i, tensors in enumerate(shards) for name in tensors}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": index}))
+    (folder / "config.json").write_text(json.dumps(hf))
+
+
+def dry_rows(source: Path) -> list[dict[str, Any]]:
+    """What is said of 1T, at the default calibration text, by budget."""
+    rows: list[dict[str, Any]] = []
+    config = preset("best", stages=("lightning", "mla"))
+    batch = WINDOWS_PER_BATCH * config.text.sequence_length
+    for gib in (4, 16, 64):
+        begun = time.perf_counter()
+        batches = [batch] * (config.text.calibration_tokens // batch)
+        said = estimate(source, config, "link", beside=source, batches=batches, memory=gib << 30)
+        seconds = time.perf_counter() - begun
+        rows += [
+            {"name": f"--memory {gib}: read for the fits", "value": said.read_for_fits, "unit": "bytes", "seconds": seconds},
+            {"name": f"--memory {gib}: peak memory", "value": said.peak_memory, "unit": "bytes"},
+        ]
+    return [*rows, {"name": "new attention", "value": said.written, "unit": "bytes"}]
 
 
 def name_of(size: str) -> str:
@@ -161,10 +219,10 @@ def settings() -> Any:
     return preset("best", stages=("lightning", "mla"), text=TEXT)
 
 
-def windows() -> list[torch.Tensor]:
+def windows(count: int = 2, length: int = 256, batch: int = 1) -> list[torch.Tensor]:
     """Calibration token ids."""
-    ids = torch.randint(32000, (2, 256), generator=torch.Generator().manual_seed(0))
-    return list(ids.split(1))
+    ids = torch.randint(32000, (count, length), generator=torch.Generator().manual_seed(0))
+    return list(ids.split(batch))
 
 
 def io_bytes() -> dict[str, int]:
@@ -175,11 +233,13 @@ def io_bytes() -> dict[str, int]:
 
 def part(source: Path, out: Path, mode: str, text: str) -> None:
     """One conversion; prints its report. Runs in a process of its own."""
-    before = io_bytes()
-    job = Job(source, out, settings(), "link" if mode == "link" else "copy", windows() if text == "text" else None)
+    before, resting = io_bytes(), peak_memory()
+    shape = BATCHES.get(text) or ()
+    job = Job(source, out, settings(), "link" if mode == "link" else "copy", windows(*shape) if shape or text == "text" else None)
     report = convert_folder(job, resume=False)
     after = io_bytes()
     report |= {"bytes read": after["rchar"] - before["rchar"], "bytes written": after["wchar"] - before["wchar"]}
+    report["resting bytes"] = resting
     report.pop("approximations")
     print(json.dumps(report))
 
@@ -232,11 +292,28 @@ def at_most(name: str, value: float, unit: str, goal: float, **more: Any) -> dic
     return {"name": name, "value": value, "unit": unit, "goal": goal, "met": value <= goal, **more}
 
 
+def memory_rows(source: Path, out: Path) -> Iterator[list[dict[str, Any]]]:
+    """Peak memory beside what `--dry-run` says, by tokens of a batch."""
+    for tokens, shape in BATCHES.items():
+        batches = None if shape is None else [w.numel() for w in windows(*shape)]
+        said = estimate(source, settings(), "link", beside=out.parent, batches=batches).peak_memory
+        done = converted(source, out, "link", tokens)
+        value = done["peak memory bytes"] - done["resting bytes"]
+        name = f"peak memory beyond Python and torch, batches of {tokens} tokens" if tokens else "the same without text"
+        yield [{"name": name, "value": value, "unit": "bytes", "peer": "--dry-run", "peer_value": said, "ratio": value / said}]
+
+
 def measure(work: Path, size: str) -> Iterator[list[dict[str, Any]]]:
     """The rows of one size, a few at a time."""
     source, out = work / f"ling-{name_of(size)}", work / "out"
     if not source.exists():
-        generate(source, size)
+        (headers(source) if size == "1t" else generate(source, size))
+    if size == "1t":
+        yield dry_rows(source)
+        return
+    if size == "memory":
+        yield from memory_rows(source, out)
+        return
     if size == "wide":
         linked = converted(source, out, "link")
         yield [
@@ -290,7 +367,7 @@ def main() -> int:
             print(row, flush=True)
         write_results(path, f"python benchmarks/streaming.py WORK_FOLDER {size}", rows)
     for name in (f"ling-{name_of(size)}", "out", "out.run"):
-        shutil.rmtree(work / name)
+        shutil.rmtree(work / name, ignore_errors=True)
     return 0
 
 

@@ -267,7 +267,7 @@ def test_a_clean_copy_of_a_linked_folder(tmp_path):
 @pytest.mark.parametrize("mode", ["copy", "link"])
 def test_a_dry_run_says_what_then_happens(mode, tmp_path):
     source = teacher(tmp_path / "source")
-    said = estimate(source, settings(), mode, beside=tmp_path, weights_only=True)
+    said = estimate(source, settings(), mode, beside=tmp_path, batches=None)
     report = convert_folder(job(source, tmp_path / "out", mode=mode, text=False), resume=False)
     assert said.linked == report["bytes linked"]
     headers = sum(int.from_bytes(p.read_bytes()[:8], "little") + 8 for p in (tmp_path / "out").glob("*.safetensors"))

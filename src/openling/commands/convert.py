@@ -43,6 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names, paths, built corpora")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
+    parser.add_argument(
+        "--memory", type=float, default=4, metavar="GIB",
+        help="byte budget (default 4): what a fit leaves of it lets experts be read fewer times",
+    )  # fmt: skip
     parser.add_argument("--resume", action="store_true", help="continue the run in OUT.run, or take part in it")
     parser.add_argument("--dry-run", action="store_true", help="say what would be done, from the headers, and stop")
     parser.set_defaults(takes_overrides=True, tokens=1, eval_text=None)
@@ -91,11 +95,15 @@ def _hybrid(args: argparse.Namespace) -> int:
         expected = ", ".join(name + ("FIELD" if name.endswith(".") else "") for name in READ)
         what = "a conversion does not read these settings"
         raise UserError(what, value=", ".join(unread), expected=expected, next="openling migrate, or leave them out")
+    if not 0 < args.memory < 1 << 20:
+        raise UserError("this is no amount of memory", where="--memory", value=args.memory, expected="GiB above 0, such as 4")
+    memory = int(args.memory * 2**30)
     check_walk(config)
     check_place(args.source, args.out, resume=args.resume)
     windows = None if args.weights_only else calibration(args.source, config, device)
     if args.dry_run:
-        print(dry_run(args.source, args.out, config, "link" if args.link else "copy", weights_only=args.weights_only))
+        batches = None if windows is None else [w.numel() for w in windows]
+        print(dry_run(args.source, args.out, config, "link" if args.link else "copy", batches, memory=memory))
         return 0
     console = open_console(stderr=True)
     if config.layout.mla_layers == "selected" and "lightning" in config.stages:
@@ -103,7 +111,7 @@ def _hybrid(args: argparse.Namespace) -> int:
         if layers is not None:
             console.print(f"MLA in layers {', '.join(map(str, layers))}", highlight=False)
             config = config.model_copy(update={"layout": config.layout.model_copy(update={"mla_layers": layers})})
-    job = Job(args.source, args.out, config, "link" if args.link else "copy", windows, device)
+    job = Job(args.source, args.out, config, "link" if args.link else "copy", windows, device, memory)
     report = convert_folder(job, resume=args.resume, say=lambda text: console.print(text, highlight=False))
     for name, value in report.items():
         if isinstance(value, (int, float)):
@@ -136,14 +144,22 @@ def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any
     return select_layers(FolderStack(opened, device), target, windows, config.conversion, **how).layers
 
 
-def dry_run(source: Path, out: Path, config: MigrateConfig, mode: Literal["link", "copy"], **how: bool) -> str:
+def dry_run(
+    source: Path,
+    out: Path,
+    config: MigrateConfig,
+    mode: Literal["link", "copy"],
+    batches: list[int] | None,
+    *,
+    streamed: bool = True,
+    **budget: int,
+) -> str:
     """What a conversion would do, in words. Writes nothing but a short-lived file that measures the disk."""
     from openling.migrate.estimate import estimate, say
     from openling.weights.io import CheckpointReader
 
-    streamed = how.pop("streamed", True)
     beside = next(folder for folder in out.absolute().parents if folder.is_dir())
-    found = estimate(source, config, mode, beside=beside, **how)
+    found = estimate(source, config, mode, beside=beside, batches=batches, **budget)
     reader = CheckpointReader(source)
     values = sum(math.prod(reader.shape(name)) for name in reader.names())
     return say(found, streamed=streamed, total_bytes=4 * values)

@@ -104,7 +104,9 @@ def run(args: argparse.Namespace) -> int:
             from openling.commands.convert import dry_run
 
             _check(args, config)
-            print(dry_run(args.model, args.out, config, "copy", streamed=False), file=sys.stderr)
+            print(
+                dry_run(args.model, args.out, config, "copy", [config.text.calibration_tokens], streamed=False), file=sys.stderr
+            )
         return 0
     from openling.migrate.gates import Tripped
     from openling.migrate.pipeline import migrate, run_folder

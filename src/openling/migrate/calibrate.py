@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from openling.migrate.stack import Mapped, MemoryStreams, Stack, Streams, stack_of
+from openling.migrate.stack import Mapped, MemoryStreams, Stack, Streams, pass_layers, stack_of
 from openling.model.ling import CallContext, Layer, Ling, MtpLayer
 
 
@@ -108,33 +108,43 @@ def walk(
     stacks = [stack_of(teacher), *([] if student is teacher else [stack_of(student)])]
     calls = [CallContext(s.rope(ids), None, None) for s in stacks]
     hidden = stacks[-1].config.num_hidden_layers
-    first, h = kept.resume() or (0, kept.keep([map(s.embed, windows) for s in stacks], 0))
+    first, h = kept.resume() or (0, kept.keep((tuple(s.embed(w) for s in stacks) for w in windows), 0))
     count = hidden + stacks[-1].config.num_nextn_predict_layers
     for index in range(first, count):
         with torch.autocast(ids.device.type, torch.bfloat16, enabled=bf16, cache_enabled=False):
             if index >= hidden:
                 ahead = index - hidden + 1
-                h = kept.keep([_enter_mtp(s, index, x, windows, ahead) for s, x in zip(stacks, h, strict=True)], None)
+                h = kept.keep(_enter_mtp(stacks, index, h, windows, ahead), None)
             layers = [s.layer(index) for s in stacks]
             yield LayerStep(index, layers[0], layers[-1], h[0], h[-1], calls[0], calls[-1])
             if index + 1 < count:
-                h = kept.keep([_through(s, index, x, call) for s, x, call in zip(stacks, h, calls, strict=True)], index + 1)
+                h = kept.keep(_through(stacks, index, h, calls), index + 1)
 
 
-def _through(stack: Stack, index: int, stream: Sequence[Tensor], call: CallContext) -> Iterator[Tensor]:
-    """The residual stream after a layer; the last hidden layer's also through the final norm when MTP layers follow."""
-    layer, c = stack.layer(index), stack.config
+def _through(
+    stacks: Sequence[Stack], index: int, streams: list[Sequence[Tensor]], calls: Sequence[CallContext]
+) -> Iterator[tuple[Tensor, ...]]:
+    """The residual streams after a layer; the last hidden layer's also through the final norm when MTP layers follow."""
+    layers, c = [s.layer(index) for s in stacks], stacks[0].config
     ends = index == c.num_hidden_layers - 1 and c.num_nextn_predict_layers > 0
-    for h in stream:
-        out = Layer.forward(layer, h, call)
-        if isinstance(layer, MtpLayer):
-            out = layer.final_layernorm(out)
-        yield stack.norm(out) if ends else out
+    norms = [
+        layer.final_layernorm if isinstance(layer, MtpLayer) else s.norm if ends else None
+        for s, layer in zip(stacks, layers, strict=True)
+    ]
+    for batch in pass_layers(layers, zip(*streams, strict=True), calls):
+        yield tuple(h if norm is None else norm(h) for h, norm in zip(batch, norms, strict=True))
 
 
-def _enter_mtp(stack: Stack, index: int, stream: Sequence[Tensor], windows: Sequence[Tensor], ahead: int) -> Iterator[Tensor]:
-    """The residual stream inside an MTP layer: hidden states joined with the embeddings of tokens `ahead` further on."""
+def _enter_mtp(
+    stacks: Sequence[Stack], index: int, streams: list[Sequence[Tensor]], windows: Sequence[Tensor], ahead: int
+) -> Iterator[tuple[Tensor, ...]]:
+    """The residual streams inside an MTP layer: hidden states joined with the embeddings of tokens `ahead` further on."""
+    for batch, w in zip(zip(*streams, strict=True), windows, strict=True):
+        shifted = F.pad(w[:, ahead:], (0, ahead))
+        yield tuple(_join(s, index, h, shifted) for s, h in zip(stacks, batch, strict=True))
+
+
+def _join(stack: Stack, index: int, h: Tensor, shifted: Tensor) -> Tensor:
     layer = stack.layer(index)
     assert isinstance(layer, MtpLayer)
-    for h, w in zip(stream, windows, strict=True):
-        yield layer.join(h, stack.embed(F.pad(w[:, ahead:], (0, ahead))))
+    return layer.join(h, stack.embed(shifted))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 import time
@@ -10,13 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from openling.config.migrate import MigrateConfig
-from openling.migrate.stream import AHEAD_BYTES, MOVERS, Outline, outline
-from openling.weights.files import PIECE
+from openling.migrate.memory import BUDGET, fit_bytes, peak_bytes, together
+from openling.migrate.stream import AHEAD_BYTES, Outline, outline
 from openling.weights.linked import Mode
 
 PROBE_BYTES = 64 << 20
-# Square FP64 matrices over a layer's heads that a fit holds at once: two sums of products, a factorisation and its work space.
-FIT_SQUARES = 5
 
 
 @dataclass(frozen=True)
@@ -51,20 +50,36 @@ class Estimate:
         return {name: getattr(self, name) for name in ("linked", "copied", "written", "read_for_fits", "peak_memory", "seconds")}
 
 
-def estimate(source: Path, config: MigrateConfig, mode: Mode, *, beside: Path, weights_only: bool = False) -> Estimate:
+def estimate(
+    source: Path,
+    config: MigrateConfig,
+    mode: Mode,
+    *,
+    beside: Path,
+    batches: list[int] | None,
+    memory: int = BUDGET,
+) -> Estimate:
     """Plan a conversion of `source`. `beside`: an existing folder on the output's disk, whose rate is measured with a file
-    of 64 MiB that is removed. Raises UserError as the conversion itself would."""
+    of 64 MiB that is removed; batches: the tokens of each batch of calibration text (None: from weights only); memory: the
+    budget in bytes. Raises UserError as the conversion itself would."""
     plan = outline(source, config, mode)
-    raw, attention = plan.raw, plan.attention_bytes()
     return Estimate(
         rows=_rows(plan),
         linked=sum(f.bytes for f in plan.files if f.action == "link"),
         copied=sum(f.bytes for f in plan.files if f.action != "link"),
         written=plan.new_bytes(),
-        read_for_fits=attention if weights_only else raw.total_bytes * len(plan.steps),
-        peak_memory=_peak(plan),
+        read_for_fits=plan.attention_bytes() if batches is None else _read(plan, batches, memory),
+        peak_memory=peak_bytes(plan, batches, memory) if batches else fit_bytes(plan, config.text.sequence_length),
         disk_rate=disk_rate(beside),
     )
+
+
+def _read(plan: Outline, batches: list[int], memory: int) -> int:
+    """Every stage reads what is no expert once, and experts once for all batches that go through them together."""
+    experts = [b for b in plan.opened.bindings.values() if ".mlp.experts." in b.ours]
+    once = sum(plan.raw.nbytes(name) for binding in experts for name in binding.theirs)
+    times = math.ceil(len(batches) / together(plan, batches, memory))
+    return len(plan.steps) * (plan.raw.total_bytes + once * (times - 1))
 
 
 def _rows(plan: Outline) -> list[ClassRow]:
@@ -87,22 +102,6 @@ def _becomes(plan: Outline, ours: str) -> str:
         return "kept"
     layer = int(ours.split(".")[2])
     return plan.target.layer_kind(layer) if layer in plan.layers else "kept"
-
-
-def _peak(plan: Outline) -> int:
-    """Copying in pieces, or a fit: a layer without its routed experts in FP32, the new mixer, the fit's matrices."""
-    c = plan.target
-    layers: dict[str, int] = {}
-    for name, shape in plan.opened.shapes.items():
-        if name.startswith("model.layers.") and ".mlp.experts." not in name:
-            prefix = ".".join(name.split(".")[:3])
-            layers[prefix] = layers.get(prefix, 0) + shape.numel() * 4
-    mixers: dict[str, int] = {}
-    for name, shape in plan.new.items():
-        prefix = ".".join(name.split(".")[:3])
-        mixers[prefix] = mixers.get(prefix, 0) + shape.numel() * 4
-    width = c.num_attention_heads * max(c.head_dim, c.qk_head_dim)
-    return 2 * MOVERS * PIECE + max(layers.values()) + 2 * max(mixers.values(), default=0) + FIT_SQUARES * 8 * width**2
 
 
 def disk_rate(folder: Path) -> float:

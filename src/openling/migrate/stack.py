@@ -6,15 +6,16 @@ Legend: B windows of a batch, T tokens, M hidden size, N tokens, E experts, F ex
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import itertools
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Generic, Protocol, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
 
 from openling.model.config import ModelConfig
-from openling.model.ling import Layer, Ling, MtpLayer, Rope, RopeTables
-from openling.ops.moe import combine_experts
+from openling.model.ling import CallContext, Layer, Ling, MtpLayer, Rope, RopeTables, SparseMoE
 from openling.ops.norm import rms_norm
 from openling.weights.folder import EMBEDDINGS, Opened, finite, read_binding
 
@@ -70,10 +71,11 @@ class FolderStack:
     """A checkpoint folder, one layer in memory at a time, as FP32; on a CPU its routed experts one by one, as they are used.
 
     `mixers_only`: layers without their feed-forward part (it stays on the meta device), for fits that pass nothing on.
+    `room`: bytes for what experts give to tokens before it is summed; the more, the fewer times an expert is read.
     """
 
-    def __init__(self, opened: Opened, device: torch.device, *, mixers_only: bool = False) -> None:
-        self.opened, self.config, self.device, self.mixers_only = opened, opened.config, device, mixers_only
+    def __init__(self, opened: Opened, device: torch.device, *, mixers_only: bool = False, room: int = 0) -> None:
+        self.opened, self.config, self.device, self.mixers_only, self.room = opened, opened.config, device, mixers_only, room
         self._rope = Rope(opened.config)
         self._held: tuple[int, Layer] | None = None
 
@@ -127,21 +129,60 @@ class FolderStack:
 
 
 class DiskExperts(nn.Module):
-    """`Experts` whose matrices are read when their expert has tokens, and dropped after it."""
+    """`Experts` whose matrices are read when their expert has tokens, and dropped after it: once for all batches of `prepare`."""
 
     def __init__(self, stack: FolderStack, prefix: str) -> None:
         super().__init__()
         self._stack, self._prefix = stack, prefix
+        self._prepared: deque[Tensor] = deque()
 
     def forward(self, x_NM: Tensor, weight_Nk: Tensor, index_Nk: Tensor) -> Tensor:
-        """Weighted sum of the chosen experts, [N, M]."""
+        """Weighted sum of the chosen experts, [N, M]; the next one of those prepared, if there are any."""
+        if not self._prepared:
+            self.prepare([(x_NM, weight_Nk, index_Nk)])
+        return self._prepared.popleft()
 
-        def run(expert: int, x: Tensor) -> Tensor:
+    def together(self, tokens: int) -> int:
+        """Batches of so many tokens, one at least, whose experts' rows are within the stack's room."""
+        c = self._stack.config
+        return max(1, self._stack.room // (rows_bytes(c) * tokens))
+
+    def prepare(self, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
+        """Compute what the next calls of `forward` give, of x [N, M], weights and choices [N, k] of each."""
+        count, k = self._stack.config.num_experts, batches[0][2].shape[1]
+        sorted_Nk = [index.flatten().argsort(stable=True) for _, _, index in batches]
+        ends_E = [torch.bincount(index.flatten(), minlength=count).cumsum(0).tolist() for _, _, index in batches]
+        rows: list[Tensor | None] = [None] * len(batches)
+        for expert in range(count):
+            places = [
+                order[ends[expert - 1] if expert else 0 : ends[expert]] for order, ends in zip(sorted_Nk, ends_E, strict=True)
+            ]
+            if not any(len(place) for place in places):
+                continue
             gate, up, down = (self._stack.expert(self._prefix + n, expert) for n in ("gate_proj", "up_proj", "down_proj"))
-            inner = nn.functional.silu(nn.functional.linear(x, gate)) * nn.functional.linear(x, up)
-            return nn.functional.linear(inner, down)
+            for b, ((x, _, _), place) in enumerate(zip(batches, places, strict=True)):
+                if not len(place):
+                    continue
+                mine = x.index_select(0, place // k)
+                inner = nn.functional.silu(nn.functional.linear(mine, gate)) * nn.functional.linear(mine, up)
+                found = nn.functional.linear(inner, down)
+                rows[b] = found.new_empty(len(x) * k, x.shape[1]) if rows[b] is None else rows[b]
+                rows[b][place] = found  # type: ignore[index]
+        for b, (x, weight, _) in enumerate(batches):
+            given, rows[b] = rows[b], None
+            assert given is not None  # every token has chosen
+            self._prepared.append(weighted_sum(given.unflatten(0, weight.shape), weight).to(x.dtype))
 
-        return combine_experts(x_NM, weight_Nk, index_Nk, self._stack.config.num_experts, run)
+
+def rows_bytes(config: ModelConfig) -> int:
+    """Bytes of a token on its way through the experts, FP32: what each of them gives, the sum, and what goes around them."""
+    return 4 * (config.num_experts_per_tok + 3) * config.hidden_size
+
+
+def weighted_sum(rows_NkM: Tensor, weight_Nk: Tensor, step: int = 256) -> Tensor:
+    """Sum over a token's experts in FP32, [N, M], as `combine_experts` takes it; a few tokens at a time: no copy of all rows."""
+    parts = zip(rows_NkM.split(step), weight_Nk.split(step), strict=True)
+    return torch.cat([(rows.float() * weight.float()[..., None]).sum(1) for rows, weight in parts])
 
 
 class DerivedStack:
@@ -191,6 +232,32 @@ def derive_layer(layer: Layer, source: ModelConfig, config: ModelConfig, index: 
     return new.eval()
 
 
+def pass_layers(
+    layers: Sequence[Layer], batches: Iterable[tuple[Tensor, ...]], calls: Sequence[CallContext]
+) -> Iterator[tuple[Tensor, ...]]:
+    """A batch [B, T, M] of every stream through its layer. The layers may differ in their mixers alone.
+
+    Where routed experts are read from the disk, as many batches of all streams go through an expert at once as have room.
+    """
+    mlp = layers[0].mlp
+    experts = mlp.experts if isinstance(mlp, SparseMoE) else None
+    if not isinstance(experts, DiskExperts):
+        for streams in batches:
+            yield tuple(Layer.forward(layer, h, call) for layer, h, call in zip(layers, streams, calls, strict=True))
+        return
+    waiting = iter(batches)
+    while first := next(waiting, None):
+        more = experts.together(sum(h.shape[:2].numel() for h in first)) - 1
+        mixed: list[tuple[Tensor, Tensor]] = []
+        for streams in itertools.chain([first], itertools.islice(waiting, more)):
+            for layer, h, call in zip(layers, streams, calls, strict=True):
+                mixed.append(layer.post_attention_layernorm.add(h, layer.attention(layer.input_layernorm(h), call)))
+        flat = [normed.flatten(0, 1) for _, normed in mixed]
+        experts.prepare([(x, *mlp.gate(x)) for x in flat])
+        done = [h + mlp(normed) for h, normed in mixed]
+        yield from zip(*[iter(done)] * len(layers), strict=True)
+
+
 def unfitted(name: str, shape_of: Tensor, like: Tensor) -> Tensor:
     """Where a new mixer starts before it is fitted: unit norms, zero matrices and biases; dtype and device of `like`."""
     norm = shape_of.dim() == 1 and not name.endswith("bias")
@@ -208,8 +275,8 @@ class Streams(Protocol):
     def resume(self) -> tuple[int, list[Sequence[Tensor]]] | None:
         """The next layer and the streams in front of it, where an earlier walk left them."""
 
-    def keep(self, streams: list[Iterator[Tensor]], layer: int | None) -> list[Sequence[Tensor]]:
-        """Consume the streams; they stand in front of `layer` (None: on the way to it, nothing to resume from)."""
+    def keep(self, batches: Iterable[tuple[Tensor, ...]], layer: int | None) -> list[Sequence[Tensor]]:
+        """Consume the streams, a batch of all at a time; they stand in front of `layer` (None: on the way to it)."""
 
 
 T = TypeVar("T")
@@ -240,6 +307,6 @@ class MemoryStreams:
     def resume(self) -> None:
         """Nothing."""
 
-    def keep(self, streams: list[Iterator[Tensor]], layer: int | None) -> list[Sequence[Tensor]]:
+    def keep(self, batches: Iterable[tuple[Tensor, ...]], layer: int | None) -> list[Sequence[Tensor]]:
         """All tensors."""
-        return [list(stream) for stream in streams]
+        return [list(stream) for stream in zip(*batches, strict=True)]

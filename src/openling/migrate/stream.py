@@ -32,6 +32,7 @@ from openling.migrate.convert import check_mla, fit_lightning, fit_mla
 from openling.migrate.findings import Findings
 from openling.migrate.journal import run_folder
 from openling.migrate.layout import lightning_stage, mla_stage
+from openling.migrate.memory import BUDGET, MOVERS, room
 from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
 from openling.model.config import LING_ARCHITECTURE, ModelConfig
@@ -61,8 +62,6 @@ from openling.weights.units import Units
 from openling.weights.whole import write_json
 
 LAYER_FILE = "model-layer-{:05d}.safetensors"
-# Files that are moved at the same time: hashing one overlaps with reading and writing another.
-MOVERS = 2
 # Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
 AHEAD_BYTES = 1 << 30
 WAIT_SECONDS = 0.5
@@ -72,7 +71,10 @@ Stage = Literal["lightning", "mla"]
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked. windows: calibration batches [B, T] of token ids; None fits on the weights alone (`weights_only`)."""
+    """What is asked. windows: calibration batches [B, T] of token ids; None fits on the weights alone (`weights_only`).
+
+    memory: the budget in bytes; what a fit leaves of it lets experts be read fewer times.
+    """
 
     source: Path
     out: Path
@@ -80,6 +82,7 @@ class Job:
     mode: Mode
     windows: list[Tensor] | None
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    memory: int = BUDGET
 
     def settings(self) -> dict[str, Any]:
         """What must not change between the parts of a run."""
@@ -333,7 +336,8 @@ class _Conversion:
     def _fit_along(self, step: Step, opened: Opened) -> None:
         """Fit with calibration text, every layer on what the student makes of it so far."""
         assert self.job.windows is not None
-        source, device = FolderStack(opened, self.job.device), self.job.device
+        device, tokens = self.job.device, max(w.numel() for w in self.job.windows)
+        source = FolderStack(opened, device, room=room(self.plan, tokens, self.job.memory))
         streams = DiskStreams(self.run / "streams" / step.stage, device, self._check_shards)
         for at in walk(source, DerivedStack(source, step.after), self.job.windows, streams=streams, bf16=half_products(device)):
             self._ahead(opened, at.index + 1)

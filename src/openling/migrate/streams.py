@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -35,18 +35,17 @@ class DiskStreams:
         left = json.loads(path.read_text())
         return left["layer"], [self._read(left["streams"], k, count) for k, count in enumerate(left["batches"])]
 
-    def keep(self, streams: list[Iterator[Tensor]], layer: int | None) -> list[Sequence[Tensor]]:
+    def keep(self, batches: Iterable[tuple[Tensor, ...]], layer: int | None) -> list[Sequence[Tensor]]:
         """Write the streams, one batch at a time."""
         name = "on-the-way" if layer is None else f"layer-{layer:05d}"
         folder = self.folder / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir()
-        counts = []
-        for k, stream in enumerate(streams):
-            counts.append(0)
-            for h in stream:
-                write_shard(folder / f"{k}-{counts[-1]:05d}", {"h": h})
-                counts[-1] += 1
+        counts: list[int] = []
+        for b, streams in enumerate(batches):
+            for k, h in enumerate(streams):
+                write_shard(folder / f"{k}-{b:05d}", {"h": h})
+            counts = [b + 1] * len(streams)
         if layer is not None:
             self.check()
             write_json(self.folder / "next.json", {"layer": layer, "streams": name, "batches": counts})
