@@ -18,8 +18,9 @@ Legend: B windows of a batch, T tokens, M hidden size.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Literal
 
 import torch
@@ -73,32 +74,46 @@ def select_layers(
     target: the hybrid's configuration; which of its layers are MLA does not matter. Of equal scores the later layer wins.
     Raises UserError for the scores `near` and `kl` of a model that is not in memory.
     """
-    stack = stack_of(teacher)
-    source = stack.config
-    if options.layer_score != "local" and not isinstance(stack, ModelStack):
-        raise UserError(
-            "this score runs the rest of the model behind every layer, which has to be in memory",
-            where="--conversion.layer_score",
-            value=options.layer_score,
-            expected="local",
-            next="openling migrate, or --conversion.layer_score local",
-        )
-    lightning: LayerKind = "lightning"
-    config = target.replace(layer_kinds=(lightning,) * source.num_hidden_layers)
-    count = target.layer_kinds.count("mla")
-    scores: list[float] = []
-    for step in walk(teacher, teacher, windows, bf16=bf16):
-        if step.index == source.num_hidden_layers:  # MTP layers never become Lightning
-            break
-        if options.layer_score == "near":
-            scores.append(_divergence(stack, step, _near, windows[-1]))
-        else:
-            step = _as_lightning(step, derive_layer(step.teacher, source, config, step.index), options, seed)
-            local = options.layer_score == "local"
-            scores.append(_local(step) if local else _divergence(stack, step, _student, windows[-1]))
-        on_layer(step.index)
+    stack, scores = stack_of(teacher), list[float]()
+    for score in _scores(stack, target, windows, options, seed=seed, bf16=bf16):
+        on_layer(len(scores))
+        scores.append(score)
     ranked = sorted(range(len(scores)), key=lambda i: (scores[i], i))
-    return Selection(tuple(sorted(ranked[len(scores) - count :])), tuple(scores))
+    return Selection(tuple(sorted(ranked[len(scores) - target.layer_kinds.count("mla") :])), tuple(scores))
+
+
+def _scores(
+    stack: Stack, target: ModelConfig, windows: Sequence[Tensor], options: Conversion, *, seed: int, bf16: bool
+) -> Iterator[float]:
+    """The score of every hidden layer, in order."""
+    layers = stack.config.num_hidden_layers
+    rest = None if options.layer_score == "local" else _Rest(_in_memory(stack, options.layer_score), windows[-1])
+    if options.layer_score == "near":
+        assert rest is not None
+        for index in range(layers):
+            attention = stack.layer(index).attention
+            assert isinstance(attention, GroupedQueryAttention)
+            yield rest.divergence(partial(read_near, attention, near=NEAR))
+        return
+    lightning: LayerKind = "lightning"
+    config = target.replace(layer_kinds=(lightning,) * layers)
+    for step in walk(stack, stack, windows, bf16=bf16):
+        if step.index == layers:  # MTP layers never become Lightning
+            return
+        step = _as_lightning(step, derive_layer(step.teacher, stack.config, config, step.index), options, seed)
+        yield _local(step) if rest is None else rest.divergence(step.student.attention)
+
+
+def _in_memory(stack: Stack, score: LayerScore) -> ModelStack:
+    if isinstance(stack, ModelStack):
+        return stack
+    raise UserError(
+        "this score runs the rest of the model behind every layer, which has to be in memory",
+        where="--conversion.layer_score",
+        value=score,
+        expected="local",
+        next="openling migrate, or --conversion.layer_score local",
+    )
 
 
 def _as_lightning(step: LayerStep, student: Layer, options: Conversion, seed: int) -> LayerStep:
@@ -120,35 +135,40 @@ def _local(step: LayerStep) -> float:
     return relative(wrong, float(y.double().square().sum()))
 
 
-def _student(step: LayerStep, x_BTM: Tensor) -> Tensor:
-    return step.student.attention(x_BTM, step.student_call)
+class _Rest:
+    """The teacher's own passes over a batch, layer by layer, and what the rest of it makes of another mixer in one of them.
 
+    No autocast: what BF16 products round away adds up over the layers to as much as many a layer's score.
+    """
 
-def _near(step: LayerStep, x_BTM: Tensor) -> Tensor:
-    assert isinstance(step.teacher.attention, GroupedQueryAttention)
-    return read_near(step.teacher.attention, x_BTM, step.teacher_call, NEAR)
+    def __init__(self, stack: ModelStack, ids_BT: Tensor) -> None:
+        self.stack, self.ids, self.index = stack, ids_BT, 0
+        self.call = CallContext(stack.rope(ids_BT), None, None)
+        with torch.autocast(ids_BT.device.type, enabled=False):
+            self.stream = stack.embed(ids_BT)  # in front of layer `index`
+            self.ends = self._behind(self.stream)
 
+    def divergence(self, mixer: Callable[[Tensor, CallContext], Tensor]) -> float:
+        """KL(teacher || teacher with this mixer in layer `index`), nats per token; then on to the next layer."""
+        layer = self.stack.layer(self.index)
+        with torch.autocast(self.ids.device.type, enabled=False):
+            h, normed = layer.post_attention_layernorm.add(self.stream, mixer(layer.input_layernorm(self.stream), self.call))
+            self.stream, self.index = layer(self.stream, self.call), self.index + 1
+            return self._kl(self._behind(h + layer.mlp(normed)))
 
-def _divergence(stack: Stack, step: LayerStep, mixer: Callable[[LayerStep, Tensor], Tensor], ids_BT: Tensor) -> float:
-    """KL per token of the last batch once the rest of the teacher has read what `mixer` gives in place of this layer's."""
-    assert isinstance(stack, ModelStack)
-    last, layer = _batches(step, slice(-1, None)), step.teacher
-    (h,), (x,) = last.teacher_h, last.inputs()
-    both = []
-    for mixed in (layer.attention(x, step.teacher_call), mixer(step, x)):
-        out, normed = layer.post_attention_layernorm.add(h, mixed)
-        out = out + layer.mlp(normed)
-        for i in range(step.index + 1, stack.config.num_hidden_layers):
-            out = stack.layer(i)(out, step.teacher_call)
-        both.append(stack.norm(out))
-    head = stack.model.lm_head.weight
-    total = 0.0
-    for ids, expected, found in zip(ids_BT, *both, strict=True):  # one window's logits at a time
-        rows = {"h_BTM": found[None].to(head.dtype), "teacher_h_BTM": expected[None].to(head.dtype)}
-        kl = head_loss(**rows, weight_VM=head, teacher_weight_VM=head, input_ids_BT=ids[None]).kl
-        assert kl is not None
-        total += float(kl)
-    return total / len(ids_BT)
+    def _behind(self, h_BTM: Tensor) -> Tensor:
+        """The final hidden states of a stream in front of layer `index`."""
+        for i in range(self.index, self.stack.config.num_hidden_layers):
+            h_BTM = self.stack.layer(i)(h_BTM, self.call)
+        return self.stack.norm(h_BTM)
+
+    def _kl(self, found_BTM: Tensor) -> float:
+        head, total = self.stack.model.lm_head.weight, 0.0
+        for ids, expected, found in zip(self.ids, self.ends, found_BTM, strict=True):  # one window's logits at a time
+            kl = head_loss(found[None], head, ids[None], teacher_h_BTM=expected[None], teacher_weight_VM=head).kl
+            assert kl is not None
+            total += float(kl)
+        return total / len(self.ids)
 
 
 def read_near(attention: GroupedQueryAttention, x_BTM: Tensor, call: CallContext, near: int) -> Tensor:
