@@ -200,21 +200,22 @@ def test_local_scores_are_local_errors():
     assert found.scores[0] == pytest.approx(layer_measures(half, teacher, ids[0]).errors[0]["local"], rel=1e-6)
 
 
-@pytest.mark.parametrize("score", ["kl", "local"])
+@pytest.mark.parametrize("score", ["near", "kl", "local"])
 @torch.no_grad()
-def test_layers_that_do_nothing_are_not_selected(score):
+def test_layers_that_do_nothing_are_not_selected(score, monkeypatch):
     """For the final distribution a mixer of no output is free to go; its own relative error knows nothing of that."""
+    monkeypatch.setattr(select, "NEAR", 6)
     teacher = build(source(4))
     for i in (1, 2):
         teacher.model.layers[i].attention.dense.weight.mul_(1e-6)
     target = target_config(teacher.config, group_size=2)
     found = select_layers(teacher, target, [tokens(3), tokens(4)], Conversion(layer_score=score), seed=0, bf16=False)
     least, most = max(found.scores[1], found.scores[2]), min(found.scores[0], found.scores[3])
-    if score == "kl":
+    if score == "local":
+        assert least > 0.1 * most
+    else:
         assert found.layers == (0, 3)
         assert least < 1e-6 * most
-    else:
-        assert least > 0.1 * most
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Which layers become MLA, by what each one would lose as Lightning (`layout.mla_layers = "selected"`).
+"""Which layers become MLA: those with the highest scores (`layout.mla_layers = "selected"`, `conversion.layer_score`).
 
 Every layer is changed on the teacher's own stream, with no other layer changed, and scored on the last batch of the calibration
 windows:
@@ -69,9 +69,10 @@ def select_layers(
     bf16: bool,
     on_layer: Callable[[int], None] = lambda layer: None,
 ) -> Selection:
-    """The hidden layers of a GQA model that lose most, as many as are MLA in `target`; `windows` are batches of token ids [B, T].
+    """The hidden layers of a GQA model with the highest scores, as many as are MLA in `target`.
 
-    target: the hybrid's configuration; which of its layers are MLA does not matter. Of equal scores the later layer wins.
+    target: the hybrid's configuration; which of its layers are MLA does not matter. windows: batches of token ids [B, T].
+    Of equal scores the later layer wins.
     Raises UserError for the scores `near` and `kl` of a model that is not in memory.
     """
     stack, scores = stack_of(teacher), list[float]()
