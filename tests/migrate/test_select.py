@@ -273,14 +273,21 @@ def test_a_streamed_conversion_with_selected_layers(tmp_path, place: Place, monk
     teacher, out = make_llama(tmp_path / "teacher", layers=4), tmp_path / "out"
     words = ["--layout", "selected", "--group-size", "2", "--text", place.calibration, "--text.sequence_length", "80"]
     words += ["--text.calibration_tokens", "2048"]
-    refused(openling_command("convert", teacher, out, *words), "has to be in memory", "layer_score local")
-    result = openling_command("convert", teacher, out, *words, "--conversion.layer_score", "local")
+    for score in ("near", "kl"):  # what a dry run promises the run does
+        for dry in ((), ("--dry-run",)):
+            typed = ("--conversion.layer_score", score, *dry)
+            refused(openling_command("convert", teacher, out, *words, *typed), "has to be in memory", "layer_score local")
+    assert openling_command("convert", teacher, out, *words, "--dry-run").code == 0
+    result = openling_command("convert", teacher, out, *words)
     assert result.code == 0, result.err
     assert len(mla_layers(out)) == 2
-    refused(openling_command("convert", teacher, tmp_path / "b", *words, "--weights-only"), "--layout I,J")
+    typed = openling_command("convert", teacher, tmp_path / "typed", *words, "--conversion.layer_score", "local")
+    assert typed.code == 0
+    assert mla_layers(tmp_path / "typed") == mla_layers(out)
+    for dry in ((), ("--dry-run",)):
+        refused(openling_command("convert", teacher, tmp_path / "b", *words, "--weights-only", *dry), "--layout I,J")
     # What can be told before the walk is, and a finished or begun run needs none.
     monkeypatch.setattr(select, "walk", lambda *args, **kwargs: pytest.fail("it walks"))
-    words += ["--conversion.layer_score", "local"]
     refused(openling_command("convert", teacher, out, *words), "exists already")
     assert openling_command("convert", teacher, out, *words, "--resume").code == 0
     begun = tmp_path / "out.run" / "job.json"
@@ -295,7 +302,7 @@ def test_a_streamed_selection_multiplies_as_the_fits_do(tmp_path, place: Place, 
         raise UserError(f"in BF16: {bf16}")
 
     monkeypatch.setattr(select, "walk", walk)
-    words = ["--layout", "selected", "--text", place.calibration, "--conversion.layer_score", "local"]
+    words = ["--layout", "selected", "--text", place.calibration]
     settle_bf16_matmuls(False)
     try:
         refused(openling_command("convert", place.teacher, tmp_path / "out", *words), "in BF16: False")

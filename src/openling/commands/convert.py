@@ -17,6 +17,8 @@ STAGES = ("lightning", "mla")
 FORMATS = ("hybrid", "hf", "dcp")
 # Of a migration's settings those that a conversion reads; `stages` are --stage.
 READ, UNREAD = ("--layout.", "--conversion.", "--text.", "--seed"), ("--text.evaluation",)
+# The one score of layers that reads them one by one, as a conversion does.
+DEFAULTS = ("--conversion.layer_score", "local")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--group-size", type=int, metavar="G", help="layers per MLA layer (default 8, or the nearest divisor)")
     parser.add_argument(
         "--layout", metavar="ling|selected|none|I,J,..",
-        help="layers that become MLA (default: as Ling-2.6; selected goes by --conversion.layer_score local, layer by layer)",
+        help="layers that become MLA (default: as Ling-2.6; selected: those of the largest error as Lightning, by themselves)",
     )  # fmt: skip
     parser.add_argument("--text", nargs="+", metavar="TEXT", help="calibration text: names, paths, built corpora")
     parser.add_argument("--device", default="auto", help="auto (default), cpu or cuda")
@@ -90,7 +92,7 @@ def _hybrid(args: argparse.Namespace) -> int:
     from openling.model.device import pick_device
 
     device = pick_device(args.device)
-    config = _with_stages(settings(args), args)
+    config = _with_stages(settings(args, DEFAULTS), args)
     if unread := [flag for flag in _flags(args.overrides) if not flag.startswith(READ) or flag.startswith(UNREAD)]:
         expected = ", ".join(name + ("FIELD" if name.endswith(".") else "") for name in READ)
         what = "a conversion does not read these settings"
@@ -99,6 +101,9 @@ def _hybrid(args: argparse.Namespace) -> int:
         raise UserError("this is no amount of memory", where="--memory", value=args.memory, expected="GiB above 0, such as 4")
     memory = int(args.memory * 2**30)
     check_walk(config)
+    selects = config.layout.mla_layers == "selected" and "lightning" in config.stages
+    if selects:
+        _check_selection(config, weights_only=args.weights_only)
     check_place(args.source, args.out, resume=args.resume)
     windows = None if args.weights_only else calibration(args.source, config, device)
     if args.dry_run:
@@ -106,7 +111,7 @@ def _hybrid(args: argparse.Namespace) -> int:
         print(dry_run(args.source, args.out, config, "link" if args.link else "copy", batches, memory=memory))
         return 0
     console = open_console(stderr=True)
-    if config.layout.mla_layers == "selected" and "lightning" in config.stages:
+    if selects:
         layers = _selected(args, config, windows, device)
         if layers is not None:
             console.print(f"MLA in layers {', '.join(map(str, layers))}", highlight=False)
@@ -119,6 +124,16 @@ def _hybrid(args: argparse.Namespace) -> int:
             console.print(f"{name.removesuffix(' bytes')}: {text}", highlight=False)
     console.print(f"\nHybrid: {args.out}\nCheck:  openling verify {args.source} {args.out}", highlight=False, soft_wrap=True)
     return 0
+
+
+def _check_selection(config: MigrateConfig, *, weights_only: bool) -> None:
+    """A UserError where layers cannot be selected from a folder."""
+    from openling.migrate.select import check_score
+
+    check_score(config.conversion.layer_score, in_memory=False)
+    if weights_only:
+        what = "layers are selected by what they do to text"
+        raise UserError(what, where="--weights-only", next="leave it out, or --layout I,J,..")
 
 
 def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any] | None, device: Any) -> tuple[int, ...] | None:
@@ -134,10 +149,7 @@ def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any
     if begun.exists():
         layers = json.loads(begun.read_text())["settings"]["layout"]["mla_layers"]
         return tuple(layers) if isinstance(layers, list) else None
-    if windows is None:
-        raise UserError(
-            "layers are selected by what they do to text", where="--weights-only", next="leave it out, or --layout I,J,.."
-        )
+    assert windows is not None
     opened = open_folder(args.source)
     target = target_config(opened.config, **config.layout.model_dump())
     how: dict[str, Any] = {"seed": config.seed, "bf16": half_products(device)}

@@ -6,6 +6,7 @@ import argparse
 import json
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +39,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(takes_overrides=True)
 
 
-def settings(args: argparse.Namespace) -> MigrateConfig:
-    """The resolved configuration: preset, then flags, then `--section.field value` overrides."""
+def settings(args: argparse.Namespace, defaults: Sequence[str] = ()) -> MigrateConfig:
+    """The resolved configuration: preset, `defaults`, flags, then `--section.field value` overrides."""
     from openling.errors import UserError, nearest
 
     if args.stage is not None and args.stage not in STAGES:
@@ -49,7 +50,7 @@ def settings(args: argparse.Namespace) -> MigrateConfig:
         raise UserError("a warm-up needs tokens", where="--tokens", value=args.tokens, expected="a positive integer")
     stages = (args.stage,) if args.stage else STAGES[:2] if args.layout == "none" else STAGES
     config = preset(args.preset, tokens=args.tokens, stages=stages)
-    words: list[str] = []
+    words = list(defaults)
     if args.layout is not None:
         words += ["--layout.mla_layers", args.layout]
     if args.group_size is not None:

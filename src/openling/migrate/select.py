@@ -88,7 +88,8 @@ def _scores(
 ) -> Iterator[float]:
     """The score of every hidden layer, in order."""
     layers = stack.config.num_hidden_layers
-    rest = None if options.layer_score == "local" else _Rest(_in_memory(stack, options.layer_score), windows[-1])
+    check_score(options.layer_score, in_memory=isinstance(stack, ModelStack))
+    rest = _Rest(stack, windows[-1]) if isinstance(stack, ModelStack) and options.layer_score != "local" else None
     if options.layer_score == "near":
         assert rest is not None
         for index in range(layers):
@@ -105,16 +106,16 @@ def _scores(
         yield _local(step) if rest is None else rest.divergence(step.student.attention)
 
 
-def _in_memory(stack: Stack, score: LayerScore) -> ModelStack:
-    if isinstance(stack, ModelStack):
-        return stack
-    raise UserError(
-        "this score runs the rest of the model behind every layer, which has to be in memory",
-        where="--conversion.layer_score",
-        value=score,
-        expected="local",
-        next="openling migrate, or --conversion.layer_score local",
-    )
+def check_score(score: LayerScore, *, in_memory: bool) -> None:
+    """A UserError for a score that needs the whole model where it is not in memory."""
+    if score != "local" and not in_memory:
+        raise UserError(
+            "this score runs the rest of the model behind every layer, which has to be in memory",
+            where="--conversion.layer_score",
+            value=score,
+            expected="local",
+            next="openling migrate, or --conversion.layer_score local",
+        )
 
 
 def _as_lightning(step: LayerStep, student: Layer, options: Conversion, seed: int) -> LayerStep:
