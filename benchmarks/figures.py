@@ -34,7 +34,7 @@ FEW_ROWS: Arms = {
     "paper-rows4-0": ("preset paper", "#d95f02", "-"),
     "best-rows4-0": ("best", "#1b9e77", "-"),
     "best-all-mixers-rows4-0": ("best, all mixers, Muon", "#e7298a", "-"),
-    "selected-rows4-0": ("... and the layer of least loss", "#7570b3", "-"),
+    "selected-rows4-0": ("... and the layer of highest kl, 4", "#7570b3", "-"),
     "selected-rows4-1": ("... seed 1", "#7570b3", ":"),
 }
 
