@@ -138,3 +138,13 @@ def test_attention_received(heads):
     identity = torch.eye(T, dtype=x.dtype)[None, :, None].expand(2, T, w.k.shape[0], T)
     rows = softmax_attention(q, k, identity, scale=16**-0.5)  # [2, T queries, H, T keys]
     assert relative(received, rows.mean(2).sum(1)) < 1e-5
+
+
+@torch.no_grad()
+def test_attention_received_is_not_rounded_to_bf16_under_autocast():
+    """As the conversions call it on a GPU: a weight of every token, not to be had in 8 bits."""
+    c, m, x = layer()
+    w, tables = Projections.of(m), context(c).tables
+    expected = attention_received(w, x, tables)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(attention_received(w, x, tables), expected)

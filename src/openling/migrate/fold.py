@@ -80,14 +80,15 @@ def best_fold(
 def attention_received(w: Projections, x: Tensor, tables: RopeTables) -> Tensor:
     """The attention that each token receives from all queries of its window, mean over heads, FP64 [B * T]; 1 on average.
 
-    Scores of one head of one window exist at a time.
+    Scores of one head of one window exist at a time, in FP32 whatever autocast is on.
     """
     q, k = (apply_rope(_heads(rows, x, tables), *tables.head) for rows in (w.q, w.k))
     future = torch.ones(q.shape[1], q.shape[1], dtype=torch.bool, device=x.device).triu(1)
     received = x.new_zeros(q.shape[:2])
-    for window, head in itertools.product(range(q.shape[0]), range(q.shape[2])):
-        scores = q[window, :, head] @ k[window, :, head // w.group].T * q.shape[-1] ** -0.5
-        received[window] += scores.masked_fill(future, -torch.inf).softmax(-1).sum(0)
+    with torch.autocast(x.device.type, enabled=False):
+        for window, head in itertools.product(range(q.shape[0]), range(q.shape[2])):
+            scores = q[window, :, head] @ k[window, :, head // w.group].T * q.shape[-1] ** -0.5
+            received[window] += scores.masked_fill(future, -torch.inf).softmax(-1).sum(0)
     return received.flatten() / q.shape[2]
 
 
