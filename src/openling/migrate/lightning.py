@@ -163,7 +163,7 @@ def refit_norm_and_gate(step: LayerStep, *, order: Tensor, damping: float, gate:
     yz, zz, yy = _gated_sums(step, mixer, order, range(len(step.student_h)), mixer.g_proj.weight, (1.0,))[0]
     gamma = yz / zz.clamp(min=1e-30)
     mixer.g_norm.weight.copy_(gamma)
-    return relative((yy - gamma * yz).sum(), yy.sum())
+    return relative((yy - gamma * yz).clamp(min=0.0).sum(), yy.sum())
 
 
 def _heads_and_outputs(step: LayerStep, mixer: LightningAttention, order: Tensor, batch: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -229,4 +229,4 @@ def refit_output(step: LayerStep, *, damping: float) -> float:
     assert gram.zz is not None and gram.zy is not None
     explained = 2 * (weight.T * gram.zy).sum() - ((weight @ gram.zz) * weight).sum()
     mixer.dense.weight.copy_(weight)
-    return relative(energy - explained, energy)
+    return relative((energy - explained).clamp(min=0.0), energy)
