@@ -15,6 +15,7 @@ import openling
 from openling.config.migrate import preset
 from openling.data.corpus import find_corpus
 from openling.data.pack import cut_windows, tokenise
+from openling.migrate import shipped
 from openling.migrate.convert import to_mla
 from openling.migrate.layout import target_config
 from openling.migrate.mla import Projections, pairs, rorope_basis
@@ -33,13 +34,18 @@ PROMPTS = (
 
 
 @pytest.fixture(scope="module")
-def teacher(tmp_path_factory):
+def imported(tmp_path_factory):
+    """Writes the teacher's folder in a dtype."""
     with pytest.MonkeyPatch.context() as patch:
-        # Parsing the vocabulary takes seconds, and three readers here want it.
+        # Parsing the vocabulary takes seconds, and three readers of every import want it.
         open_once = functools.cache(gguf.GGUFReader)
         patch.setattr(gguf, "GGUFReader", lambda path: open_once(str(path)))
-        folder = import_gguf(smollm2_gguf(), tmp_path_factory.mktemp("smol") / "teacher")
-    return openling.load(folder)
+        yield lambda dtype: import_gguf(smollm2_gguf(), tmp_path_factory.mktemp("smol") / "teacher", dtype=dtype)
+
+
+@pytest.fixture(scope="module")
+def teacher(imported):
+    return openling.load(imported(torch.float32))
 
 
 @pytest.fixture(scope="module")
@@ -144,3 +150,15 @@ def test_absorbed_decode_equals_expanded_on_the_converted_model(teacher, windows
     cache = student.new_cache()
     parts = [student(piece, cache=cache) for piece in (ids[:, :40], *ids[:, 40:].split(1, 1))]
     assert (torch.cat(parts, 1) - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@torch.no_grad()
+def test_the_shipped_hybrid_has_the_same_logits_in_transformers(imported, windows, tmp_path):
+    """The folder that the package's delta makes of the teacher, by the code that lies in it: at most FP32 rounding apart."""
+    out = shipped.applied(imported(torch.bfloat16), shipped.find_delta(), tmp_path / "hybrid")
+    how = {"trust_remote_code": True, "dtype": torch.float32}
+    theirs, info = AutoModelForCausalLM.from_pretrained(out, output_loading_info=True, **how)
+    assert not info["missing_keys"] and not info["unexpected_keys"] and not info["mismatched_keys"]
+    ids = windows[:1, :80]
+    expected = openling.load(out, dtype=torch.float32).model(ids)
+    assert (theirs.eval()(ids).logits - expected).abs().max() < 1e-5 * expected.abs().max()
