@@ -290,6 +290,25 @@ def test_bf16_passes_change_little():
     assert errors[1] == pytest.approx(errors[0], rel=0.05)  # BF16 activations carry 0.4 % noise each
 
 
+@pytest.mark.parametrize("family", ["LlamaForCausalLM", "Qwen2ForCausalLM", "Qwen3ForCausalLM"])
+@torch.no_grad()
+def test_mla_that_bf16_passes_fit_is_as_near(family):
+    """Of one half-way model. The root of a relative error is a distance over the target's length: it moves by no more than the
+    outputs do, of which BF16 rounds some ten in each of four layers, by 2^-9 at most, 2^-9 / sqrt(3) in the root mean square.
+    Families without routers: one that chooses another expert moves by more."""
+    teacher, ids = build(teacher_config(family)), torch.cat(windows())
+    half, _, _, _ = convert(teacher, BEST)
+    _, full = layouts(teacher.config)
+    roots = []
+    for bf16 in (False, True):
+        hybrid, _ = to_mla(half, full, windows(), BEST, on_layer=lambda i: None, bf16=bf16)
+        assert all(p.dtype == torch.float32 for p in hybrid.parameters())
+        errors = layer_measures(hybrid, half, ids).errors
+        roots.append([row["local"] ** 0.5 for row in errors if row["kind"] == "mla"])
+    assert roots[1] != roots[0]
+    assert roots[1] == pytest.approx(roots[0], abs=2**-9 * (40 / 3) ** 0.5)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Derived models and the walk
 # ---------------------------------------------------------------------------------------------------------------------
