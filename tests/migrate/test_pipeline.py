@@ -41,6 +41,7 @@ from transformers import (
 import openling
 from openling.config.migrate import STAGES
 from openling.migrate import pipeline
+from openling.migrate.journal import run_folder
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What a migration yields
@@ -401,6 +402,30 @@ def test_a_second_process_is_refused(place: Place, stopped: Path) -> None:
         refused(resume(place, stopped), "another process")
         refused(place.migrate(stopped), "another process")  # said before "was begun": --resume would not help
     assert resume(place, stopped).code == 0
+
+
+def test_a_setting_that_is_newer_than_the_run_does_not_hinder_it(place: Place, stopped: Path) -> None:
+    """Nor does a section that was null and is one now go by unseen."""
+    journal = run_folder(stopped) / "journal.json"
+    begun = json.loads(journal.read_text())
+    del begun["config"]["recall"]["keys"], begun["config"]["conversion"]["layer_score"]
+    begun["config"]["text"] |= {"synthesis": 1}
+    journal.write_text(json.dumps(begun))
+    refused(resume(place, stopped), "settings have changed", "text.synthesis")
+    del begun["config"]["text"]["synthesis"]
+    journal.write_text(json.dumps(begun))
+    assert resume(place, stopped).code == 0
+
+
+def test_a_model_that_is_half_converted_is_not_called_the_teacher(place: Place, tmp_path: Path, quick: None) -> None:
+    half, told = tmp_path / "half", "no softmax-attention teacher was named"
+    assert place.migrate(half, "--stage", "lightning").code == 0
+    for words, expected in (((), True), (("--teacher", place.teacher), False)):
+        out = tmp_path / f"out-{expected}"
+        result = place.migrate(out, "--stage", "mla", *words, model=half)
+        assert result.code == 0, result.err
+        assert (told in result.err) is expected
+        assert (told in json.loads((run_folder(out) / "report.json").read_text())["layout"]["said"]) is expected
 
 
 def test_resume_of_a_finished_run(place: Place, tmp_path: Path, quick: None) -> None:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file, save_file
 from small_runs import (
     VOCABULARY,
@@ -31,6 +32,7 @@ from small_runs import (
 import openling
 from openling.errors import Failure
 from openling.migrate import pipeline
+from openling.migrate.journal import run_folder
 from openling.weights.io import CheckpointReader
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,3 +368,21 @@ def test_stages_on_a_hybrid(place: Place, migrated: Migrated, tmp_path: Path) ->
     refused(place.migrate(out, "--stage", "mla", model=migrated.out), "no GQA layer left", "mla-warmup")
     refused(place.migrate(out, "--stage", "mla-warmup", model=migrated.out), "--teacher")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_refuses_what_is_asked_of_which_model(place: Place, tmp_path: Path) -> None:
+    """Whatever the stages: the run itself refuses the same."""
+    out = tmp_path / "out"
+    told = {
+        ("no-such-model", out): "no-such-model",
+        (place.teacher, out, "--teacher", "no-such-teacher"): "no-such-teacher",
+        (place.teacher, out, "--resume"): "nothing to resume",
+        (place.teacher, out, "--stage", "linear-warmup"): "no lightning layer",
+        (place.teacher, out, "--stage", "mla", "--layout", "3,99"): "rising numbers",
+    }
+    if not torch.cuda.is_available():
+        told[(place.teacher, out, "--device", "cuda")] = "cuda"
+    for words, part in told.items():
+        for dry in ((), ("--dry-run",)):
+            refused(openling_command("migrate", *words, *dry, "--text", place.calibration), part)
+    assert not out.exists() and not run_folder(out).exists()

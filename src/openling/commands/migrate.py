@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -82,17 +83,20 @@ def outline(config: MigrateConfig, out: Path) -> list[str]:
 def _check(args: argparse.Namespace, config: MigrateConfig) -> None:
     """What a migration refuses before it reads weights: where it would go, its texts."""
     from openling.commands.convert import calibration
-    from openling.migrate.pipeline import check_place
+    from openling.migrate.journal import is_finished, run_folder
+    from openling.migrate.request import Request, check_begun, check_place
     from openling.migrate.texts import evaluation_windows
-    from openling.model.families import read_config
-    from openling.weights.folder import load_tokenizer
-    from openling.weights.io import read_hf_config
+    from openling.model.device import pick_device
 
-    if not args.resume:
-        check_place(args.model, args.out, args.teacher)
+    pick_device(args.device)
+    out = args.out.absolute()
+    if args.resume and os.path.lexists(out) and is_finished(out, args.model.absolute(), config):
+        return
+    check_place(args.model, out, args.teacher)
+    check_begun(run_folder(out), resume=args.resume)
+    asked = Request(args.model, out, config, args.teacher)
     calibration(args.model, config, "cpu")
-    model = read_config(read_hf_config(args.model), where=args.model / "config.json")
-    evaluation_windows(config.text, load_tokenizer(args.model, model), vocab_size=model.vocab_size)
+    evaluation_windows(config.text, asked.tokenizer, vocab_size=asked.found.vocab_size)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -101,10 +105,10 @@ def run(args: argparse.Namespace) -> int:
     if args.dry_run:
         print(config.model_dump_json(indent=2))
         print("\n".join(["", *outline(config, args.out), ""]), file=sys.stderr)
-        if args.model.exists() and {"lightning", "mla"} & set(config.stages):
+        _check(args, config)
+        if {"lightning", "mla"} & set(config.stages):
             from openling.commands.convert import dry_run
 
-            _check(args, config)
             print(
                 dry_run(args.model, args.out, config, "copy", [config.text.calibration_tokens], streamed=False), file=sys.stderr
             )

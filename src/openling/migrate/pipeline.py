@@ -25,18 +25,18 @@ from openling.config.migrate import MigrateConfig, Stage, Warmup, preset
 from openling.data.pack import Batches, cut_windows
 from openling.environment import commit, hardware, now, versions
 from openling.errors import Failure, UserError
-from openling.migrate.convert import check_mla, to_lightning, to_mla
+from openling.migrate.convert import to_lightning, to_mla
 from openling.migrate.findings import Findings
 from openling.migrate.gates import Gatekeeper
 from openling.migrate.journal import continued, is_finished, run_folder, sweep
-from openling.migrate.layout import layout_reason, lightning_stage, mla_stage, target_config
+from openling.migrate.layout import layout_reason
 from openling.migrate.measurer import Measurer
 from openling.migrate.plan import load_config, plan
+from openling.migrate.request import Request, check_begun, check_place, config_of
 from openling.migrate.select import select_layers
 from openling.migrate.texts import evaluation_windows, origins, training_tokens
 from openling.migrate.touched import converted, round_to, stored_bytes, trainable, values
 from openling.model.config import ModelConfig
-from openling.model.families import read_config
 from openling.model.ling import Ling
 from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmuls
 from openling.train.checkpoint import sole_writer, write_json
@@ -45,8 +45,8 @@ from openling.train.optim import select_parameters
 from openling.train.while_training import own_memory
 from openling.weights.export import save
 from openling.weights.files import MANIFEST, fingerprint, manifest
-from openling.weights.folder import load, load_tokenizer
-from openling.weights.io import CheckpointReader, check_outside, check_space, read_hf_config
+from openling.weights.folder import load
+from openling.weights.io import CheckpointReader, check_space
 
 WINDOWS_PER_BATCH = 8
 
@@ -99,15 +99,11 @@ def migrate(
         return run_folder(out)
     check_place(model, out, teacher)
     run = run_folder(out)
-    journal_path, is_new = run / "journal.json", not run.exists()
+    is_new = not run.exists()
     if resume and is_new:
-        raise UserError("there is nothing to resume", where=run, expected="journal.json of an earlier run", next="omit --resume")
+        check_begun(run, resume=resume)  # before the run folder is made
     with sole_writer(run):
-        if not resume and journal_path.exists():
-            raise UserError("a migration to this folder was begun", where=run, next="add --resume, or remove that folder")
-        # One that was killed before it had a journal had nothing yet: it begins, with --resume or without.
-        if not journal_path.exists() and any(not path.name.startswith(".") for path in run.iterdir()):
-            raise UserError("the run folder holds something else", where=run, expected="a new folder", next="choose another OUT")
+        check_begun(run, resume=resume)
         try:
             migration = _Migration(model, out, config, teacher, device, command, events)
         except BaseException:
@@ -118,19 +114,10 @@ def migrate(
     return run
 
 
-def check_place(model: Path, out: Path, teacher: Path | None) -> None:
-    """A `UserError` where `out` cannot appear."""
-    if os.path.lexists(out):
-        raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
-    check_outside(out, model, teacher or model)
+NO_TEACHER = "no softmax-attention teacher was named"
 
 
-def _config_of(folder: Path) -> ModelConfig:
-    hf = read_hf_config(folder)
-    return read_config(hf, where=folder / "config.json")
-
-
-class _Migration:
+class _Migration(Request):
     """One run in progress."""
 
     def __init__(
@@ -144,15 +131,8 @@ class _Migration:
         events: Events,
     ) -> None:
         """Checks and texts first, then weights; the journal is there from the moment on from which a run can resume."""
-        self.model, self.out, self.config, self.teacher_folder = model, out, config, teacher or model
-        self.layout = config.layout  # selected MLA layers are named here once they are known
-        self.device, self.command, self.events = torch.device(device), command, events
-        self.run = run_folder(out)
-        found, followed = _config_of(model), _config_of(self.teacher_folder)
-        self.tokenizer = load_tokenizer(model, found)
-        self.has_teacher = set(followed.layer_kinds) == {"gqa"}
-        self._check_stages(found)
-        self._check_teacher(found, followed)
+        super().__init__(model, out, config, teacher)
+        self.device, self.command, self.events, found = torch.device(device), command, events, self.found
         self._check_space()
         text = config.text
         self.tokens = training_tokens(text, self.tokenizer, vocab_size=found.vocab_size, max_tokens=self._most_tokens())
@@ -173,44 +153,6 @@ class _Migration:
         write_json(self.run / "journal.json", self.journal)
         self.measurer = Measurer(self.teacher.model, self.tokenizer, evaluation, recall=config.recall, bf16=self.bf16)
         self.gates = Gatekeeper(config, self.run, self.journal, vocabulary=found.vocab_size)
-
-    def _check_teacher(self, found: ModelConfig, followed: ModelConfig) -> None:
-        if self.tokenizer is None:
-            raise UserError(
-                "calibration needs the model's tokenizer", where=self.model, expected="tokenizer.json", next="copy it there"
-            )
-        if self.teacher_folder != self.model and not self.has_teacher:
-            kinds = sorted(set(followed.layer_kinds))
-            raise UserError(
-                "the teacher is converted itself", where=self.teacher_folder, value=kinds, expected="GQA in all layers"
-            )
-        follows = any(w.train.follows for w in (self.config.linear_warmup, self.config.mla_warmup))
-        warm = {"linear-warmup", "mla-warmup"} & set(self.config.stages)
-        if follows and warm and not self.has_teacher:
-            raise UserError(
-                "this warm-up follows a teacher (KL, alignment), and the model itself is already converted",
-                where="--teacher",
-                expected="the folder of the GQA model it came from",
-                next="add --teacher FOLDER, or --preset paper, which needs none",
-            )
-        if found.vocab_size != followed.vocab_size:
-            raise UserError(
-                "the teacher has another vocabulary", where="vocab_size", value=followed.vocab_size, expected=found.vocab_size
-            )
-        theirs = load_tokenizer(self.teacher_folder, followed)
-        if theirs is not None and theirs.get_vocab() != self.tokenizer.get_vocab():
-            raise UserError("the teacher has another tokenizer", where=self.teacher_folder, expected=f"that of {self.model}")
-
-    def _check_stages(self, config: ModelConfig) -> None:
-        """Go through the stages on the configuration alone."""
-        for stage in self.config.stages:
-            if stage == "lightning":
-                config = self._half(config)
-            elif stage == "mla":
-                config = self._full(config)
-                check_mla(self.config.conversion, config)
-            else:
-                trainable(config, stage, "best", mtp=self._warmup(stage).train.mtp > 0)
 
     def _check_space(self) -> None:
         """Room for two stages and a training checkpoint: about three times the model in FP32, what is there already included."""
@@ -303,7 +245,7 @@ class _Migration:
             raise UserError("this run was finished, and its result moved away", where=self.out, next=f"remove {self.run}")
         if os.path.lexists(self.out):
             raise UserError("the output has appeared meanwhile", where=self.out, next="move it away, then add --resume")
-        trained = {"trained": self._trained(_config_of(last))}
+        trained = {"trained": self._trained(config_of(last))}
         write_json(last / MANIFEST, manifest(last, CheckpointReader(self.model)) | trained)
         last.rename(self.out)
         sweep(self.run)
@@ -325,6 +267,8 @@ class _Migration:
         gqa = set(c.layer_kinds) == {"gqa"}
         group = self._target(c).layer_group_size if gqa else None
         said = layout_reason(c.num_hidden_layers, self.layout.mla_layers, self.layout.group_size) if gqa else ""
+        if not self.has_teacher:
+            said = f"{NO_TEACHER}: all gaps are to MODEL as it was given, converted in part already (--teacher FOLDER)"
         if said:
             self.events.say(said)
         report = {
@@ -335,7 +279,7 @@ class _Migration:
             "environment": {"hardware": hardware(), **versions()},
             "seconds": 0.0,
             "settings": self.config.model_dump(mode="json"),
-            "layout": {"group_size": group, "said": said} if gqa else {},
+            "layout": {"group_size": group, "said": said},
             "plan": self._plan() if gqa else None,
             "texts": origins(self.config.text),
             "stages": [self.measurer.stage(self.teacher.model) | {"name": "teacher"}],
@@ -358,18 +302,6 @@ class _Migration:
                 self.events.say("  no layer is Lightning: all become MLA; for the hybrid, stage lightning comes first")
             return self._converted(stage, current, self._full(current.config))
         return self._warmed(stage, current, self._warmup(stage))
-
-    def _warmup(self, stage: Stage) -> Warmup:
-        return self.config.linear_warmup if stage == "linear-warmup" else self.config.mla_warmup
-
-    def _target(self, config: ModelConfig) -> ModelConfig:
-        return target_config(config, **self.layout.model_dump())
-
-    def _half(self, config: ModelConfig) -> ModelConfig:
-        return lightning_stage(config, self.layout.model_dump())
-
-    def _full(self, config: ModelConfig) -> ModelConfig:
-        return mla_stage(config, self.layout.model_dump())
 
     def _select(self, current: Checkpoint) -> Findings:
         """Choose the MLA layers; every layer's score, as the report has it."""
