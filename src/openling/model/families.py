@@ -6,7 +6,7 @@ A row is chosen by `architectures[0]`; the tensor names of the same families are
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
 
 from openling.errors import UserError, nearest
@@ -14,14 +14,19 @@ from openling.model.config import LING_ARCHITECTURE, ModelConfig, ling_moe_field
 
 LAYER_COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")
 MOST_LAYERS = 10_000
+ABSENT = "absent keys"  # under this name the readers find the keys that config.json lacks and the family's row stands for
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row: the architecture's name in config.json and how its keys are read."""
+    """One row: the architecture's name in config.json, how its keys are read, and what absent keys mean.
+
+    `absent` is from transformers 5, models/*/configuration_*.py, where it is not what `ModelConfig` says; null is another thing.
+    """
 
     architecture: str
     read: Callable[[dict[str, Any]], ModelConfig]
+    absent: dict[str, Any] = field(default_factory=dict)
 
 
 def _common(hf: dict[str, Any], *, partial_rotary: bool = False) -> dict[str, Any]:
@@ -30,13 +35,15 @@ def _common(hf: dict[str, Any], *, partial_rotary: bool = False) -> dict[str, An
         what = "transformers rotates whole heads in this architecture, whatever this key says"
         raise UserError(what, where="partial_rotary_factor", value=factor, expected="1, or no such key")
     layers, hidden, heads = (need(hf, k) for k in ("num_hidden_layers", "hidden_size", "num_attention_heads"))
-    window = hf.get("sliding_window")
-    if window and hf.get("use_sliding_window", True) and window < (hf.get("max_position_embeddings") or 0):
+    window, longest = hf.get("sliding_window"), hf.get("max_position_embeddings") or 4096
+    if window and window < longest:
         raise UserError(
             "sliding-window attention is not supported: its layers would have to be converted as full attention",
             where="sliding_window",
-            value=window,
-            expected="null, or at least max_position_embeddings",
+            value=f"{window}, which transformers takes where the key is absent"
+            if "sliding_window" in hf.get(ABSENT, ())
+            else window,
+            expected=f"null, or at least max_position_embeddings = {longest}",
         )
     if hf.get("hidden_act", "silu") != "silu":
         raise UserError("unsupported activation", where="hidden_act", value=hf["hidden_act"], expected="silu (SwiGLU)")
@@ -52,35 +59,44 @@ def _common(hf: dict[str, Any], *, partial_rotary: bool = False) -> dict[str, An
         rms_norm_eps=hf.get("rms_norm_eps", 1e-6),
         tie_word_embeddings=bool(hf.get("tie_word_embeddings", False)),
         initializer_range=hf.get("initializer_range", 0.02),
-        max_position_embeddings=hf.get("max_position_embeddings") or 4096,
+        max_position_embeddings=longest,
         mtp_layer_kind="gqa",
         **read_tokens(hf),
         **rope,
     )
 
 
+def _with_switch(hf: dict[str, Any], *, default: bool = False) -> dict[str, Any]:
+    """The keys less the window, where the architecture has a switch for it that is off."""
+    on = hf.get("use_sliding_window", default)
+    return hf if on else {key: value for key, value in hf.items() if key != "sliding_window"}
+
+
 def _llama(hf: dict[str, Any]) -> ModelConfig:
+    hf = _with_switch(hf, default=True)
     bias = bool(hf.get("attention_bias", False))
     return ModelConfig(**_common(hf), use_qkv_bias=bias, use_bias=bias, mlp_bias=bool(hf.get("mlp_bias", False)))
 
 
+def _mistral(hf: dict[str, Any]) -> ModelConfig:
+    return ModelConfig(**_common(hf))  # no biases and no switch of the window, whatever the keys of other families say
+
+
 def _qwen2(hf: dict[str, Any]) -> ModelConfig:
-    return ModelConfig(**_common(hf | {"use_sliding_window": hf.get("use_sliding_window", False)}), use_qkv_bias=True)
+    return ModelConfig(**_common(_with_switch(hf)), use_qkv_bias=True)
 
 
 def _qwen3(hf: dict[str, Any]) -> ModelConfig:
     bias = bool(hf.get("attention_bias", False))
-    hf = hf | {"use_sliding_window": hf.get("use_sliding_window", False), "head_dim": hf.get("head_dim") or 128}
-    return ModelConfig(**_common(hf), use_qkv_bias=bias, use_bias=bias, gqa_qk_norm=True)
+    return ModelConfig(**_common(_with_switch(hf)), use_qkv_bias=bias, use_bias=bias, gqa_qk_norm=True)
 
 
 def _qwen3_moe(hf: dict[str, Any]) -> ModelConfig:
     layers, step, dense = need(hf, "num_hidden_layers"), hf.get("decoder_sparse_step") or 1, set(hf.get("mlp_only_layers") or ())
     bias = bool(hf.get("attention_bias", False))
-    hf = hf | {"use_sliding_window": hf.get("use_sliding_window", False)}
     experts = need(hf, "num_experts" if "num_experts" in hf else "num_local_experts")  # transformers 5 writes the second
     return ModelConfig(
-        **_common(hf),
+        **_common(_with_switch(hf)),
         use_qkv_bias=bias,
         use_bias=bias,
         gqa_qk_norm=True,
@@ -120,17 +136,20 @@ def _ling2(hf: dict[str, Any]) -> ModelConfig:
     )
 
 
+_MISTRAL: dict[str, Any] = {"num_key_value_heads": 8, "max_position_embeddings": 131072}
+_QWEN: dict[str, Any] = {"num_key_value_heads": 32, "max_position_embeddings": 32768, "sliding_window": 4096}
+
 FAMILIES: dict[str, Family] = {
     row.architecture: row
     for row in (
         Family(LING_ARCHITECTURE, read_ling),
         Family("BailingMoeV2ForCausalLM", _ling2),
-        Family("LlamaForCausalLM", _llama),
-        Family("MistralForCausalLM", _llama),
-        Family("Qwen2ForCausalLM", _qwen2),
-        Family("Qwen3ForCausalLM", _qwen3),
-        Family("Qwen3MoeForCausalLM", _qwen3_moe),
-        Family("MixtralForCausalLM", _mixtral),
+        Family("LlamaForCausalLM", _llama, {"max_position_embeddings": 2048}),
+        Family("MistralForCausalLM", _mistral, _MISTRAL | {"sliding_window": 4096}),
+        Family("Qwen2ForCausalLM", _qwen2, _QWEN),
+        Family("Qwen3ForCausalLM", _qwen3, _QWEN | {"head_dim": 128}),
+        Family("Qwen3MoeForCausalLM", _qwen3_moe, _QWEN | {"num_key_value_heads": 4}),
+        Family("MixtralForCausalLM", _mixtral, _MISTRAL | {"rope_theta": 1e6, "rms_norm_eps": 1e-5}),
     )
 }
 
@@ -153,11 +172,12 @@ def family_of(hf: dict[str, Any], *, where: object = None) -> Family:
 
 def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     """`ModelConfig` from any supported config.json dict."""
-    hf = {key: value for key, value in hf.items() if value is not None}  # as if the key were not there
     family = family_of(hf, where=where)
+    absent = {key: value for key, value in family.absent.items() if key not in hf}
+    hf = {key: value for key, value in hf.items() if value is not None} | absent
     _check_kinds(hf, where)
     try:
-        return family.read(hf)
+        return family.read(_one_rope(hf) | {ABSENT: tuple(absent)})
     except UserError as error:  # which names a key
         if where is None:
             raise
@@ -165,6 +185,29 @@ def read_config(hf: dict[str, Any], *, where: object = None) -> ModelConfig:
     except (ArithmeticError, AttributeError, TypeError, ValueError) as error:
         what = "config.json has a value of the wrong kind"
         raise UserError(what, where=where, value=error, expected=f"the keys of {family.architecture}") from error
+
+
+def _one_rope(hf: dict[str, Any]) -> dict[str, Any]:
+    """The keys with one description of RoPE: as in transformers 5, `rope_scaling` counts where both are, whole.
+
+    See `RotaryEmbeddingConfigMixin` in its modeling_rope_utils.py: nothing of `rope_parameters` is merged in, not even its
+    theta, and an original length beside the description counts before the one in it.
+    """
+    name = "rope_scaling" if hf.get("rope_scaling") else "rope_parameters"
+    rope = dict(hf.get(name) or {})
+    by_layer = sorted(key for key, value in rope.items() if isinstance(value, dict))
+    if by_layer:
+        what = "positions that differ by the kind of layer are not supported"
+        raise UserError(what, where=name, value=", ".join(by_layer), expected="one rope_type and rope_theta for all layers")
+    fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
+    kind = rope.get("rope_type") or rope.get("type")
+    if kind == "yarn" and fast < slow:
+        what = "this RoPE scaling cannot be: its ramp would fall from the slow pairs to the fast ones"
+        raise UserError(what, where=f"{name}.beta_fast", value=fast, expected=f"at least beta_slow = {slow}")
+    if kind in ("yarn", "llama3") and (original := hf.get("original_max_position_embeddings")):
+        rope["original_max_position_embeddings"] = original
+    rest = {key: value for key, value in hf.items() if key not in ("rope_scaling", "rope_parameters")}
+    return rest | ({name: rope} if rope else {})
 
 
 def _check_kinds(hf: dict[str, Any], where: object) -> None:
