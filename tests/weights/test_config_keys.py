@@ -120,3 +120,44 @@ def test_rope_that_cannot_be_is_refused(rope: dict[str, Any], where: str) -> Non
     with pytest.raises(UserError) as caught:
         read_config(keys("LlamaForCausalLM", **rope))
     assert caught.value.parts["where"] == where
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("hidden_size", 10**18),
+        ("hidden_size", True),
+        ("vocab_size", 2**70),
+        ("intermediate_size", -48),
+        ("intermediate_size", 2**62),
+        ("num_key_value_heads", 2**40),
+        ("head_dim", 2**40),
+        ("attention_bias", "false"),
+        ("mlp_bias", 1),
+        ("tie_word_embeddings", 1),
+        ("use_sliding_window", 1),
+        ("sliding_window", "16"),
+        ("eos_token_id", [256, "a"]),
+        ("eos_token_id", {"a": 1}),
+        ("bos_token_id", [1]),
+        ("pad_token_id", 1.5),
+        ("initializer_range", float("nan")),
+        ("initializer_range", 2.0),
+        ("rms_norm_eps", 0),
+        ("rms_norm_eps", float("nan")),
+        ("rope_theta", 10**400),
+        ("rope_parameters", []),
+        ("rope_scaling", "x"),
+        ("mlp_only_layers", "01"),
+        ("num_local_experts", "4"),
+    ],
+    ids=str,
+)
+def test_values_that_cannot_be_name_their_key(name: str, value: object, tmp_path: Path) -> None:
+    with pytest.raises(UserError) as caught:
+        read_config(keys("LlamaForCausalLM") | {name: value})
+    assert caught.value.parts["where"] == name
+    odd("llama", tmp_path, {name: value})
+    with pytest.raises(UserError, match=name) as caught:
+        openling.load(tmp_path)
+    assert caught.value.parts["where"] == f"{tmp_path / 'config.json'}, {name}"

@@ -5,6 +5,7 @@ A row is chosen by `architectures[0]`; the tensor names of the same families are
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_type_hints
@@ -12,8 +13,28 @@ from typing import Any, get_args, get_type_hints
 from openling.errors import UserError, nearest
 from openling.model.config import LING_ARCHITECTURE, ModelConfig, ling_moe_fields, need, read_ling, read_rope, read_tokens
 
-LAYER_COUNTS = ("num_hidden_layers", "num_nextn_predict_layers")
-MOST_LAYERS = 10_000
+# Far above every model, and so low that no product of them overflows; more layers would take long to list.
+MOST_OF = {"num_hidden_layers": "layers", "num_nextn_predict_layers": "layers", "vocab_size": "tokens", "num_experts": "experts"}
+MOST = {"num_hidden_layers": 10_000, "num_nextn_predict_layers": 10_000, "vocab_size": 2**24}
+MOST |= dict.fromkeys(("num_attention_heads", "num_key_value_heads", "num_experts", "num_local_experts"), 2**14)
+MOST |= dict.fromkeys(("hidden_size", "intermediate_size", "moe_intermediate_size", "head_dim"), 2**20)
+MOST |= dict.fromkeys(("q_lora_rank", "kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim"), 2**20)
+MOST |= dict.fromkeys(("moe_shared_expert_intermediate_size", "num_shared_experts", "num_experts_per_tok"), 2**20)
+
+
+def _kinds() -> dict[str, type]:
+    """bool, int or float by key: those of `ModelConfig` and those that only the readers know."""
+    switches = ("attention_bias", "mlp_bias", "use_sliding_window", "use_linear_silu")
+    counts = ("num_local_experts", "decoder_sparse_step", "first_k_dense_replace", "sliding_window")
+    kinds: dict[str, type] = dict.fromkeys(switches, bool) | dict.fromkeys(counts, int)
+    for name, hint in get_type_hints(ModelConfig).items():
+        either = {hint, *get_args(hint)}
+        if not name.endswith("_token_id") and (found := [kind for kind in (bool, int, float) if kind in either]):
+            kinds[name] = found[0]
+    return kinds
+
+
+KINDS = _kinds()
 ABSENT = "absent keys"  # under this name the readers find the keys that config.json lacks and the family's row stands for
 
 
@@ -211,20 +232,36 @@ def _one_rope(hf: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_kinds(hf: dict[str, Any], where: object) -> None:
-    """Numbers and switches where `ModelConfig` has them, and not so many layers that to list them takes long."""
-    for name, kind in get_type_hints(ModelConfig).items():
-        value, kinds = hf.get(name), {kind, *get_args(kind)}
-        place = name if where is None else f"{where}, {name}"
-        if value is None or not kinds & {int, float, bool} or isinstance(value, list):
-            continue
-        if bool in kinds:
-            ok, expected = value in (True, False), "true or false"
-        elif int in kinds:
-            ok, expected = isinstance(value, int) and not isinstance(value, bool), "an integer"
-        else:
-            ok, expected = isinstance(value, (int, float)) and not isinstance(value, bool), "a number"
+    """Numbers, switches and lists where the families have them, and no sizes that no model has: shapes would overflow."""
+
+    def check(ok: bool, name: str, expected: str, what: str = "config.json has a value of the wrong kind") -> None:
         if not ok:
-            what = "config.json has a value of the wrong kind"
-            raise UserError(what, where=place, value=repr(value), expected=expected)
-        if name in LAYER_COUNTS and value > MOST_LAYERS:
-            raise UserError("no model has so many layers", where=place, value=value, expected=f"{MOST_LAYERS} at most")
+            place = name if where is None else f"{where}, {name}"
+            raise UserError(what, where=place, value=repr(hf[name]), expected=expected)
+
+    for name in hf.keys() & KINDS.keys():
+        value, kind = hf[name], KINDS[name]
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if kind is bool:
+            check(isinstance(value, bool), name, "true or false")
+        elif kind is int:
+            check(whole, name, "an integer")
+        elif kind is float:
+            check(whole or isinstance(value, float), name, "a number")
+            check(math.isfinite(value) if isinstance(value, float) else abs(value) < 2**1023, name, "a finite number")
+    for name in hf.keys() & MOST.keys():
+        value = hf[name]
+        check(value <= MOST[name], name, f"{MOST[name]} at most", f"no model has so many {MOST_OF.get(name, 'values there')}")
+        check(value >= 0, name, "an integer that is not negative")
+    for name in hf.keys() & {"bos_token_id", "eos_token_id", "pad_token_id"}:
+        ids = hf[name] if name == "eos_token_id" and isinstance(hf[name], list) else [hf[name]]
+        listed = " or a list of them" if name == "eos_token_id" else ""
+        check(all(isinstance(i, int) and not isinstance(i, bool) for i in ids), name, f"a token's number{listed}")
+    for name in hf.keys() & {"rope_scaling", "rope_parameters"}:
+        check(isinstance(hf[name], dict), name, '{"rope_type": ...}, or no such key')
+    layers = hf.get("mlp_only_layers", [])
+    check(isinstance(layers, list) and all(isinstance(i, int) for i in layers), "mlp_only_layers", "a list of layer numbers")
+    if "rms_norm_eps" in hf:
+        check(0 < hf["rms_norm_eps"] < 1, "rms_norm_eps", "a small number above 0")
+    if "initializer_range" in hf:
+        check(0 <= hf["initializer_range"] <= 1, "initializer_range", "a number from 0 to 1")
