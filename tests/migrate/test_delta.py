@@ -6,7 +6,9 @@ import json
 import os
 import shutil
 import signal
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -351,3 +353,24 @@ def test_a_kill_leaves_nothing_that_looks_finished(
 
 def kill(*args: object) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
+
+
+RECORDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "shard from the teacher": (lambda r: r["copied"].update({"model.safetensors": "teacher"}), "both made of tensors and copied"),
+    "more weights": (lambda r: r["copied"].update({"other.safetensors": "teacher"}), "other.safetensors holds weights"),
+    "no shards": (lambda r: (r.update(shards={}), r["result"].pop("model.safetensors")), "lists no tensors"),
+    "empty shard": (lambda r: r["shards"].update({"model.safetensors": []}), "lists no tensors"),
+    "a tensor twice": (lambda r: r["shards"]["model.safetensors"].append(r["shards"]["model.safetensors"][0]), "listed twice"),
+    "a hash too many": (lambda r: r["result"].update({"x.py": {"bytes": 1, "sha256": "0" * 64}}), "hash of x.py"),
+    "no config": (lambda r: (r["copied"].pop("config.json"), r["result"].pop("config.json")), "no config.json"),
+}
+
+
+@pytest.mark.parametrize("how", RECORDS)
+def test_a_record_that_gives_no_whole_folder_is_refused(how: str, small: Path, place: Place, tmp_path: Path) -> None:
+    record, (edit, said) = damaged(small, tmp_path / "delta") / "delta.json", RECORDS[how]
+    value = json.loads(record.read_text())
+    edit(value)
+    record.write_text(json.dumps(value))
+    refused(openling_command("delta", "apply", place.teacher, record.parent, tmp_path / "out"), "contradicts itself", said)
+    assert [path.name for path in tmp_path.iterdir()] == ["delta"]

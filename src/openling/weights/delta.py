@@ -22,7 +22,7 @@ from torch import Tensor
 
 from openling.config.section import refusal
 from openling.errors import Failure, UserError
-from openling.weights.files import Kept, companions, file_hash, first_difference, write_shard
+from openling.weights.files import WEIGHTS, Kept, companions, file_hash, first_difference, write_shard
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, open_folder
 from openling.weights.fp8 import Dequantised
 from openling.weights.headers import DTYPES, write_header
@@ -281,6 +281,7 @@ def apply_delta(teacher: Path, folder: Path, out: Path) -> Path:
                 raise Failure("what came out is not what the delta promises", where=shard, next="make the delta again")
         for name, path in origin.items():
             writer.add_file(name, path.read_bytes())
+        CheckpointReader(writer.draft)  # with an index of the teacher's, too, all tensors lie where it says
     return writer.out
 
 
@@ -293,11 +294,31 @@ def read_delta(folder: Path) -> Delta:
     except ValidationError as error:
         what = "the record of the delta cannot be read"
         raise refusal(error, lambda name: f"{folder / RECORD}, {name or 'the file'}", what, suggest=False) from error
-    if missing := {*delta.shards, *(name for name, of in delta.copied.items() if of == "delta")} - set(delta.result):
+    made = {*delta.shards, *(name for name, of in delta.copied.items() if of == "delta")}
+    if missing := made - set(delta.result):
         raise UserError("the record of the delta is incomplete", where=folder / RECORD, value=f"no hash of {min(missing)}")
+    if found := _contradiction(delta, made):
+        next_step = "copy or download the delta again"
+        raise UserError("the record of the delta contradicts itself", where=folder / RECORD, value=found, next=next_step)
     for part, content in delta.parts.items():
         _check(folder / part, content)
     return delta
+
+
+def _contradiction(delta: Delta, made: set[str]) -> str | None:
+    """Why no whole checkpoint folder can come of a record, or None. made: the files written and checked by hash."""
+    names = [entry.name for entries in delta.shards.values() for entry in entries]
+    if not names:
+        return "it lists no tensors"
+    if len(names) > len(set(names)):
+        return f"the tensor {next(name for name in names if names.count(name) > 1)} is listed twice"
+    if twice := delta.shards.keys() & delta.copied.keys():
+        return f"{min(twice)} is both made of tensors and copied"
+    if weights := [name for name in delta.copied if Path(name).suffix in WEIGHTS]:
+        return f"{weights[0]} holds weights and is copied, not made of tensors"
+    if unmade := set(delta.result) - made:
+        return f"there is a hash of {min(unmade)}, which is not made"
+    return None if "config.json" in delta.copied else "it has no config.json"
 
 
 def first_other(delta: Delta, out: Path) -> Path | None:

@@ -28,6 +28,7 @@ from openling.weights.whole import new_file, write_all
 PIECE = 16 << 20
 # What a conversion wrote and from what: the hashes that `openling verify` checks.
 MANIFEST = "openling-files.json"
+WEIGHTS = (".safetensors", ".distcp", ".bin", ".gguf")
 # Of every source file this many blocks, evenly spread, tell whether it is still the same; all of it below 1 MiB.
 SAMPLES, BLOCK = 256, 4096
 _FICLONE = 0x40049409
@@ -211,9 +212,8 @@ def read_ahead(reader: TensorFiles, names: list[str]) -> None:
 
 def companions(folder: Path) -> list[Path]:
     """The files of a checkpoint folder that are no weights."""
-    weights = (".safetensors", ".distcp", ".bin", ".gguf")
     files = (path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith("."))
-    return [path for path in files if path.suffix not in weights and path.name not in (INDEX, MANIFEST)]
+    return [path for path in files if path.suffix not in WEIGHTS and path.name not in (INDEX, MANIFEST)]
 
 
 def identity(path: Path) -> dict[str, object]:
