@@ -6,6 +6,7 @@ import errno
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -213,6 +214,16 @@ def test_index_and_shards_disagree(folder: Path) -> None:
     (folder / INDEX).write_text(json.dumps(index))
     save_file(load_file(folder / shards[0]) | load_file(folder / shards[1]), folder / shards[1])
     refused(folder, "stored twice", shards[0], shards[1])
+
+
+def test_two_sets_of_weights(folder: Path, model: Ling, tmp_path: Path) -> None:
+    """Transformers takes the single file; an index that names it, too, is one set."""
+    single = save(model, tmp_path / "single")
+    shutil.copy(single / SINGLE, folder)
+    refused(folder, "two sets of weights", str(folder), SINGLE, INDEX, "move")
+    names = CheckpointReader(single).names()
+    (single / INDEX).write_text(json.dumps({"weight_map": dict.fromkeys(names, SINGLE)}))
+    assert CheckpointReader(single).names() == names
 
 
 def test_config_contradicts_the_weights(single: Path) -> None:

@@ -187,6 +187,14 @@ class CheckpointReader(TensorFiles):
                 raise UserError(
                     "the index lists no tensors", where=self.folder / INDEX, expected='{"weight_map": {tensor: shard}}'
                 )
+            if (self.folder / SINGLE).exists() and SINGLE not in weight_map.values():
+                raise UserError(
+                    "this folder holds two sets of weights",
+                    where=self.folder,
+                    value=f"{SINGLE}, which transformers would read, and the shards of {INDEX}",
+                    expected="one of them",
+                    next=f"move {SINGLE} away, or {INDEX} with its shards",
+                )
             metadata = index.get("metadata") or {}
             self.stale_in = list(metadata.get("stale_in", ())) if isinstance(metadata, dict) else []
             return weight_map
