@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -56,6 +57,9 @@ class Form:
         scale = torch.where(largest > 0, largest / LARGEST, torch.ones_like(largest))
         if self.scale_dtype == torch.float8_e8m0fnu:
             scale = _power_above(scale)
+        else:
+            about = torch.finfo(self.scale_dtype)
+            scale = scale.clamp(min=about.tiny * about.eps)  # what is smaller would be stored as zero
         scale = scale.reshape(self.scale_shape((rows, columns))).to(self.scale_dtype)
         scaled = (weight / self.widen(scale, (rows, columns))).clamp(-LARGEST, LARGEST)
         return scaled.to(torch.float8_e4m3fn), scale
@@ -78,8 +82,7 @@ class Dequantised(TensorFiles):
     def __init__(self, raw: TensorFiles, hf_config: dict[str, Any]) -> None:
         super().__init__(raw.folder, raw.spans)
         self.raw = raw
-        quantised = hf_config.get("quantization_config") or {}
-        block = tuple(quantised.get("weight_block_size") or (128, 128))
+        block = block_size(hf_config, raw.folder)
         self.forms = {name: self._form(name, block) for name in raw.names() if raw.dtype(name) in FP8}
         self.scales = {name + form.suffix for name, form in self.forms.items()}
         for name in raw.names():
@@ -90,7 +93,7 @@ class Dequantised(TensorFiles):
                     "a scale without its FP8 tensor", where=f"{name} in {raw.folder}", value=found, expected=f"{weight} in FP8"
                 )
 
-    def _form(self, name: str, block: tuple[int, ...]) -> Form:
+    def _form(self, name: str, block: tuple[int, int]) -> Form:
         raw, shape = self.raw, self.raw.shape(name)
         suffix = next((s for s in SUFFIXES if name + s in raw), None)
         if suffix is None or len(shape) != 2:
@@ -98,18 +101,26 @@ class Dequantised(TensorFiles):
                 "an FP8 tensor has no scale" if suffix is None else "an FP8 tensor is not a matrix",
                 where=f"{name} in {raw.folder}",
                 value=list(shape),
-                expected=f"{name}_scale_inv, one per {block[0]} x {block[-1]} block, or {name}_scale, one per row",
+                expected=f"{name}_scale_inv, one per {block[0]} x {block[1]} block, or {name}_scale, one per row",
                 next="copy or download the folder again",
             )
         scale = name + suffix
+        if not raw.dtype(scale).is_floating_point:
+            raise UserError(
+                "an FP8 scale is no floating-point number",
+                where=f"{scale} in {raw.folder}",
+                value=raw.spans[scale].dtype,
+                expected="F32, BF16, F16 or F8_E8M0",
+                next="copy or download the folder again",
+            )
         kind: Literal["block", "channel"] = "block" if suffix == "_scale_inv" else "channel"
-        form = Form(kind, suffix, raw.dtype(scale), len(raw.shape(scale)) == 1, (block[0], block[-1]))
+        form = Form(kind, suffix, raw.dtype(scale), len(raw.shape(scale)) == 1, block)
         if raw.shape(scale) != form.scale_shape(shape):
             raise UserError(
                 "an FP8 scale has the wrong shape",
                 where=f"{scale} in {raw.folder}",
                 value=list(raw.shape(scale)),
-                expected=f"{list(form.scale_shape(shape))} for {list(shape)}, blocks of {block[0]} x {block[-1]}",
+                expected=f"{list(form.scale_shape(shape))} for {list(shape)}, blocks of {block[0]} x {block[1]}",
                 next="set weight_block_size in config.json's quantization_config, or copy the folder again",
             )
         return form
@@ -132,12 +143,42 @@ class Dequantised(TensorFiles):
             return self.raw.read_rows(name, first, count)
         if count is not None:
             return self.read_rows(name, 0, None)[first : first + count].clone()
-        stored = self.raw.read(name)
-        return stored.float() * form.widen(self.raw.read(name + form.suffix), tuple(stored.shape))
+        stored, scale = self.raw.read(name).float(), self.raw.read(name + form.suffix).float()
+        widened = form.widen(scale, tuple(stored.shape))
+        # A zero scale is right where all that it scales is zero, too.
+        if (scale < 0).any() or ((scale == 0).any() and ((widened == 0) & (stored != 0)).any()):
+            raise UserError(
+                "an FP8 scale is not above zero",
+                where=f"{name + form.suffix} in {self.raw.folder}",
+                value=float(scale.min()),
+                expected="positive scales: quantising gives no others",
+                next="copy or download the folder again",
+            )
+        return stored * widened
+
+
+def block_size(hf_config: dict[str, Any], folder: Path) -> tuple[int, int]:
+    """Rows and columns of a block by config.json, 128 unless it says otherwise; UserError for settings of another kind."""
+
+    def wrong(key: str, value: object, expected: str) -> UserError:
+        return UserError("this setting of config.json is not valid", where=f"{key} in {folder}", value=value, expected=expected)
+
+    settings = hf_config.get("quantization_config")
+    if not isinstance(settings, dict | None):
+        raise wrong("quantization_config", settings, 'an object, like {"quant_method": "fp8", "weight_block_size": [128, 128]}')
+    size, listed = (settings or {}).get("weight_block_size"), (settings or {}).get("modules_to_not_convert")
+    if not (listed is None or (isinstance(listed, list) and all(isinstance(entry, str) for entry in listed))):
+        raise wrong("quantization_config.modules_to_not_convert", listed, "a list of names of modules")
+    if size is None:
+        return 128, 128
+    if not (isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size)):
+        raise wrong("quantization_config.weight_block_size", size, "two positive integers, like [128, 128]")
+    return size[0], size[1]
 
 
 def opened_values(raw: TensorFiles, hf_config: dict[str, Any]) -> TensorFiles:
     """The tensors of a folder as values: itself, or dequantised where it holds FP8 matrices or scales."""
+    block_size(hf_config, raw.folder)
     quantised = any(raw.spans[name].dtype.startswith("F8_E4") or name.endswith(tuple(SUFFIXES)) for name in raw.names())
     return Dequantised(raw, hf_config) if quantised else raw
 
