@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -202,6 +203,47 @@ def test_corrupt_header_and_pointer(single: Path) -> None:
     refused(single, "damaged or truncated")
     (single / SINGLE).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
     refused(single, "Git LFS pointer")
+
+
+DEEP = "[" * 100_000
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"dtype": dtype} for dtype in (None, ["F32"], 5)),
+        *(
+            {"shape": json.loads(s)}
+            for s in ("null", "5", "[Infinity, 1]", '["48", "32"]', "[48.9, 32.9]", "[-48, -32]", "[true]")
+        ),
+        *({"data_offsets": o} for o in (None, 5, [0], [0, 1, 2], [0.0, 6144.0], ["0", "6144"], [-1, 6143])),
+    ],
+    ids=str,
+)
+def test_an_entry_of_another_kind_in_a_header(changes: dict[str, Any], single: Path) -> None:
+    data = (single / SINGLE).read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header[QKV] |= changes
+    text = json.dumps(header).encode()
+    (single / SINGLE).write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    refused(single, "damaged or truncated", str(single / SINGLE), f"the entry of {QKV} is not")
+
+
+def test_json_that_is_nested_too_deeply(folder: Path) -> None:
+    shard = sorted(folder.glob("*.safetensors"))[0]
+    shard.write_bytes(len(DEEP).to_bytes(8, "little") + DEEP.encode())
+    refused(folder, "damaged or truncated", str(shard), "nested too deeply")
+    for name in (INDEX, "config.json"):
+        (folder / name).write_text('{"a": ' + DEEP)
+        refused(folder, f"{name} is not valid JSON", str(folder / name))
+
+
+@pytest.mark.parametrize("stale", [5, "model.safetensors", {}, None, [5]])
+def test_stale_shards_that_are_no_names(folder: Path, stale: object) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    (folder / INDEX).write_text(json.dumps(index | {"metadata": {"stale_in": stale}}))
+    refused(folder, "not valid", f"metadata.stale_in in {folder / INDEX}", "a list of shards")
 
 
 def test_index_and_shards_disagree(folder: Path) -> None:

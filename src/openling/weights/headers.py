@@ -11,7 +11,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 
@@ -58,7 +58,10 @@ def read_header(path: Path) -> dict[str, Span]:
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, MAX_HEADER_BYTES):
             raise ValueError("the header is longer than the file")
-        entries = json.loads(file.read(length))
+        try:
+            entries = json.loads(file.read(length))
+        except RecursionError as error:
+            raise ValueError("the header is nested too deeply") from error
     if not isinstance(entries, dict):
         raise ValueError("the header is not a JSON object")
     entries.pop("__metadata__", None)
@@ -76,15 +79,19 @@ def read_header(path: Path) -> dict[str, Span]:
 
 
 def _span(shard: str, name: str, entry: Any, base: int) -> Span:
-    try:
-        start, end = entry["data_offsets"]
-        span = Span(shard, entry["dtype"], tuple(map(int, entry["shape"])), base + start, base + end)
-    except (KeyError, TypeError, ValueError) as error:
-        raise ValueError(f"the entry of {name} is incomplete") from error
+    found = entry if isinstance(entry, dict) else {}
+    dtype, shape, offsets = (found.get(key) for key in ("dtype", "shape", "data_offsets"))
+    if not (isinstance(dtype, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
+        raise ValueError(f"the entry of {name} is not its type, its sizes and where it begins and ends: {str(entry)[:80]}")
+    span = Span(shard, dtype, tuple(shape), base + offsets[0], base + offsets[1])
     known = DTYPES.get(span.dtype)
     if known is not None and math.prod(span.shape) * known.itemsize != span.nbytes:
         raise ValueError(f"{name} has {span.nbytes} bytes, which do not fit its shape {list(span.shape)}")
     return span
+
+
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
+    return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 
 def write_header(entries: Iterable[tuple[str, str, tuple[int, ...], int]]) -> bytes:

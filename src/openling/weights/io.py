@@ -66,7 +66,7 @@ def read_json(path: Path) -> dict[str, Any]:
     _check_no_pointer(path, data)
     try:
         value = json.loads(data)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the second where it is nested too deeply
         raise UserError(f"{path.name} is not valid JSON", where=path, value=error, expected="a JSON object") from error
     if not isinstance(value, dict):
         raise UserError(f"{path.name} is not a JSON object", where=path, value=type(value).__name__, expected="{...}")
@@ -195,8 +195,12 @@ class CheckpointReader(TensorFiles):
                     expected="one of them",
                     next=f"move {SINGLE} away, or {INDEX} with its shards",
                 )
-            metadata = index.get("metadata") or {}
-            self.stale_in = list(metadata.get("stale_in", ())) if isinstance(metadata, dict) else []
+            metadata = index.get("metadata")
+            stale = metadata.get("stale_in", []) if isinstance(metadata, dict) else []
+            if not (isinstance(stale, list) and all(isinstance(shard, str) for shard in stale)):
+                where = f"metadata.stale_in in {self.folder / INDEX}"
+                raise UserError("this entry of the index is not valid", where=where, value=stale, expected="a list of shards")
+            self.stale_in = stale
             return weight_map
         if (self.folder / SINGLE).exists():
             return None
