@@ -15,7 +15,6 @@ import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -23,9 +22,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from openling import __version__
 from openling.config.migrate import MigrateConfig
-from openling.environment import peak_memory
 from openling.errors import Failure, UserError
 from openling.migrate.calibrate import LayerStep, walk
 from openling.migrate.convert import check_mla, fit_lightning, fit_mla
@@ -33,14 +30,13 @@ from openling.migrate.findings import Findings
 from openling.migrate.journal import run_folder
 from openling.migrate.layout import lightning_stage, mla_stage
 from openling.migrate.memory import BUDGET, MOVERS, room
+from openling.migrate.publish import LAYER_FILE, Draft
 from openling.migrate.stack import DerivedStack, FolderStack
 from openling.migrate.streams import DiskStreams, noise
 from openling.model.config import LING_ARCHITECTURE, ModelConfig
 from openling.model.ling import CallContext, Ling
 from openling.ops.cpu import bf16_matmuls_pay, half_products, settle_bf16_matmuls
-from openling.weights.export import add_companions, add_launch_scripts, json_text, ling_config, model_card
 from openling.weights.files import (
-    MANIFEST,
     check_unchanged,
     copy_file,
     copy_tensors,
@@ -48,20 +44,16 @@ from openling.weights.files import (
     identity,
     link_file,
     read_ahead,
-    small_files,
     write_shard,
 )
 from openling.weights.folder import EMBEDDINGS, LM_HEAD, Opened, check_tied, open_folder
-from openling.weights.fp8 import Dequantised, Form, opened_values, quantization_config
-from openling.weights.headers import Span
-from openling.weights.io import INDEX, CheckpointReader, TensorFiles, check_outside, check_space, write_error
+from openling.weights.fp8 import Dequantised, Form, opened_values
+from openling.weights.io import CheckpointReader, TensorFiles, check_outside, check_space, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
-from openling.weights.remote import REMOTE_FILE, remote_code
 from openling.weights.units import Units
 from openling.weights.whole import write_json
 
-LAYER_FILE = "model-layer-{:05d}.safetensors"
 # Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
 AHEAD_BYTES = 1 << 30
 WAIT_SECONDS = 0.5
@@ -263,7 +255,7 @@ class _Conversion:
 
     def __init__(self, job: Job, plan: Outline, run: Path, shards: dict[str, dict[str, object]], say: Any) -> None:
         self.job, self.plan, self.run, self.shards, self.say = job, plan, run, shards, say
-        self.units, self.draft = Units(run), run / "draft"
+        self.units, self.draft = Units(run), Draft(job, plan, run, shards)
 
     def go(self) -> dict[str, Any]:
         """Do what nobody else does, wait for the rest, publish."""
@@ -286,7 +278,7 @@ class _Conversion:
         return report
 
     def _move(self, file: FilePlan) -> None:
-        unit, folder, out = f"file-{file.name}", self.plan.raw.folder, self.draft / file.name
+        unit, folder, out = f"file-{file.name}", self.plan.raw.folder, self.draft.folder / file.name
         with self.units.claim(unit) as mine:
             if not mine:
                 return
@@ -322,8 +314,8 @@ class _Conversion:
         opened, done = self.plan.opened, [i for step in self.plan.steps[:number] for i in step.layers]
         if not done:
             return opened
-        made = TensorFiles.of(self.draft, [LAYER_FILE.format(i) for i in done])
-        spans = {n: replace(s, shard=str((self.draft / s.shard).absolute())) for n, s in made.spans.items()}
+        made = TensorFiles.of(self.draft.folder, [LAYER_FILE.format(i) for i in done])
+        spans = {n: replace(s, shard=str((self.draft.folder / s.shard).absolute())) for n, s in made.spans.items()}
         raw = TensorFiles(opened.folder, self.plan.raw.spans | spans)
         config = self.plan.steps[number].before
         with torch.device("meta"):
@@ -378,7 +370,7 @@ class _Conversion:
             if not tensor.isfinite().all():
                 raise Failure("a fitted mixer holds NaN or infinite values", where=f"layer {at.index}, {name}")
         self._check_shards()
-        done = write_shard(self.draft / LAYER_FILE.format(at.index), tensors)
+        done = write_shard(self.draft.folder / LAYER_FILE.format(at.index), tensors)
         self.units.record(f"layer-{at.index}", asdict(done) | found.as_dict())
 
     def _check_shards(self) -> None:
@@ -422,75 +414,7 @@ class _Conversion:
             if mine:
                 for shard, before in self.shards.items():
                     check_unchanged(self.plan.raw.folder / shard, before, thorough=True)
-                self._finish({n: r for n, r in results.items() if r is not None}, begun)
+                self.draft.finish({n: r for n, r in results.items() if r is not None}, begun)
                 self.units.record("publish", {})
                 shutil.rmtree(self.run / "streams", ignore_errors=True)
         return self.units.result("publish") is not None
-
-    def _finish(self, results: dict[str, dict[str, Any]], begun: float) -> None:
-        plan, out = self.plan, self.job.out.absolute()
-        weight_map = {t.name: f.name for f in plan.files for t in f.tensors}
-        made = TensorFiles.of(self.draft, [LAYER_FILE.format(i) for i in plan.layers])
-        weight_map |= {name: span.shard for name, span in made.spans.items()}
-        sizes = {t.name: sum(plan.raw.nbytes(p) for p in t.pieces) for f in plan.files for t in f.tensors}
-        metadata: dict[str, Any] = {"total_size": sum(sizes.values()) + made.total_bytes}
-        stale = [f.name for f in plan.files if f.stale]
-        metadata |= {"stale_in": stale} if stale else {}
-        self.add_file(INDEX, json_text({"metadata": metadata, "weight_map": dict(sorted(weight_map.items()))}))
-        spans = {t.name: plan.raw.spans[t.pieces[0]] for f in plan.files for t in f.tensors} | made.spans
-        config = self._config(spans)
-        self.add_file("config.json", json_text(config))
-        self.add_file(REMOTE_FILE, remote_code())
-        add_companions(self, plan.opened.folder, plan.target)
-        stages = ", ".join(step.stage for step in plan.steps)
-        fitted = "weights alone" if self.job.windows is None else f"{sum(w.numel() for w in self.job.windows)} tokens"
-        record = {"openling_version": __version__, "base_model": plan.opened.folder.name, "made by": "openling convert"}
-        record |= {"stages": stages, "fitted on": fitted}
-        if stale:
-            record |= {"note": "linked shards hold stale tensors; before serving: openling convert THIS CLEAN --to hf"}
-        names, total = list(weight_map), metadata["total_size"]
-        add_launch_scripts(self, config, plan.opened.folder, names, total, stale=bool(stale))
-        self.add_file("openling.json", json_text(record))
-        self.add_file("README.md", model_card(out.name, config, plan.opened.folder, record))
-        files = {r["file"]: {k: r[k] for k in ("action", "bytes", "sha256")} for r in results.values()}
-        files |= small_files(self.draft)
-        self.add_file(MANIFEST, json_text({"settings": self.job.settings(), "shards": self.shards, "files": files}))
-        write_json(self.run / "report.json", self._report(results, begun))
-        with suppress(FileNotFoundError):
-            for leftover in self.draft.glob(".*.tmp"):  # of processes that were killed
-                leftover.unlink()
-        if os.path.lexists(out):
-            raise UserError("the output has appeared meanwhile", where=out, next="move it away, then add --resume")
-        handle = os.open(self.draft, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-        self.draft.rename(out)
-
-    def add_file(self, name: str, data: str | bytes) -> None:
-        """Write a small file of the draft."""
-        path = self.draft / name
-        path.write_bytes(data.encode() if isinstance(data, str) else data)
-
-    def _config(self, stored: dict[str, Span]) -> dict[str, Any]:
-        opened = self.plan.opened
-        dtype = self.plan.raw.dtype(opened.bindings[EMBEDDINGS].theirs[0])
-        config = ling_config(self.plan.target, dtype)
-        quantised = opened.hf_config.get("quantization_config")
-        if not quantised:
-            return config
-        return config | {"quantization_config": quantization_config(quantised, stored, self.plan.raw)}
-
-    def _report(self, results: dict[str, dict[str, Any]], begun: float) -> dict[str, Any]:
-        moved: dict[str, int] = dict.fromkeys(("link", "copy", "filter", "new"), 0)
-        for result in results.values():
-            moved[result["action"]] += result["bytes"]
-        found = {kind: [a for r in results.values() for a in r.get(kind, ())] for kind in Findings().as_dict()}
-        return {
-            "seconds": time.monotonic() - begun,
-            "bytes linked": moved["link"],
-            "bytes copied": moved["copy"] + moved["filter"],
-            "bytes of new layers": moved["new"],
-            "bytes of old attention": self.plan.attention_bytes(),
-            "peak memory bytes": peak_memory(),
-            **found,
-        }
