@@ -105,6 +105,28 @@ def test_two_processes_share_a_conversion(source, whole, tmp_path):
     assert {c.outcome for c in verify(source, out)} == {"ok"}
 
 
+@pytest.mark.parametrize(("resume", "refusal"), [(False, "was begun"), (True, "settings have changed")])
+def test_of_two_that_begin_at_once_one_does(source, tmp_path, monkeypatch, resume, refusal):
+    """Both have seen an empty run folder; the second comes to write job.json when the first has."""
+    out, first = tmp_path / "out", job(source, tmp_path / "out", text=False)
+    second = job(source, out, text=False, config=settings(seed=1))
+    (tmp_path / "out.run").mkdir()
+
+    def meanwhile():
+        monkeypatch.undo()
+        monkeypatch.setattr(stream._Conversion, "go", lambda self: {})
+        convert_folder(first, resume=False)
+        return False
+
+    monkeypatch.setattr(stream, "bf16_matmuls_pay", meanwhile)
+    with pytest.raises(UserError, match=refusal):
+        convert_folder(second, resume=resume)
+    monkeypatch.undo()
+    assert json.loads((tmp_path / "out.run" / "job.json").read_text())["settings"]["seed"] == 0
+    convert_folder(first, resume=True)
+    assert {c.outcome for c in verify(source, out)} == {"ok"}
+
+
 @pytest.mark.parametrize("where", ["before a file is moved", "after everything"])
 def test_a_shard_that_changes_meanwhile(source, tmp_path, monkeypatch, where):
     model = shutil.copytree(source, tmp_path / "model")

@@ -51,7 +51,7 @@ from openling.weights.fp8 import Dequantised, Form, opened_values
 from openling.weights.io import CheckpointReader, TensorFiles, check_outside, check_space, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
-from openling.weights.units import Units
+from openling.weights.units import Units, locked
 from openling.weights.whole import write_json
 
 # Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
@@ -174,16 +174,19 @@ def check_place(source: Path, out: Path, *, resume: bool) -> None:
     if os.path.lexists(out) and not finished:
         raise UserError("the output exists already", where=out, expected="a new folder", next="choose another, or remove it")
     check_outside(out, source)
-    if (run / "job.json").exists():
+    held = {path.name: path for path in run.iterdir()} if run.exists() else {}
+    if "job.json" in held:
         if not resume:
-            raise UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
+            raise _begun_before(run)
     elif resume and not run.exists():
         raise UserError("there is nothing to resume", where=run, expected="job.json of an earlier run", next="omit --resume")
     # One that was killed before it had job.json had nothing yet: it begins, with --resume or without.
-    elif run.exists() and any(
-        not (p.name.startswith(".") or (p.name == "draft" and not any(p.iterdir()))) for p in run.iterdir()
-    ):
+    elif any(not (name.startswith(".") or (name == "draft" and not any(held[name].iterdir()))) for name in held):
         raise UserError("the run folder holds something else", where=run, next="choose another OUT, or remove it")
+
+
+def _begun_before(run: Path) -> UserError:
+    return UserError("a conversion to this folder was begun", where=run, next="add --resume, or remove that folder")
 
 
 def convert_folder(job: Job, *, resume: bool, say: Any = lambda text: None) -> dict[str, Any]:
@@ -197,13 +200,13 @@ def convert_folder(job: Job, *, resume: bool, say: Any = lambda text: None) -> d
     plan = outline(job.source, job.config, job.mode)
     check_tied(plan.opened)
     try:
-        shards = _join(job, plan, run)
+        shards = _join(job, plan, run, resume=resume)
         return _Conversion(job, plan, run, shards, say).go()
     except OSError as error:
         raise write_error(error, out, kept="what is done is kept", resume="free some space, then --resume") from error
 
 
-def _join(job: Job, plan: Outline, run: Path) -> dict[str, dict[str, object]]:
+def _join(job: Job, plan: Outline, run: Path, *, resume: bool) -> dict[str, dict[str, object]]:
     """Begin a run folder, or check that it is this job's; the identities of the source's shards."""
     path = run / "job.json"
     if not path.exists():
@@ -211,8 +214,14 @@ def _join(job: Job, plan: Outline, run: Path) -> dict[str, dict[str, object]]:
         _check_space(plan, run)
         shards = {shard: identity(plan.raw.folder / shard) for shard in plan.raw.shards}
         (run / "draft").mkdir(exist_ok=True)
-        write_json(path, {"settings": job.settings(), "shards": shards, "bf16_products": bf16_matmuls_pay()})
-        return shards
+        about = {"settings": job.settings(), "shards": shards, "bf16_products": bf16_matmuls_pay()}
+        with locked(run / ".job.lock"):  # of several that begin at once, one does; the others find its job.json
+            if begins := not path.exists():
+                write_json(path, about)
+        if begins:
+            return shards
+    if not resume:
+        raise _begun_before(run)
     found = _begun(job, run)
     for shard, before in found.items():
         check_unchanged(plan.raw.folder / shard, before, thorough=True)

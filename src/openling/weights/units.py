@@ -17,6 +17,17 @@ from typing import Any
 from openling.weights.whole import write_json
 
 
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold a lock file, once whoever holds it lets go of it or ends."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(handle)
+
+
 class Units:
     """Claims and results below a run folder, which must exist. The shared file system must know locks (flock)."""
 
