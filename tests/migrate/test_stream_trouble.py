@@ -127,6 +127,52 @@ def test_of_two_that_begin_at_once_one_does(source, tmp_path, monkeypatch, resum
     assert {c.outcome for c in verify(source, out)} == {"ok"}
 
 
+def shorten(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+def flip(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("when", ["before it resumes", "before it publishes"])
+@pytest.mark.parametrize("how", ["removed", "shorter", "flipped", "no draft", "unrecorded"])
+def test_a_draft_that_is_not_as_it_was_left(source, whole, tmp_path, monkeypatch, how, when):
+    """It is made again, and strangers are removed: the result is that of an undisturbed run, or there is none."""
+    out, run = tmp_path / "out", tmp_path / "out.run"
+    layer, publish = run / "draft" / "model-layer-00000.safetensors", stream._Conversion._publish
+    monkeypatch.setattr(stream._Conversion, "_publish", lambda *a: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        convert_folder(job(source, out), resume=False)
+    shard = min(p for p in (run / "draft").iterdir() if p != layer)
+
+    def harm():
+        (run / "draft" / "stranger.safetensors").write_text("x")
+        (run / "draft" / "strangers").mkdir()
+        if how == "no draft":
+            shutil.rmtree(run / "draft")
+        elif how == "unrecorded":
+            (run / "done" / "layer-0.json").unlink()
+        elif how == "flipped":
+            flip(layer)
+        else:
+            for path in (shard, layer):
+                path.unlink() if how == "removed" else shorten(path)
+
+    monkeypatch.undo()
+    if when == "before it resumes":
+        harm()
+    elif how == "flipped":
+        pytest.skip("that is found when a run resumes, and by openling verify")
+    else:
+        once = [harm]
+        monkeypatch.setattr(stream._Conversion, "_publish", lambda *a: (once and once.pop()(), publish(*a))[1])
+    convert_folder(job(source, out), resume=True)
+    assert hashes(out) == whole[0]
+
+
 @pytest.mark.parametrize("where", ["before a file is moved", "after everything"])
 def test_a_shard_that_changes_meanwhile(source, tmp_path, monkeypatch, where):
     model = shutil.copytree(source, tmp_path / "model")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,12 +13,13 @@ from openling.environment import peak_memory
 from openling.errors import UserError
 from openling.migrate.findings import Findings
 from openling.weights.export import add_companions, add_launch_scripts, json_text, ling_config, model_card
-from openling.weights.files import MANIFEST, small_files
+from openling.weights.files import MANIFEST, file_hash, small_files
 from openling.weights.folder import EMBEDDINGS
 from openling.weights.fp8 import quantization_config
 from openling.weights.headers import Span
 from openling.weights.io import INDEX, TensorFiles
 from openling.weights.remote import REMOTE_FILE, remote_code
+from openling.weights.units import Units
 from openling.weights.whole import write_json
 
 if TYPE_CHECKING:
@@ -34,9 +35,48 @@ class Draft:
         self.job, self.plan, self.run, self.shards = job, plan, run, shards
         self.folder = run / "draft"
 
+    def made(self) -> dict[str, str]:
+        """The weight files of the result, by the unit that makes each."""
+        files = {f"file-{file.name}": file.name for file in self.plan.files}
+        return files | {f"layer-{i}": LAYER_FILE.format(i) for i in self.plan.layers}
+
+    def recheck(self, units: Units, *, thorough: bool) -> list[str]:
+        """Have units done again whose file is not as they left it, and walks that lack a layer; their names.
+
+        Sizes are always compared, hashes where `thorough`, and of fitted layers alone: these are few bytes of a model, and later
+        layers are fitted to what they compute. Hashing copies would be a second reading of terabytes; `openling verify` does it.
+        """
+        self.folder.mkdir(exist_ok=True)
+        wrong = [unit for unit, name in self.made().items() if self._differs(units.result(unit), self.folder / name, thorough)]
+        for unit in wrong:
+            units.forget(unit)
+        for step in self.plan.steps:
+            walk = f"walk-{step.stage}"
+            if units.result(walk) is not None and any(units.result(f"layer-{i}") is None for i in step.layers):
+                units.forget(walk)
+                wrong.append(walk)
+        return wrong
+
+    def _differs(self, result: dict[str, Any] | None, path: Path, thorough: bool) -> bool:
+        if result is None:
+            return False
+        if path.is_symlink() or not path.is_file() or path.stat().st_size != result["bytes"]:
+            return True
+        return thorough and result["action"] == "new" and file_hash(path) != result["sha256"]
+
+    def _remove_strangers(self) -> None:
+        """Whatever else lies in the draft: files of processes that were killed, or of no process of ours."""
+        kept = set(self.made().values())
+        for path in [path for path in self.folder.iterdir() if path.name not in kept]:
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path)
+            else:
+                path.unlink(missing_ok=True)
+
     def finish(self, results: dict[str, dict[str, Any]], begun: float) -> None:
         """Write the small files and the run's report; the draft becomes OUT. results: of every unit that made a file."""
         plan, out = self.plan, self.job.out.absolute()
+        self._remove_strangers()
         weight_map = {t.name: f.name for f in plan.files for t in f.tensors}
         made = TensorFiles.of(self.folder, [LAYER_FILE.format(i) for i in plan.layers])
         weight_map |= {name: span.shard for name, span in made.spans.items()}
@@ -64,9 +104,6 @@ class Draft:
         files |= small_files(self.folder)
         self.add_file(MANIFEST, json_text({"settings": self.job.settings(), "shards": self.shards, "files": files}))
         write_json(self.run / "report.json", self._report(results, begun))
-        with suppress(FileNotFoundError):
-            for leftover in self.folder.glob(".*.tmp"):  # of processes that were killed
-                leftover.unlink()
         if os.path.lexists(out):
             raise UserError("the output has appeared meanwhile", where=out, next="move it away, then add --resume")
         handle = os.open(self.folder, os.O_RDONLY)

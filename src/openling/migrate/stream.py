@@ -269,6 +269,9 @@ class _Conversion:
     def go(self) -> dict[str, Any]:
         """Do what nobody else does, wait for the rest, publish."""
         begun = time.monotonic()
+        with self.units.claim("publish") as mine:
+            if mine and not self._published():
+                self._recheck(thorough=True)
         with ThreadPoolExecutor(MOVERS) as pool:
             moves = [pool.submit(self._move, file) for file in self.plan.files]
             try:
@@ -314,7 +317,7 @@ class _Conversion:
                     if mine:
                         self._fit_along(step, self._opened_before(number))
                         self.units.record(f"walk-{step.stage}", {"layers": step.layers})
-                        shutil.rmtree(self.run / "streams" / step.stage)
+                        shutil.rmtree(self.run / "streams" / step.stage, ignore_errors=True)
                         continue
                 time.sleep(WAIT_SECONDS)
 
@@ -413,17 +416,27 @@ class _Conversion:
 
     # -----------------------------------------------------------------------------------------------------------------
 
+    def _published(self) -> bool:
+        """Whether the draft has become the output, by a process that was killed before it could record that."""
+        return os.path.lexists(self.job.out) and not self.draft.folder.exists()
+
+    def _recheck(self, *, thorough: bool) -> bool:
+        """Whether all files are as the units left them; where they are not, they are made again."""
+        wrong = self.draft.recheck(self.units, thorough=thorough)
+        if wrong:
+            self.say(f"not as it was left, made again: {', '.join(wrong)}")
+        return not wrong
+
     def _publish(self, begun: float) -> bool:
         """Make the draft the output, once every unit is done; True where it is, by whomever."""
-        names = [f"file-{f.name}" for f in self.plan.files] + [f"layer-{i}" for i in self.plan.layers]
-        results = {name: self.units.result(name) for name in names}
-        if any(result is None for result in results.values()):
-            return False
         with self.units.claim("publish") as mine:
-            if mine:
+            done = {unit: result for unit in self.draft.made() if (result := self.units.result(unit)) is not None}
+            if mine and self._published():
+                self.units.record("publish", {})
+            elif mine and self._recheck(thorough=False) and len(done) == len(self.draft.made()):
                 for shard, before in self.shards.items():
                     check_unchanged(self.plan.raw.folder / shard, before, thorough=True)
-                self.draft.finish({n: r for n, r in results.items() if r is not None}, begun)
+                self.draft.finish(done, begun)
                 self.units.record("publish", {})
                 shutil.rmtree(self.run / "streams", ignore_errors=True)
         return self.units.result("publish") is not None

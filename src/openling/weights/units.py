@@ -61,3 +61,7 @@ class Units:
     def record(self, unit: str, result: dict[str, Any]) -> None:
         """A unit is done."""
         write_json(self.done / f"{unit}.json", result)
+
+    def forget(self, unit: str) -> None:
+        """A unit is to be done again."""
+        (self.done / f"{unit}.json").unlink(missing_ok=True)
