@@ -115,6 +115,20 @@ def test_links_share_bytes_and_name_what_is_stale(tmp_path):
     assert report["bytes copied"] < report["bytes linked"]
 
 
+@pytest.mark.parametrize("mode", ["copy", "link"])
+@pytest.mark.parametrize("name", ["model-layer-00001.safetensors", "model-kept-00001.safetensors", "modeling_openling.py"])
+def test_a_shard_that_is_called_like_a_file_of_the_result(mode, name, tmp_path):
+    source = teacher(tmp_path / "source")
+    convert_folder(job(source, tmp_path / "usual", mode=mode, text=False), resume=False)
+    shard = min(p.name for p in source.glob("*.safetensors"))
+    (source / shard).rename(source / name)
+    (source / INDEX).write_text((source / INDEX).read_text().replace(shard, name))
+    before = {p.name: p.read_bytes() for p in source.iterdir()}
+    convert_folder(job(source, tmp_path / "out", mode=mode, text=False), resume=False)
+    assert {p.name: p.read_bytes() for p in source.iterdir()} == before
+    same(tensors(tmp_path / "out"), tensors(tmp_path / "usual"))
+
+
 def test_weights_alone_need_neither_text_nor_the_experts(tmp_path, monkeypatch):
     source = teacher(tmp_path / "source")
     read = []

@@ -20,7 +20,7 @@ from openling.weights.headers import Span
 from openling.weights.io import INDEX, TensorFiles
 from openling.weights.remote import REMOTE_FILE, remote_code
 from openling.weights.units import Units
-from openling.weights.whole import write_json
+from openling.weights.whole import new_file, write_all, write_json
 
 if TYPE_CHECKING:
     from openling.migrate.stream import Job, Outline
@@ -112,9 +112,9 @@ class Draft:
         self.folder.rename(out)
 
     def add_file(self, name: str, data: str | bytes) -> None:
-        """Write a small file of the draft."""
-        path = self.folder / name
-        path.write_bytes(data.encode() if isinstance(data, str) else data)
+        """Write a small file of the draft, as a new one: nothing is written through a link to the source."""
+        with new_file(self.folder / name) as handle:
+            write_all(handle, memoryview(data.encode() if isinstance(data, str) else data))
 
     def _config(self, stored: dict[str, Span]) -> dict[str, Any]:
         opened = self.plan.opened

@@ -27,6 +27,10 @@ Mode = Literal["link", "copy"]
 # Sorts behind numbered shards: of two equal names readers that open every file take the last, which must be the new one.
 RENAMED = "model-kept-{:05d}.safetensors"
 RENAMED_BYTES = 4 << 30
+# In place of a shard's name that a file of the result may have; sorts in front of all that is new.
+MOVED = "model-from-{:05d}.safetensors"
+# Names of shards that a result keeps: not of the files that conversions make, nor of small files.
+PLAIN = re.compile(r"(?!\.|model-(layer|kept|from)-\d+\.)[^/]+\.safetensors")
 # What the small files of a linked folder say of its stale tensors.
 NOTES = {
     "openling.json": rb',\s*"note": "linked shards hold stale tensors[^"]*"',
@@ -74,7 +78,7 @@ def _scales(name: str, pieces: tuple[str, ...], reader: Dequantised) -> Kept:
 
 
 def plan_files(reader: CheckpointReader, kept: list[Kept], mode: Mode) -> list[FilePlan]:
-    """The files that hold `kept`, source shard by source shard."""
+    """The files that hold `kept`, source shard by source shard; no two have one name."""
     by_shard: dict[str, list[Kept]] = defaultdict(list)
     for tensor in kept:
         by_shard[reader.spans[tensor.pieces[0]].shard].append(tensor)
@@ -83,6 +87,8 @@ def plan_files(reader: CheckpointReader, kept: list[Kept], mode: Mode) -> list[F
     for shard in reader.shards:
         tensors = sorted(by_shard[shard], key=lambda t: reader.spans[t.pieces[0]].start)
         name = "model-00001-of-00001.safetensors" if shard == SINGLE else shard
+        if not PLAIN.fullmatch(name) or (name != shard and name in reader.shards):
+            name = MOVED.format(len(plans) + 1)
         same = [t for t in tensors if t.pieces == (t.name,)]
         size = (reader.folder / shard).stat().st_size
         whole = len(same) == len(tensors) == reader.stored_in[shard]
