@@ -422,6 +422,9 @@ def test_the_command_line(tmp_path):
     flags = ["--layout.group_size", 2, "--text", text, "--text.sequence_length", 16, "--text.calibration_tokens", 128]
     done = openling_command("convert", source, tmp_path / "out", "--link", *flags)
     assert done.code == 0, done.err
+    (tmp_path / "a [").mkdir()  # which is no markup
+    done = openling_command("convert", source, tmp_path / "a [" / "out", "--weights-only", *flags[:2])
+    assert done.code == 0 and f"{source} '{tmp_path}/a [/out'" in done.err, done.err
     ignored = ("--dtype", "float32", "--seed=1", "--linear_warmup.train.lr=9", "--gates.stop", "false", "--stages", "mla")
     ignored += ("--text.evaluation_tokens", "512")
     refused = openling_command("convert", source, tmp_path / "x", *flags, *ignored)

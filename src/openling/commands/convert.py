@@ -122,7 +122,8 @@ def _hybrid(args: argparse.Namespace) -> int:
         if isinstance(value, (int, float)):
             text = f"{value / 1e9:.3f} GB" if "bytes" in name else f"{value:.1f}"
             console.print(f"{name.removesuffix(' bytes')}: {text}", highlight=False)
-    console.print(f"\nHybrid: {args.out}\nCheck:  openling verify {args.source} {args.out}", highlight=False, soft_wrap=True)
+    check = f"openling verify {shlex.quote(str(args.source))} {shlex.quote(str(args.out))}"
+    console.print(f"\nHybrid: {args.out}\nCheck:  {check}", highlight=False, markup=False, soft_wrap=True)
     return 0
 
 
