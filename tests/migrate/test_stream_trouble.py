@@ -318,8 +318,10 @@ def test_a_source_on_a_read_only_mount(source, whole, tmp_path):
     subprocess.run(["mount", "--bind", source, place], check=True)
     subprocess.run(["mount", "-o", "remount,bind,ro", place], check=True)
     try:
-        with pytest.raises(UserError, match="neither hard-linked nor reflinked"):
-            convert_folder(job(place, tmp_path / "linked", mode="link"), resume=False)
+        for resume in (False, True):  # before it has begun, so that --copy may follow
+            with pytest.raises(UserError, match="neither hard-linked nor reflinked"):
+                convert_folder(job(place, tmp_path / "linked", mode="link"), resume=resume)
+            assert not list((tmp_path / "linked.run").iterdir())
         convert_folder(job(place, tmp_path / "out"), resume=False)
         with pytest.raises(OpenlingError, match="cannot be written|only read"):
             convert_folder(job(source, place / "out"), resume=False)

@@ -212,6 +212,7 @@ def _join(job: Job, plan: Outline, run: Path, *, resume: bool) -> dict[str, dict
     if not path.exists():
         run.mkdir(parents=True, exist_ok=True)
         _check_space(plan, run)
+        _check_links(plan, run)
         shards = {shard: identity(plan.raw.folder / shard) for shard in plan.raw.shards}
         (run / "draft").mkdir(exist_ok=True)
         about = {"settings": job.settings(), "shards": shards, "bf16_products": bf16_matmuls_pay()}
@@ -257,6 +258,17 @@ def _check_space(plan: Outline, run: Path) -> None:
     needed = sum(f.bytes for f in plan.files if f.action != "link") + plan.new_bytes() + (16 << 20)
     fix = "free some space, name a folder on another disk, or use --link on this one"
     check_space(run, needed, "no space left for the result", fix)
+
+
+def _check_links(plan: Outline, run: Path) -> None:
+    """Raise a UserError where a shard cannot be linked, before anything is fitted; whether it can is a matter of each file."""
+    probe = run / f".link.{os.uname().nodename}.{os.getpid()}"
+    try:
+        for file in plan.files:
+            if file.action == "link" and file.source:
+                link_file(plan.raw.folder / file.source, probe)
+    finally:
+        probe.unlink(missing_ok=True)
 
 
 class _Conversion:
