@@ -127,6 +127,22 @@ def test_of_two_that_begin_at_once_one_does(source, tmp_path, monkeypatch, resum
     assert {c.outcome for c in verify(source, out)} == {"ok"}
 
 
+@pytest.mark.parametrize("name", ["job.json", "done/layer-0.json", "done/walk-lightning.json"])
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}", "\udcff"])
+def test_a_broken_record_is_named(source, tmp_path, monkeypatch, name, text):
+    monkeypatch.setattr(stream._Conversion, "_fit_along", lambda *a: exec("raise KeyboardInterrupt"))
+    with pytest.raises(KeyboardInterrupt):
+        convert_folder(job(source, tmp_path / "out"), resume=False)
+    path = tmp_path / "out.run" / name
+    path.write_bytes(text.encode(errors="surrogateescape"))
+    if (name, text) == ("done/walk-lightning.json", "{}"):
+        return  # a walk says nothing that anybody reads
+    with pytest.raises(UserError, match="a record of this run is broken") as caught:
+        convert_folder(job(source, tmp_path / "out"), resume=True)
+    assert caught.value.parts["where"] == path
+    assert caught.value.parts["next"] == f"remove {tmp_path / 'out.run'}, start again"
+
+
 def shorten(path: Path) -> None:
     os.truncate(path, path.stat().st_size - 1)
 

@@ -19,12 +19,13 @@ from openling.weights.fp8 import quantization_config
 from openling.weights.headers import Span
 from openling.weights.io import INDEX, TensorFiles
 from openling.weights.remote import REMOTE_FILE, remote_code
-from openling.weights.units import Units
+from openling.weights.units import Units, broken
 from openling.weights.whole import new_file, write_all, write_json
 
 if TYPE_CHECKING:
     from openling.migrate.stream import Job, Outline
 
+WRITTEN = {"file", "action", "bytes", "sha256"}  # what a unit records of its file
 LAYER_FILE = "model-layer-{:05d}.safetensors"
 
 
@@ -47,6 +48,10 @@ class Draft:
         layers are fitted to what they compute. Hashing copies would be a second reading of terabytes; `openling verify` does it.
         """
         self.folder.mkdir(exist_ok=True)
+        for unit, name in self.made().items():
+            result = units.result(unit)
+            if result is not None and (result.get("file") != name or WRITTEN - result.keys()):
+                raise broken(units.done / f"{unit}.json", self.run, f"it is not about {name}")
         wrong = [unit for unit, name in self.made().items() if self._differs(units.result(unit), self.folder / name, thorough)]
         for unit in wrong:
             units.forget(unit)

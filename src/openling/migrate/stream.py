@@ -51,13 +51,15 @@ from openling.weights.fp8 import Dequantised, Form, opened_values
 from openling.weights.io import CheckpointReader, TensorFiles, check_outside, check_space, write_error
 from openling.weights.linked import FilePlan, Mode, kept_tensors, plan_files
 from openling.weights.names import Binding, bind
-from openling.weights.units import Units, locked
+from openling.weights.units import Units, broken, locked, read_record
 from openling.weights.whole import write_json
 
 # Layers up to this size are asked for ahead; larger ones would push each other out of the system's cache.
 AHEAD_BYTES = 1 << 30
 WAIT_SECONDS = 0.5
 CONFIG = "config.json"
+BEGUN = {"settings": dict, "shards": dict, "bf16_products": bool}  # fields of job.json
+IDENTITY = {"bytes", "changed_ns", "samples"}
 Stage = Literal["lightning", "mla"]
 
 
@@ -178,6 +180,7 @@ def check_place(source: Path, out: Path, *, resume: bool) -> None:
     if "job.json" in held:
         if not resume:
             raise _begun_before(run)
+        read_record(run / "job.json", run, BEGUN)
     elif resume and not run.exists():
         raise UserError("there is nothing to resume", where=run, expected="job.json of an earlier run", next="omit --resume")
     # One that was killed before it had job.json had nothing yet: it begins, with --resume or without.
@@ -224,6 +227,8 @@ def _join(job: Job, plan: Outline, run: Path, *, resume: bool) -> dict[str, dict
     if not resume:
         raise _begun_before(run)
     found = _begun(job, run)
+    if found.keys() != set(plan.raw.shards) or not all(isinstance(v, dict) and v.keys() >= IDENTITY for v in found.values()):
+        raise broken(path, run, f"it is about other shards than those of {plan.raw.folder}")
     for shard, before in found.items():
         check_unchanged(plan.raw.folder / shard, before, thorough=True)
     return found
@@ -231,7 +236,7 @@ def _join(job: Job, plan: Outline, run: Path, *, resume: bool) -> dict[str, dict
 
 def _begun(job: Job, run: Path) -> dict[str, dict[str, object]]:
     """The source's shards when this run began; a `UserError` where it was begun with other settings."""
-    begun = json.loads((run / "job.json").read_text())
+    begun = read_record(run / "job.json", run, BEGUN)
     for name, value in job.settings().items():
         if begun["settings"].get(name) != value:
             raise UserError(
@@ -250,8 +255,7 @@ def _finished(job: Job, run: Path) -> dict[str, Any]:
     """The report of a run that has published its output, by whichever process."""
     _begun(job, run)
     shutil.rmtree(run / "streams", ignore_errors=True)
-    report: dict[str, Any] = json.loads((run / "report.json").read_text())
-    return report
+    return read_record(run / "report.json", run, {})
 
 
 def _check_space(plan: Outline, run: Path) -> None:

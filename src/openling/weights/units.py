@@ -9,12 +9,31 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from openling.errors import UserError
 from openling.weights.whole import write_json
+
+
+def read_record(path: Path, run: Path, fields: Mapping[str, type]) -> dict[str, Any]:
+    """What a file of a run's own says; a UserError where it is broken, or lacks one of these fields."""
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise broken(path, run, str(error)) from error
+    if not isinstance(value, dict):
+        raise broken(path, run, f"a {type(value).__name__}, no object")
+    if wrong := [name for name, kind in fields.items() if not isinstance(value.get(name), kind)]:
+        raise broken(path, run, f"no usable {', '.join(wrong)}")
+    return value
+
+
+def broken(path: Path, run: Path, why: str) -> UserError:
+    """The error of a record that is not as it was written."""
+    return UserError("a record of this run is broken", where=path, value=why, next=f"remove {run}, start again")
 
 
 @contextmanager
@@ -38,11 +57,11 @@ class Units:
 
     def result(self, unit: str) -> dict[str, Any] | None:
         """What came of a unit, or None while it is not done."""
+        path = self.done / f"{unit}.json"
         try:
-            value: dict[str, Any] = json.loads((self.done / f"{unit}.json").read_text())
+            return read_record(path, self.done.parent, {})
         except FileNotFoundError:
             return None
-        return value
 
     @contextmanager
     def claim(self, unit: str) -> Iterator[bool]:
