@@ -1,6 +1,7 @@
 """Built-in text is whole and split without overlap; the user's files are read or refused clearly."""
 
 import json
+import os
 import re
 
 import pytest
@@ -119,5 +120,16 @@ def test_bad_files_are_refused(tmp_path, name, content, message):
 def test_wrong_names_are_refused(tmp_path):
     with pytest.raises(UserError, match="nearest: +python-docs"):
         load_text("python-doc")
+    with pytest.raises(UserError, match="no such text") as caught:
+        load_text(tmp_path / "nofile.txt")
+    assert caught.value.parts["next"]
     with pytest.raises(UserError, match="holds no text"):
         list(load_text(tmp_path))
+
+
+def test_what_is_no_text_is_refused_before_it_is_read(tmp_path):
+    os.mkfifo(tmp_path / "pipe.txt")  # to read it would wait for a writer
+    with pytest.raises(UserError, match="neither a file nor a folder"):
+        load_text(tmp_path / "pipe.txt")
+    with pytest.raises(UserError, match="without a name"):
+        load_text("")

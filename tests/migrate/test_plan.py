@@ -98,6 +98,7 @@ def test_impossible_layouts_are_refused(options, value, nearest):
         target_config(preset("smollm2-135m"), **options)
     assert caught.value.parts["value"] == value
     assert caught.value.parts["nearest"] == nearest
+    assert caught.value.parts["where"] in ("--group-size", f"--layout.{next(iter(options))}")
 
 
 @pytest.mark.parametrize("name", ["tiny", "ring-mini-linear-2.0"])
@@ -196,6 +197,8 @@ def test_gpu_memory_decides_what_fits(capsys):
         ["ling-2.6-1t", "--group-size", "8"],
         ["ling-2.6-1t", "--layout", "none"],
         ["smollm2-135m", "--group-size", "8"],
+        ["smollm2-135m", "--group-size", "6", "--layout", "1,2"],
+        ["smollm2-135m", "--group-size", "6", "--layout", "none"],
         ["smollm2-135m", "--tp", "2"],
         ["smollm2-135m", "--gpu-memory", "nan"],
         ["smollm2-135m", "--seq-len", "0"],

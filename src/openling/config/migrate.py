@@ -165,14 +165,22 @@ class MigrateConfig(Section):
         ordered = tuple(stage for stage in STAGES if stage in self.stages)
         if self.stages != ordered:
             raise wrong("stages run in their published order, each once", f"stages = {','.join(ordered)}")
+        placed = self.layout.mla_layers
+        if self.layout.group_size is not None and placed not in ("ling", "selected"):
+            named = "none" if placed == "none" else ",".join(map(str, placed))
+            raise ValueError(
+                f"--layout {named} says which layers are MLA: no --group-size beside it, or --layout ling or selected"
+            )
         later = [stage for stage in self.stages if stage.startswith("mla")]
         far = self.text.sequence_length > NEAR
         if self.layout.mla_layers == "selected" and self.conversion.layer_score == "near" and not far:
             raise ValueError(
                 f"--conversion.layer_score near needs --text.sequence_length above {NEAR}: no token is far otherwise; kl does not"
             )
-        if later and self.layout.mla_layers in ("none", ()):
-            raise ValueError(f"a pure linear model has no stage {later[0]}: --layout none, or --stages lightning,linear-warmup")
+        if later and placed in ("none", ()):
+            raise ValueError(
+                f"a pure linear model has no stage {later[0]}: --stage lightning or linear-warmup, or another --layout"
+            )
         return self
 
 

@@ -233,12 +233,21 @@ def find_corpus(spec: str | Path) -> Corpus:
     if str(spec) in BUILT_IN:
         return BUILT_IN[str(spec)]
     path = Path(spec)
+    if not str(spec):  # as a path it would be the current folder
+        raise UserError(
+            "a text without a name", value=repr(spec), expected=f"{', '.join(BUILT_IN)}, or a path", next=". for this folder"
+        )
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise UserError(
+            "the text is neither a file nor a folder", where=path, expected="a file or a folder", next=f"cp {path} text.txt"
+        )
     if not path.exists():
         raise UserError(
             "there is no such text",
             value=spec,
             expected=f"{', '.join(BUILT_IN)}, or a path to {', '.join(SUFFIXES)} or a folder of them",
             nearest=nearest(str(spec), BUILT_IN),
+            next="name a built-in text, which needs no file, or correct the path",
         )
     return Corpus(path.name, "the user's own", str(path), lambda: _read_path(path))
 

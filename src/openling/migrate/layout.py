@@ -47,7 +47,7 @@ def target_config(
         expected = f"an even divisor of the {source.rotary_dim} rotated dims of a head"
         raise UserError(
             "the rotated dims of MLA must fold those of the teacher evenly",
-            where="qk_rope_head_dim",
+            where="--layout.qk_rope_head_dim",
             value=rope,
             expected=expected,
         )
@@ -57,7 +57,8 @@ def target_config(
     q_rank = min(q_rows, max(32, min(1536, 2 * source.hidden_size // 3 // 64 * 64))) if q_lora_rank is None else q_lora_rank
     for name, rank, rows in (("kv_lora_rank", kv_rank, kv_rows), ("q_lora_rank", q_rank, q_rows)):
         if not 1 <= rank <= rows:
-            raise UserError("a rank lies between 1 and the rows it compresses", where=name, value=rank, expected=f"1 to {rows}")
+            what = "a rank lies between 1 and the rows it compresses"
+            raise UserError(what, where=f"--layout.{name}", value=rank, expected=f"1 to {rows}")
     return source.replace(
         layer_kinds=kinds,
         layer_group_size=group,

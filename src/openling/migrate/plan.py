@@ -211,11 +211,13 @@ def run(args: argparse.Namespace) -> int:
             flag = "--" + name.replace("_", "-")
             raise UserError("this has to be positive", where=flag, value=getattr(args, name), expected="a positive number")
     mesh = count.Mesh(args.dp, args.tp, args.pp, args.ep)
+    words = [f"--layout.mla_layers={args.layout}"]
+    words += [f"--layout.group_size={args.group_size}"] if args.group_size is not None else []
     result = plan(
         load_config(args.model),
         load_config(args.source) if args.source else None,
         training=Training(mesh, args.seq_len, args.micro_batch, int(args.gpu_memory * 1e9)),
-        mla_layers=override(preset("best", stages=("lightning",)), [f"--layout.mla_layers={args.layout}"]).layout.mla_layers,
+        mla_layers=override(preset("best", stages=("lightning",)), words).layout.mla_layers,
         group_size=args.group_size,
         kv_lora_rank=args.kv_lora_rank,
         q_lora_rank=args.q_lora_rank,
