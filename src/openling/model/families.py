@@ -222,7 +222,8 @@ def _one_rope(hf: dict[str, Any]) -> dict[str, Any]:
         raise UserError(what, where=name, value=", ".join(by_layer), expected="one rope_type and rope_theta for all layers")
     fast, slow = rope.get("beta_fast") or 32, rope.get("beta_slow") or 1
     kind = rope.get("rope_type") or rope.get("type")
-    if kind == "yarn" and fast < slow:
+    numbers = isinstance(fast, int | float) and isinstance(slow, int | float)  # others are refused where all keys are checked
+    if kind == "yarn" and numbers and fast < slow:
         what = "this RoPE scaling cannot be: its ramp would fall from the slow pairs to the fast ones"
         raise UserError(what, where=f"{name}.beta_fast", value=fast, expected=f"at least beta_slow = {slow}")
     if kind in ("yarn", "llama3") and (original := hf.get("original_max_position_embeddings")):
