@@ -387,7 +387,7 @@ def test_widths_that_the_conversion_cannot_fill_are_refused(options):
     with pytest.raises(UserError) as caught:
         target_config(teacher_config("LlamaForCausalLM"), group_size=2, **options)
     ((where, value),) = options.items()
-    assert (caught.value.parts["where"], caught.value.parts["value"]) == (where, value)
+    assert (caught.value.parts["where"], caught.value.parts["value"]) == (f"--layout.{where}", value)
 
 
 @torch.no_grad()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from openling.errors import UserError, nearest
 from openling.model.config import LING_ARCHITECTURE, ModelConfig, ling_moe_fields, need, read_ling, read_rope, read_tokens
@@ -28,7 +28,7 @@ def _kinds() -> dict[str, type]:
     counts = ("num_local_experts", "decoder_sparse_step", "first_k_dense_replace", "sliding_window")
     kinds: dict[str, type] = dict.fromkeys(switches, bool) | dict.fromkeys(counts, int)
     for name, hint in get_type_hints(ModelConfig).items():
-        either = {hint, *get_args(hint)}
+        either = {hint, *get_args(hint)} if get_origin(hint) is not tuple else set()
         if not name.endswith("_token_id") and (found := [kind for kind in (bool, int, float) if kind in either]):
             kinds[name] = found[0]
     return kinds
