@@ -56,7 +56,7 @@ def test_a_base_of_another_shape_names_the_key(tmp_path, capsys):
 
 def test_a_head_that_is_the_embedding_is_merged_as_it_trained(tmp_path):
     run = tmp_path / "run"
-    go(tmp_path, run, changes=[("model.overrides.tie_word_embeddings", "true"), ("stages.long.merge", "null")])
+    go(tmp_path, run, changes=[("model.overrides.tie_word_embeddings", "1"), ("stages.long.merge", "null")])
     for words in ([], ["--base", run / "models" / "short"]):
         out = tmp_path / f"out{len(words)}"
         assert merge(run / "stages" / "long", out, "--steps", "6", *words) == 0

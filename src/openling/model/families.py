@@ -244,7 +244,7 @@ def _check_kinds(hf: dict[str, Any], where: object) -> None:
         value, kind = hf[name], KINDS[name]
         whole = isinstance(value, int) and not isinstance(value, bool)
         if kind is bool:
-            check(isinstance(value, bool), name, "true or false")
+            check(value in (True, False), name, "true or false")  # 1 is true: recipes write it so
         elif kind is int:
             check(whole, name, "an integer")
         elif kind is float:
