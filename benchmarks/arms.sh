@@ -4,12 +4,13 @@
 #   [LAYER=4 CUDA_VISIBLE_DEVICES=0 SPARE=1] bash benchmarks/arms.sh moe WORK TEXT [SECONDS]
 #   [CUDA_VISIBLE_DEVICES=1]         bash benchmarks/arms.sh smollm2|short|scores WORK TEXT
 #
-# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained; the mixers of its hybrid, with layer LAYER left to MLA,
-# are trained on the corpus while the teacher writes text of its own and goes on for as many tokens, and every layer is tried in LAYER's
-# place; then all of the hybrid follows the logits of the teacher that went on, on both texts, for as many tokens as SECONDS (1,700) leave, and
-# beside it the teacher as given goes on for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct goes on, and the
-# hybrid that ships follows it on the same text; short: its arms on few tokens; scores: its layers by each score of `--layout selected`, at once. Figures: WORK/results/*/*.json. A command that was stopped
-# goes on where it was. Needs what `make setup` installs.
+# TEXT: what `python benchmarks/fetch_text.py TEXT` wrote. moe: the teacher is trained; the mixers of its hybrid, with layer LAYER left
+# to MLA, are trained on the corpus while the teacher writes text of its own and goes on for as many tokens, and every layer is tried in
+# LAYER's place; then all of the hybrid follows the logits of the teacher that went on, on both texts, for as many tokens as SECONDS
+# (1,700) leave, and beside it the teacher as given goes on for as many. SPARE: the GPU of what runs beside. smollm2: SmolLM2-135M-Instruct
+# goes on, and the hybrid that ships follows it on the same text; short: its arms on few tokens; scores: its layers by each score of
+# `--layout selected`, at once. Figures: WORK/results/*/*.json. A command that was stopped goes on where it was. Needs what `make setup`
+# installs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 work=$(mkdir -p "$2" && cd "$2" && pwd) text=$(cd "$3" && pwd)
@@ -132,15 +133,16 @@ short() {
 
 scores() {
   smollm2_and_text
-  local score layers
+  local score layers running=()
   for score in near kl local even; do
     layers="--layout selected --conversion.layer_score $score"
     [ $score = even ] && layers="--layout ling"
     # shellcheck disable=SC2046,SC2086
     arms "$smol" "$work/scores/$score" best-all-mixers --text "$work/docs" --tokens $chosen --rows $few_rows \
       --results "$work/results/scores/$score" -- $layers $(muon linear_warmup mla_warmup) > "$work/score-$score.log" 2>&1 &
+    running+=($!)
   done
-  wait
+  for arm in "${running[@]}"; do wait "$arm"; done # one that failed is not passed over
   say end
 }
 

@@ -112,7 +112,7 @@ def _hybrid(args: argparse.Namespace) -> int:
         return 0
     console = open_console(stderr=True)
     if selects:
-        layers = _selected(args, config, windows, device)
+        layers = _selected(args, config, windows, device, memory)
         if layers is not None:
             console.print(f"MLA in layers {', '.join(map(str, layers))}", highlight=False)
             config = config.model_copy(update={"layout": config.layout.model_copy(update={"mla_layers": layers})})
@@ -137,24 +137,27 @@ def _check_selection(config: MigrateConfig, *, weights_only: bool) -> None:
         raise UserError(what, where="--weights-only", next="leave it out, or --layout I,J,..")
 
 
-def _selected(args: argparse.Namespace, config: MigrateConfig, windows: list[Any] | None, device: Any) -> tuple[int, ...] | None:
+def _selected(
+    args: argparse.Namespace, config: MigrateConfig, windows: list[Any] | None, device: Any, memory: int
+) -> tuple[int, ...] | None:
     """The most sensitive layers: those that a run to be resumed began with (None: it selected none), or measured in a walk."""
     from openling.migrate.journal import run_folder
     from openling.migrate.layout import target_config
+    from openling.migrate.memory import room
     from openling.migrate.select import select_layers
     from openling.migrate.stack import FolderStack
+    from openling.migrate.stream import outline
     from openling.ops.cpu import half_products
-    from openling.weights.folder import open_folder
 
     begun = run_folder(args.out.absolute()) / "job.json"
     if begun.exists():
         layers = json.loads(begun.read_text())["settings"]["layout"]["mla_layers"]
         return tuple(layers) if isinstance(layers, list) else None
     assert windows is not None
-    opened = open_folder(args.source)
-    target = target_config(opened.config, **config.layout.model_dump())
-    how: dict[str, Any] = {"seed": config.seed, "bf16": half_products(device)}
-    return select_layers(FolderStack(opened, device), target, windows, config.conversion, **how).layers
+    plan = outline(args.source, config, "copy")
+    source = FolderStack(plan.opened, device, room=room(plan, max(w.numel() for w in windows), memory))
+    target = target_config(plan.opened.config, **config.layout.model_dump())
+    return select_layers(source, target, windows, config.conversion, seed=config.seed, bf16=half_products(device)).layers
 
 
 def dry_run(

@@ -150,13 +150,11 @@ class DiskExperts(nn.Module):
     def prepare(self, batches: Sequence[tuple[Tensor, Tensor, Tensor]]) -> None:
         """Compute what the next calls of `forward` give, of x [N, M], weights and choices [N, k] of each."""
         count, k = self._stack.config.num_experts, batches[0][2].shape[1]
-        sorted_Nk = [index.flatten().argsort(stable=True) for _, _, index in batches]
-        ends_E = [torch.bincount(index.flatten(), minlength=count).cumsum(0).tolist() for _, _, index in batches]
-        rows: list[Tensor | None] = [None] * len(batches)
+        choices = [index.flatten() for _, _, index in batches]
+        places_E = [c.argsort(stable=True).split(torch.bincount(c, minlength=count).tolist()) for c in choices]
+        rows: dict[int, Tensor] = {}
         for expert in range(count):
-            places = [
-                order[ends[expert - 1] if expert else 0 : ends[expert]] for order, ends in zip(sorted_Nk, ends_E, strict=True)
-            ]
+            places = [of_batch[expert] for of_batch in places_E]
             if not any(len(place) for place in places):
                 continue
             gate, up, down = (self._stack.expert(self._prefix + n, expert) for n in ("gate_proj", "up_proj", "down_proj"))
@@ -166,12 +164,11 @@ class DiskExperts(nn.Module):
                 mine = x.index_select(0, place // k)
                 inner = nn.functional.silu(nn.functional.linear(mine, gate)) * nn.functional.linear(mine, up)
                 found = nn.functional.linear(inner, down)
-                rows[b] = found.new_empty(len(x) * k, x.shape[1]) if rows[b] is None else rows[b]
-                rows[b][place] = found  # type: ignore[index]
-        for b, (x, weight, _) in enumerate(batches):
-            given, rows[b] = rows[b], None
-            assert given is not None  # every token has chosen
-            self._prepared.append(weighted_sum(given.unflatten(0, weight.shape), weight).to(x.dtype))
+                if b not in rows:
+                    rows[b] = found.new_empty(len(x) * k, x.shape[1])
+                rows[b][place] = found
+        for b, (x, weight, _) in enumerate(batches):  # every token has chosen
+            self._prepared.append(weighted_sum(rows.pop(b).unflatten(0, weight.shape), weight).to(x.dtype))
 
 
 def rows_bytes(config: ModelConfig) -> int:
